@@ -1,0 +1,169 @@
+"""One call, from pick-up to hang-up.
+
+    python bot.py                 browser, at http://localhost:7860
+    python bot.py -t daily        a Daily room
+    python bot.py -t twilio -x HOST   a phone number; HOST is the public name of this server
+    python -m rehearsal           no account, no key
+
+Pipecat Cloud calls `bot()` for every session, as the commands above do.
+"""
+
+import asyncio
+from contextlib import suppress
+from pathlib import Path
+
+from loguru import logger
+from pipecat.audio.vad.silero import SileroVADAnalyzer
+from pipecat.frames.frames import ErrorFrame, LLMRunFrame
+from pipecat.pipeline.pipeline import Pipeline
+from pipecat.pipeline.worker import PipelineParams, PipelineWorker, ProcessorUnusablePolicy
+from pipecat.processors.aggregators.llm_context import LLMContext
+from pipecat.processors.aggregators.llm_response_universal import (
+    LLMContextAggregatorPair,
+    LLMUserAggregatorParams,
+)
+from pipecat.runner.types import RunnerArguments
+from pipecat.workers.runner import WorkerRunner
+
+import config
+import services
+import shutdown
+import tools
+import transports
+from roark import RoarkObserver
+
+AGENT = "{{ cookiecutter.project }}"
+PROMPT_FILE = Path(__file__).with_name("prompt.md")
+GREETING = "The caller is on the line. Greet them and ask what you can do for them, briefly."
+
+
+async def bot(runner_args: RunnerArguments) -> None:
+    """Hold one call. Returns when it is over and its record is delivered or safe on disk."""
+    try:
+        config.require_keys()
+        line = await transports.answer(runner_args)
+    except Exception as error:
+        logger.error(f"This call could not be answered: {error}")
+        raise
+    await hold(line, runner_args)
+
+
+async def hold(line: transports.Line, runner_args: RunnerArguments) -> None:
+    """Run the conversation on `line` until one side ends it."""
+    transport = line.transport
+    instructions = PROMPT_FILE.read_text(encoding="utf-8")
+    stt = services.create_stt()
+    llm = services.create_llm(instructions)
+    tts = services.create_tts()
+
+    roark = RoarkObserver(
+        api_key=config.setting("ROARK_API_KEY"),
+        agent_id=AGENT,
+        agent_name=AGENT,
+        agent_prompt=instructions,
+        runner_args=runner_args,
+    )
+
+    context = LLMContext(tools=tools.offered())
+    # Silero hears when the caller speaks; Smart Turn, Pipecat's default, whether they are done.
+    aggregators = LLMContextAggregatorPair(
+        context, user_params=LLMUserAggregatorParams(vad_analyzer=SileroVADAnalyzer())
+    )
+    pipeline = Pipeline(
+        [
+            transport.input(),
+            stt,
+            aggregators.user(),
+            llm,
+            tts,
+            transport.output(),
+            # <% if cookiecutter.record_audio %>
+            roark.audio_processor,
+            # <% endif %>
+            # After the output, so that the context holds what the caller heard, not what was said
+            # into an interruption.
+            aggregators.assistant(),
+        ]
+    )
+    worker = PipelineWorker(
+        pipeline,
+        params=PipelineParams(
+            audio_in_sample_rate=line.audio_in_hz,
+            audio_out_sample_rate=line.audio_out_hz,
+            enable_metrics=True,
+            enable_usage_metrics=True,
+        ),
+        app_resources=tools.CallState(),
+        conversation_id=roark.pipecat_call_id,
+        enable_rtvi=not line.is_phone,
+        idle_timeout_secs=runner_args.pipeline_idle_timeout_secs,
+        observers=[roark],
+        # A service that lost its key or its quota stays lost: end the call, do not sit in silence.
+        processor_unusable_policy=ProcessorUnusablePolicy.END,
+    )
+    runner = WorkerRunner(handle_sigint=runner_args.handle_sigint)
+    await runner.add_workers(worker)
+
+    caller: str | None = None
+    client_ready = asyncio.Event()
+
+    @transport.event_handler("on_client_connected")
+    async def on_client_connected(_transport, client):
+        nonlocal caller
+        if caller is not None:
+            return
+        caller = transports.client_id(client)
+        logger.info("Caller connected")
+        with suppress(TimeoutError):
+            await asyncio.wait_for(client_ready.wait(), line.client_ready_seconds)
+        context.add_message({"role": "developer", "content": GREETING})
+        await worker.queue_frame(LLMRunFrame())
+
+    @transport.event_handler("on_client_disconnected")
+    async def on_client_disconnected(_transport, client):
+        if caller is not None and transports.client_id(client) != caller:
+            return
+        await end("client-disconnected", "the caller hung up")
+
+    if not line.is_phone:
+
+        @worker.rtvi.event_handler("on_client_ready")
+        async def on_client_ready(_rtvi):
+            client_ready.set()
+
+    @worker.event_handler("on_idle_timeout")
+    async def on_idle_timeout(_worker):
+        roark.note_ending("idle-timeout", "nobody spoke")
+
+    @worker.event_handler("on_pipeline_error")
+    async def on_pipeline_error(_worker, frame: ErrorFrame):
+        if frame.processor and not frame.processor.is_usable:
+            roark.note_ending("error", f"{frame.processor.name} can no longer do its job")
+
+    async def end(reason: str, detail: str) -> None:
+        roark.note_ending(reason, detail)
+        client_ready.set()
+        await runner.cancel(reason)
+
+    def end_on_signal(name: str) -> None:
+        ending.append(asyncio.ensure_future(end("signal", f"the process received {name}")))
+
+    ending: list[asyncio.Future[None]] = []
+    try:
+        with shutdown.ends_call(end_on_signal):
+            await runner.run()
+    except Exception as error:
+        roark.note_ending("error", f"{type(error).__name__} in the bot")
+        logger.exception("The call broke")
+        raise
+    finally:
+        # The one place that runs after every kind of ending. The reason noted first stands.
+        await roark.aflush(reason="client-disconnected")
+
+
+if __name__ == "__main__":
+    config.exit_without_keys()
+
+    from pipecat.runner.run import main
+
+    main()

@@ -1,0 +1,47 @@
+"""What the bot reads from its environment (`.env` on your machine, a secret set in the cloud)."""
+
+import os
+import sys
+
+REQUIRED = {
+    "DEEPGRAM_API_KEY": "hears the caller (https://console.deepgram.com)",
+    "OPENAI_API_KEY": "decides what to say (https://platform.openai.com/api-keys)",
+    "CARTESIA_API_KEY": "speaks (https://play.cartesia.ai/keys)",
+}
+
+
+def setting(name: str, default: str = "") -> str:
+    """The variable `name`, or `default` where it is unset or blank."""
+    return os.environ.get(name, "").strip() or default
+
+
+def missing_keys() -> dict[str, str]:
+    """Each required variable that is not set, with what it is for."""
+    return {name: purpose for name, purpose in REQUIRED.items() if not setting(name)}
+
+
+def require_keys() -> None:
+    """Raise RuntimeError, naming every required variable that is missing."""
+    if missing := missing_keys():
+        raise RuntimeError(f"not configured: {', '.join(missing)} missing; see env.example")
+
+
+def exit_without_keys() -> None:
+    """Read `.env`; where a required variable is missing, say which and exit with status 2."""
+    from dotenv import load_dotenv
+
+    # As Pipecat's runner does a moment later: what .env says wins over the shell.
+    load_dotenv(override=True)
+    missing = missing_keys()
+    if not missing or {"-h", "--help"} & set(sys.argv):
+        return
+    lines = [f"  {name:18} {purpose}" for name, purpose in missing.items()]
+    print(
+        "This bot cannot take a call yet. Missing, in the environment or in .env:",
+        *lines,
+        "Copy env.example to .env and fill them in. To try the bot without any key:",
+        "  python -m rehearsal",
+        sep="\n",
+        file=sys.stderr,
+    )
+    raise SystemExit(2)

@@ -1,0 +1,90 @@
+"""What the LLM may do besides talking.
+
+A tool is an async function: its name, its docstring and its typed arguments are what the LLM
+sees. To add one, write it and put it into `offered()`.
+"""
+
+from dataclasses import dataclass
+
+import aiohttp
+from loguru import logger
+from pipecat.adapters.llm.schemas.tools_schema import ToolsSchema
+from pipecat.frames.frames import EndFrame, FunctionCallResultProperties, TTSSpeakFrame
+from pipecat.services.llm_service import FunctionCallParams
+
+from config import setting
+
+# Shorter than services.TOOL_TIMEOUT_SECONDS, so that the LLM hears what went wrong.
+MESSAGE_SECONDS = 5.0
+
+
+@dataclass
+class CallState:
+    """What the tools of one call remember. Reached as `params.app_resources`.
+
+    Parameters:
+        read_back: The message last read back to the caller, as (message, callback number).
+        read_back_after: How many times the caller had spoken by then.
+    """
+
+    read_back: tuple[str, str] | None = None
+    read_back_after: int = 0
+
+
+def offered() -> ToolsSchema:
+    """The tools of a call: `take_message` only where there is somewhere to take it."""
+    return ToolsSchema([end_call, take_message] if setting("MESSAGE_URL") else [end_call])
+
+
+async def end_call(params: FunctionCallParams, goodbye: str):
+    """End the call. Use it when the caller says goodbye or has nothing more to ask.
+
+    Args:
+        goodbye: The last sentence the caller hears, for example "Goodbye, and have a nice day."
+    """
+    await params.result_callback(
+        {"status": "ending"}, properties=FunctionCallResultProperties(run_llm=False)
+    )
+    await params.llm.push_frame(TTSSpeakFrame(goodbye))
+    # Drains what is queued first: the goodbye is heard.
+    await params.pipeline_worker.queue_frame(EndFrame(reason="agent-ended"))
+
+
+async def take_message(params: FunctionCallParams, message: str, callback_number: str):
+    """Take a message for the team. Call it once to get the text to read back to the caller, and
+    once more with the same arguments after the caller has agreed to it.
+
+    Args:
+        message: What the caller wants to tell the team, in one or two sentences.
+        callback_number: The number to call back, digits only.
+    """
+    state: CallState = params.app_resources
+    times_spoken = sum(
+        isinstance(entry, dict) and entry.get("role") == "user"
+        for entry in params.context.get_messages()
+    )
+    # An LLM that is sure of itself would skip the question, so the caller must really have spoken
+    # between hearing the message and its being sent.
+    if state.read_back != (message, callback_number) or times_spoken <= state.read_back_after:
+        state.read_back, state.read_back_after = (message, callback_number), times_spoken
+        await params.result_callback(
+            {"status": "not sent yet", "do": "read the message and number back, ask if it is right"}
+        )
+        return
+    state.read_back = None
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=MESSAGE_SECONDS)) as session,
+            session.post(
+                setting("MESSAGE_URL"),
+                json={"message": message, "callback_number": callback_number},
+            ) as response,
+        ):
+            response.raise_for_status()
+    except (aiohttp.ClientError, TimeoutError) as error:
+        logger.warning(f"take_message failed: {type(error).__name__}")
+        await params.result_callback(
+            {"error": "The message could not be saved. Apologise and ask them to call again later."}
+        )
+        return
+    await params.result_callback({"status": "sent"})
