@@ -1,0 +1,25 @@
+# Builds the template's default bot straight from a clone of this repository; with the
+# pcc-deploy.toml beside it, `pipecat cloud deploy` deploys it. Users get the Dockerfile of their
+# own project instead: the second stage below is that file, and a test keeps the two alike.
+
+# Bakes the template. Runs on the builder's own processor; nothing of it stays in the image.
+FROM --platform=$BUILDPLATFORM python:3.12-slim-trixie AS bake
+RUN pip install --no-cache-dir "cookiecutter==2.7.1"
+COPY . /template/
+RUN cookiecutter --no-input --output-dir /baked /template
+
+FROM dailyco/pipecat-base:0.2.3-py3.12
+ENV UV_COMPILE_BYTECODE=1 UV_LINK_MODE=copy
+COPY --from=bake /baked/my-voice-bot/pyproject.toml /baked/my-voice-bot/uv.loc[k] ./
+RUN --mount=type=cache,target=/root/.cache/uv \
+    if [ -f uv.lock ]; then \
+        uv sync --locked --no-install-project --no-dev; \
+    else \
+        echo "No uv.lock: today's newest versions. Run 'uv lock' and commit it to pin them." >&2; \
+        uv sync --no-install-project --no-dev; \
+    fi
+COPY --from=bake /baked/my-voice-bot/bot.py /baked/my-voice-bot/config.py \
+    /baked/my-voice-bot/services.py /baked/my-voice-bot/transports.py \
+    /baked/my-voice-bot/tools.py /baked/my-voice-bot/prompt.md ./
+COPY --from=bake /baked/my-voice-bot/roark/ roark/
+RUN python -c "import bot"

@@ -1,0 +1,418 @@
+"""Errands of a deployment to Pipecat Cloud; DEPLOY.md says when to run which.
+
+    python -m deploy check          what would fail, each with its mend, in seconds
+    python -m deploy secrets        upload the keys of .env to the secret set
+    python -m deploy twiml [ORG]    print the TwiML that sends a Twilio number's calls to the bot
+
+Development only: the image does not hold it, and nothing imports it.
+"""
+
+import argparse
+import ast
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dotenv import dotenv_values
+
+AGENT_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+# For this machine only. Uploaded, they would send the deployed bot to somebody's localhost.
+LOCAL_NAMES = re.compile(r"ENV|PORT|HOST|CALLS_DIR|.*_BASE_URL")
+SECRET_FILES = re.compile(
+    r"\.env(\..*)?|.*\.env|.*\.(pem|key|p12|pfx|wav|mp3|flac|pcm|log)|id_(rsa|ed25519).*"
+)
+SECRET_FOLDERS = {"calls", "recordings", ".aws", ".ssh", ".git"}
+DEVELOPMENT = {"rehearsal", "tests", "evals", "deploy.py"}
+# The server inside the base image is made of these: ours must not overwrite them.
+BASE_IMAGE = re.compile(r"(app|waiting_server|pipecatcloud_system|feature_manager|pcc_\w+)\.py")
+START_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is wrong and its mend; `fatal` when the deployment or the first call would fail."""
+
+    what: str
+    mend: str
+    fatal: bool = True
+
+
+def read_deploy_file(project: Path) -> dict[str, object]:
+    """Return pcc-deploy.toml as it is written; raises tomllib.TOMLDecodeError."""
+    return tomllib.loads((project / "pcc-deploy.toml").read_text())
+
+
+def load_as_pipecat_cloud(deploy_file: Path) -> object:
+    """Load pcc-deploy.toml with the parser of `pipecat cloud deploy`; raises what that raises."""
+    # pipecatcloud 1.4 has no public way to check a file; this is what its own command calls.
+    import pipecatcloud.cli.config as config
+    from pipecatcloud._utils.deploy_utils import load_deploy_config_file
+
+    usual, config.deploy_config_path = config.deploy_config_path, str(deploy_file)
+    try:
+        return load_deploy_config_file()
+    finally:
+        config.deploy_config_path = usual
+
+
+def pack_context(project: Path) -> bytes:
+    """Return the tar.gz that `pipecat cloud deploy` would upload to be built."""
+    # pipecatcloud 1.4: no public way either.
+    from pipecatcloud._utils.build_utils import create_deterministic_tarball, get_exclusions
+
+    return create_deterministic_tarball(str(project), get_exclusions(project)).tarball
+
+
+def instructions(dockerfile: Path) -> Iterator[tuple[str, str]]:
+    """Yield (instruction, arguments) of a Dockerfile, comments dropped, continued lines joined."""
+    lines = [line for line in dockerfile.read_text().splitlines() if not re.match(r"\s*#", line)]
+    for line in re.sub(r"\\\n\s*", "", "\n".join(lines)).splitlines():
+        if line.strip():
+            word, _, rest = line.strip().partition(" ")
+            yield word.upper(), rest.strip()
+
+
+def copied(dockerfile: Path) -> list[tuple[list[str], str]]:
+    """Return the sources and destination of each COPY from the build context."""
+    copies = [shlex.split(rest) for word, rest in instructions(dockerfile) if word == "COPY"]
+    plain = [words for words in copies if not any(word.startswith("--from") for word in words)]
+    return [(words[:-1], words[-1]) for words in plain]
+
+
+def lay_out_image(context: Path, app: Path, dockerfile: Path) -> None:
+    """Do what the Dockerfile's COPY lines do: `app` becomes the image's /app, without its server.
+
+    Raises FileNotFoundError for a source that is not in the context.
+    """
+    for sources, destination in copied(dockerfile):
+        for source in sources:
+            found = sorted(context.glob(source.rstrip("/")))
+            if not found and not re.search(r"[*?[]", source):
+                raise FileNotFoundError(source)
+            for path in found:
+                if path.is_dir():
+                    shutil.copytree(path, app / destination, dirs_exist_ok=True)
+                elif destination.endswith("/"):
+                    (app / destination).mkdir(parents=True, exist_ok=True)
+                    shutil.copy(path, app / destination / path.name)
+                else:
+                    shutil.copy(path, app / destination)
+
+
+def needed(project: Path) -> set[str]:
+    """Return the files and packages of the project that bot.py needs when it runs.
+
+    Follows imports wherever they stand, also those inside functions, and takes a string that is
+    exactly the name of a file beside bot.py, such as "prompt.md", for a file that is read.
+    """
+    found, waiting = set[str](), ["bot.py"]
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        found.add(name)
+        path = project / name
+        for source in [path] if path.suffix == ".py" else sorted(path.rglob("*.py")):
+            for node in ast.walk(ast.parse(source.read_text())):
+                if isinstance(node, ast.Import):
+                    modules = [alias.name for alias in node.names]
+                elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                    modules = [node.module]
+                else:
+                    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                        if re.fullmatch(r"[\w-]+\.\w+", node.value):
+                            if (project / node.value).is_file() and node.value not in DEVELOPMENT:
+                                found.add(node.value)
+                    continue
+                for module in modules:
+                    top = module.partition(".")[0]
+                    waiting += [n for n in (f"{top}.py", top) if (project / n).exists()]
+    return found
+
+
+def secrets(project: Path, env_file: Path) -> dict[str, str]:
+    """Return what belongs in the secret set: the names of env.example that have a value."""
+    names = set(dotenv_values(project / "env.example"))
+    values = dotenv_values(env_file, interpolate=False)
+    return {
+        name: value.strip()
+        for name, value in values.items()
+        if name in names and not LOCAL_NAMES.fullmatch(name) and value and value.strip()
+    }
+
+
+def check_deploy_file(project: Path) -> Iterator[Finding]:
+    """Check pcc-deploy.toml: the platform's own parser, then what that lets through."""
+    try:
+        settings = read_deploy_file(project)
+        load_as_pipecat_cloud(project / "pcc-deploy.toml")
+    except Exception as error:
+        yield Finding(str(error) or repr(error), "correct it in pcc-deploy.toml")
+        return
+    name, image = str(settings.get("agent_name", "")), str(settings.get("image", ""))
+    if not AGENT_NAME.fullmatch(name):
+        yield Finding(
+            f"agent_name {name!r} is not lower-case letters, digits and inner hyphens, up to 63",
+            "rename the agent in pcc-deploy.toml",
+        )
+    if "secret_set" not in settings:
+        yield Finding("no secret_set: the bot would have no keys", 'add secret_set = "…-secrets"')
+    if settings.get("architecture", "arm64") != "arm64":
+        yield Finding(
+            f"architecture {settings['architecture']!r}: Daily's regions run arm64 only",
+            'set architecture = "arm64"',
+        )
+    if image and image.rpartition(":")[2] == "latest":
+        yield Finding(
+            "image ends in :latest, a mutable tag: agents that are warm keep the old image",
+            "push each build under its own tag and name that",
+        )
+    if image and "image_credentials" not in settings:
+        yield Finding(
+            "an image without image_credentials: the deployment asks for --no-credentials",
+            "name the pull secret, or deploy with --no-credentials if the image is public",
+            fatal=False,
+        )
+
+
+def check_dockerfile(project: Path) -> Iterator[Finding]:
+    """Check the base image, the architecture, what is copied, and what the base image owns."""
+    dockerfile = project / "Dockerfile"
+    for word, rest in instructions(dockerfile):
+        if word == "FROM":
+            tag = rest.split()[-1].partition(":")[2]
+            if not re.fullmatch(r"\d+\.\d+\.\d+-py3\.\d+", tag):
+                yield Finding(
+                    f"FROM {rest}: the tag is mutable or leaves the Python open",
+                    "pin both, as in dailyco/pipecat-base:0.2.3-py3.12",
+                )
+            if "amd64" in rest:
+                yield Finding(f"FROM {rest}: the wrong architecture", "drop --platform")
+        if word in {"CMD", "ENTRYPOINT", "USER"}:
+            yield Finding(f"{word} {rest}: the base image owns it", f"delete the {word} line")
+    in_image = {source.rstrip("/") for sources, _ in copied(dockerfile) for source in sources}
+    for name in sorted(needed(project) - in_image):
+        line = f"COPY {name}/ {name}/" if (project / name).is_dir() else f"COPY {name} ./"
+        yield Finding(f"bot.py needs {name}, which is not copied", f"add: {line}")
+    for name in sorted(in_image & DEVELOPMENT):
+        yield Finding(f"{name} is for development and is copied", "take it out of the COPY line")
+    for name in sorted(filter(BASE_IMAGE.fullmatch, in_image)):
+        yield Finding(f"{name} would overwrite the base image's own", "give it another name")
+
+
+def check_context(project: Path) -> Iterator[Finding]:
+    """Look into the build context for what must not leave this machine."""
+    try:
+        context = tarfile.open(fileobj=io.BytesIO(pack_context(project)))
+    except ValueError as error:
+        yield Finding(str(error), "add what is large to .dockerignore")
+        return
+    for member in context.getmembers():
+        path = Path(member.name)
+        if SECRET_FILES.fullmatch(path.name) or SECRET_FOLDERS & set(path.parts):
+            yield Finding(f"{path} would be uploaded", f"add {path.name} to .dockerignore")
+
+
+def check_lock(project: Path) -> Iterator[Finding]:
+    """Check that uv.lock is there and belongs to this pyproject.toml."""
+    if not (project / "uv.lock").exists():
+        yield Finding(
+            "there is none: the image will hold the newest versions of the day it is built",
+            "uv lock, and commit uv.lock",
+            fatal=False,
+        )
+        return
+    if not shutil.which("uv"):
+        yield Finding("not checked: uv is not installed", "pip install uv", fatal=False)
+        return
+    # Offline, a lock that does not fit cannot be resolved again: the answer is quick either way.
+    command = ["uv", "lock", "--check", "--offline", "--project", str(project)]
+    if subprocess.run(command, capture_output=True, timeout=START_SECONDS).returncode:
+        yield Finding("does not fit pyproject.toml; the build would stop at it", "uv lock")
+
+
+def check_secrets(project: Path, env_file: Path) -> Iterator[Finding]:
+    """Check which names would be uploaded, and which would not."""
+    listed = set(dotenv_values(project / "env.example"))
+    for name in sorted(filter(LOCAL_NAMES.fullmatch, listed)):
+        yield Finding(f"env.example lists {name}, which is for one machine", "take it out")
+    if not env_file.exists():
+        yield Finding(f"{env_file.name} does not exist", "cp env.example .env, and fill it in")
+        return
+    for name in sorted(set(dotenv_values(env_file)) - listed):
+        if not LOCAL_NAMES.fullmatch(name):
+            yield Finding(
+                f"{name} is in {env_file.name} but not in env.example: it is not uploaded",
+                "list it in env.example if the deployed bot needs it",
+                fatal=False,
+            )
+
+
+def check_start(project: Path, env_file: Path) -> Iterator[Finding]:
+    """Lay out the image from the build context, import bot there and ask it whether it is ready."""
+    ask = (
+        "import asyncio, inspect, json, bot\n"
+        "assert inspect.iscoroutinefunction(bot.bot), 'bot.py has no async def bot(runner_args)'\n"
+        "ready = getattr(bot, 'readyz', lambda: True)()\n"
+        "ready = asyncio.run(ready) if inspect.isawaitable(ready) else ready\n"
+        "print(json.dumps(ready))\n"
+    )
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "SYSTEMROOT") if name in os.environ}
+    with tempfile.TemporaryDirectory() as folder:
+        context, app = Path(folder, "context"), Path(folder, "app")
+        app.mkdir()
+        with tarfile.open(fileobj=io.BytesIO(pack_context(project))) as packed:
+            packed.extractall(context, filter="data")
+        try:
+            lay_out_image(context, app, project / "Dockerfile")
+        except FileNotFoundError as error:
+            yield Finding(
+                f"the Dockerfile copies {error}, which is not in the build context",
+                "create it, or take it out of .dockerignore",
+            )
+            return
+        try:
+            answer = subprocess.run(
+                [sys.executable, "-B", "-c", ask],
+                cwd=app,
+                env=kept | secrets(project, env_file),
+                capture_output=True,
+                text=True,
+                timeout=START_SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            yield Finding(f"import bot took over {START_SECONDS} s", "keep work out of imports")
+            return
+    if answer.returncode:
+        yield Finding(answer.stderr.strip().splitlines()[-1], "the image would not start either")
+        return
+    ready = json.loads(answer.stdout.splitlines()[-1])
+    if not (ready if isinstance(ready, bool) else ready.get("ready")):
+        reason = ready if isinstance(ready, bool) else {**ready, "ready": False}
+        yield Finding(f"readyz() says {json.dumps(reason)}", f"fill it in in {env_file.name}")
+
+
+def check(project: Path, env_file: Path) -> bool:
+    """Print every finding with its mend; True if a deployment would go through."""
+    checks: dict[str, Callable[[], Iterator[Finding]]] = {
+        "pcc-deploy.toml": lambda: check_deploy_file(project),
+        "Dockerfile": lambda: check_dockerfile(project),
+        "build context": lambda: check_context(project),
+        "uv.lock": lambda: check_lock(project),
+        "secrets": lambda: check_secrets(project, env_file),
+        "start-up": lambda: check_start(project, env_file),
+    }
+    good, started = True, time.monotonic()
+    for subject, run in checks.items():
+        findings = list(run())
+        if not findings:
+            print(f"{subject:16} ok")
+        for finding in findings:
+            print(f"{subject:16} {'FAILS' if finding.fatal else 'mind'}: {finding.what}")
+            print(f"{'':16}   mend: {finding.mend}")
+        good &= not any(finding.fatal for finding in findings)
+    next_step = "pipecat cloud deploy --yes" if good else "mend what fails"
+    print(f"Checked in {time.monotonic() - started:.1f} s. Next: {next_step}")
+    return good
+
+
+def upload_secrets(project: Path, env_file: Path) -> int:
+    """Send the filled-in names of env.example to the secret set; returns the exit status.
+
+    `pipecat cloud secrets set --file .env` would send everything else in .env too, and refuses a
+    file with one blank value.
+    """
+    settings, values = read_deploy_file(project), secrets(project, env_file)
+    if broken := [name for name, value in values.items() if "\n" in value]:
+        print(f"{', '.join(broken)}: a secret is one line", file=sys.stderr)
+        return 2
+    if not values:
+        print(f"{env_file} has no value for any name of env.example", file=sys.stderr)
+        return 2
+    if not shutil.which("pipecat"):
+        install = 'uv tool install "pipecat-ai[cli]" --with pipecatcloud'
+        print(f"The pipecat command is not installed: {install}", file=sys.stderr)
+        return 2
+    print(f"{settings['secret_set']}: {', '.join(sorted(values))}", flush=True)
+    # Its folder is readable by nobody else, and gone afterwards.
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "secrets")
+        file.write_text("".join(f'{name}="{value}"\n' for name, value in values.items()))
+        command = ["pipecat", "cloud", "secrets", "set", str(settings["secret_set"])]
+        options = ["--file", str(file), "--region", str(settings["region"]), "--skip"]
+        return subprocess.run([*command, *options]).returncode
+
+
+def twiml(agent: str, organization: str, region: str) -> str:
+    """Return the TwiML that connects a call to the deployed agent.
+
+    Twilio drops a query string, so the agent is named in a parameter. It fills in the caller's
+    number itself: that is what the double braces are for.
+    """
+    host = "api.pipecat.daily.co" if region == "us-west" else f"{region}.api.pipecat.daily.co"
+    caller = "{" * 2 + "From" + "}" * 2
+    return f"""\
+<?xml version="1.0" encoding="UTF-8"?>
+<Response>
+  <Connect>
+    <Stream url="wss://{host}/ws/twilio">
+      <Parameter name="_pipecatCloudServiceHost" value="{agent}.{organization}"/>
+      <Parameter name="from_number" value="{caller}"/>
+    </Stream>
+  </Connect>
+</Response>
+"""
+
+
+def print_twiml(project: Path, organization: str | None) -> int:
+    """Print the TwiML alone on stdout, what to do with it on stderr; returns the exit status."""
+    if not organization:
+        from pipecatcloud.cli.config import config
+
+        organization = config.get("org")
+    if not organization:
+        print("Which organization? `pipecat cloud organizations list` has it.", file=sys.stderr)
+        return 2
+    settings = read_deploy_file(project)
+    print("In Twilio's console: a new TwiML Bin with this, then the phone number,", file=sys.stderr)
+    print('"A call comes in": TwiML Bin.', file=sys.stderr)
+    print(twiml(str(settings["agent_name"]), organization, str(settings["region"])), end="")
+    return 0
+
+
+def main(arguments: list[str] | None = None, project: Path | None = None) -> int:
+    """Run one errand; returns the exit status."""
+    project = project or Path(__file__).resolve().parent
+    parser = argparse.ArgumentParser(prog="python -m deploy", description="Deployment errands.")
+    errands = parser.add_subparsers(dest="errand", required=True)
+    for name, purpose in (
+        ("check", "what would fail, each with its mend"),
+        ("secrets", "upload the keys to the secret set of pcc-deploy.toml"),
+    ):
+        errand = errands.add_parser(name, help=purpose)
+        errand.add_argument("--env-file", type=Path, default=project / ".env")
+    errands.add_parser("twiml", help="print the TwiML for Twilio").add_argument(
+        "organization", nargs="?", help="default: the one `pipecat cloud` is signed in to"
+    )
+    chosen = parser.parse_args(arguments)
+    if chosen.errand == "check":
+        return 0 if check(project, chosen.env_file) else 1
+    if chosen.errand == "secrets":
+        return upload_secrets(project, chosen.env_file)
+    return print_twiml(project, chosen.organization)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
