@@ -1,0 +1,83 @@
+"""What the bot says and does about its environment."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pipecat.services.openai.llm import OpenAILLMService
+
+import config
+import services
+
+PROJECT = Path(config.__file__).parent
+KEYS = ("DEEPGRAM_API_KEY", "OPENAI_API_KEY", "CARTESIA_API_KEY")
+
+
+def run_bot(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python bot.py` with only these variables and no .env."""
+    return subprocess.run(
+        [sys.executable, str(PROJECT / "bot.py"), *arguments],
+        cwd=cwd,
+        env={
+            "PATH": os.environ["PATH"],
+            "PYTHON_DOTENV_DISABLED": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_without_keys_the_bot_names_each_and_the_rehearsal_and_exits_2(tmp_path: Path) -> None:
+    done = run_bot(cwd=tmp_path)
+    assert done.returncode == 2
+    assert all(key in done.stderr for key in KEYS)
+    assert "python -m rehearsal" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_blank_key_is_a_missing_key_and_a_present_one_is_not_named(tmp_path: Path) -> None:
+    done = run_bot(cwd=tmp_path, DEEPGRAM_API_KEY="  ", OPENAI_API_KEY="x", CARTESIA_API_KEY="y")
+    assert done.returncode == 2
+    assert "DEEPGRAM_API_KEY" in done.stderr
+    assert "OPENAI_API_KEY" not in done.stderr
+
+
+def test_help_needs_no_keys(tmp_path: Path) -> None:
+    done = run_bot("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "--transport" in done.stdout
+
+
+def test_blank_settings_fall_back_to_their_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, object] = {}
+    monkeypatch.setattr(
+        OpenAILLMService, "create_client", lambda _self, **arguments: given.update(arguments)
+    )
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    monkeypatch.setenv("OPENAI_BASE_URL", "")
+    monkeypatch.setenv("CARTESIA_VOICE_ID", "  ")
+    services.create_llm("Be kind.")
+    assert given["base_url"] == "https://api.openai.com/v1"
+    assert config.setting("CARTESIA_VOICE_ID", "a voice") == "a voice"
+
+
+def test_a_session_without_keys_fails_with_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in KEYS:
+        monkeypatch.delenv(key, raising=False)
+    with pytest.raises(RuntimeError, match=r"DEEPGRAM_API_KEY, OPENAI_API_KEY, CARTESIA_API_KEY"):
+        config.require_keys()
+
+
+def test_env_example_lists_every_required_variable_and_nothing_local() -> None:
+    names = {
+        line.partition("=")[0]
+        for line in (PROJECT / "env.example").read_text(encoding="utf-8").splitlines()
+        if line and not line.startswith("#")
+    }
+    assert set(config.REQUIRED) <= names
+    assert not {name for name in names if name == "ENV" or name.endswith(("_BASE_URL", "_DIR"))}
