@@ -1,0 +1,96 @@
+"""Deepgram, OpenAI, Cartesia and Twilio's REST API on this machine, each on a port of its own."""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from rehearsal.cartesia import CartesiaServer
+from rehearsal.deepgram import DeepgramServer
+from rehearsal.engine import Engine
+from rehearsal.faults import Faults
+from rehearsal.openai import OpenAIServer
+from rehearsal.server import HOST, ProviderServer, WireLog
+from rehearsal.twilio_rest import TwilioServer
+
+
+@dataclass(frozen=True)
+class Providers:
+    """The running servers, and the log of what passed on their wires."""
+
+    deepgram: DeepgramServer
+    openai: OpenAIServer
+    cartesia: CartesiaServer
+    twilio: TwilioServer
+    log: WireLog
+
+    @property
+    def servers(self) -> tuple[ProviderServer, ...]:
+        """All servers, in the order of their ports."""
+        return (self.deepgram, self.openai, self.cartesia, self.twilio)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables that point a bot here. The keys are placeholders; any key is taken."""
+        return {
+            "DEEPGRAM_API_KEY": "rehearsal",
+            "DEEPGRAM_BASE_URL": f"ws://{HOST}:{self.deepgram.port}",
+            "OPENAI_API_KEY": "rehearsal",
+            "OPENAI_BASE_URL": f"http://{HOST}:{self.openai.port}/v1",
+            "CARTESIA_API_KEY": "rehearsal",
+            "CARTESIA_VOICE_ID": "rehearsal",
+            "CARTESIA_BASE_URL": f"ws://{HOST}:{self.cartesia.port}/tts/websocket",
+            "TWILIO_BASE_URL": f"http://{HOST}:{self.twilio.port}",
+        }
+
+    @property
+    def peers(self) -> set[str]:
+        """The addresses all requests came from."""
+        return {request.peer[0] for request in self.log.requests}
+
+
+@asynccontextmanager
+async def serve(
+    engine: Engine, *, faults: Mapping[str, Faults] | None = None, port: int = 0
+) -> AsyncIterator[Providers]:
+    """Run all providers on 127.0.0.1 before `engine`, which stays open.
+
+    Args:
+        engine: What hears, thinks and speaks.
+        faults: Switches by server name (deepgram, openai, cartesia, twilio) to begin with.
+        port: Port of the first server, the others follow; 0 takes free ones.
+
+    Raises:
+        OSError: A port is taken.
+    """
+    switches = dict(faults or {})
+    log = WireLog()
+    providers = Providers(
+        deepgram=DeepgramServer(engine, log, switches.pop("deepgram", None)),
+        openai=OpenAIServer(engine, log, switches.pop("openai", None)),
+        cartesia=CartesiaServer(engine, log, switches.pop("cartesia", None)),
+        twilio=TwilioServer(log, switches.pop("twilio", None)),
+        log=log,
+    )
+    if switches:
+        raise ValueError(f"no such provider: {', '.join(switches)}")
+    try:
+        for index, server in enumerate(providers.servers):
+            await server.start(port + index if port else 0)
+        yield providers
+    finally:
+        for server in providers.servers:
+            await server.aclose()
+
+
+async def run_providers(engine: Engine, port: int = 0) -> None:
+    """Serve until SIGINT or SIGTERM; print the variables that point a bot here, one per line."""
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopped.set)
+    async with serve(engine, port=port) as providers:
+        for name, value in providers.environment.items():
+            print(f"{name}={value}", flush=True)
+        await stopped.wait()
