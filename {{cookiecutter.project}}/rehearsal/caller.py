@@ -262,10 +262,10 @@ def answer_seconds(caller: Caller, utterance: Utterance) -> float | None:
     return starts[0] - utterance.end if starts else None
 
 
-def is_loud(pcm: bytes) -> bool:
-    """Tell whether mono PCM16 holds any sound."""
+def is_loud(pcm: bytes, rms: float = LOUD_RMS) -> bool:
+    """Tell whether mono PCM16 is louder than `rms` on the whole."""
     samples = np.frombuffer(pcm, dtype="<i2").astype(np.float64)
-    return bool(samples.size and np.sqrt(np.mean(samples**2)) > LOUD_RMS)
+    return bool(samples.size and np.sqrt(np.mean(samples**2)) > rms)
 
 
 def _loud_windows(pcm: bytes, sample_rate: int) -> list[float]:
