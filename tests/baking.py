@@ -1,0 +1,70 @@
+"""A project baked from a clone of this repository, and what its user would do with it."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = "{{cookiecutter.project}}"
+
+
+@dataclass(frozen=True)
+class BakedProject:
+    """A project as its user gets it."""
+
+    path: Path
+
+    def read(self, name: str) -> str:
+        """Return the text of a file, line endings as they are on disk."""
+        return self.read_bytes(name).decode()
+
+    def read_bytes(self, name: str) -> bytes:
+        """Return the bytes of a file."""
+        return (self.path / name).read_bytes()
+
+    def contents(self) -> dict[str, bytes]:
+        """Return every file with its bytes."""
+        return {name: self.read_bytes(name) for name in self.files()}
+
+    def files(self) -> set[str]:
+        """Return the paths of all files, relative and with forward slashes."""
+        return {
+            path.relative_to(self.path).as_posix()
+            for path in self.path.rglob("*")
+            if not path.is_dir()
+        }
+
+    def run(self, *command: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+        """Run a command in the project, without this repository's environment."""
+        environment = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
+        return subprocess.run(
+            command, cwd=self.path, env=environment, text=True, capture_output=True, timeout=timeout
+        )
+
+    def tool(self, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run a tool of this repository's environment in the project."""
+        return self.run(sys.executable, "-m", name, *arguments)
+
+
+class Bake(Protocol):
+    """Generates a project, unless told otherwise from a clone into a new output directory."""
+
+    def __call__(
+        self, *, template: Path = ..., output: Path | None = None, **answers: Any
+    ) -> BakedProject: ...
+
+
+def succeed(done: subprocess.CompletedProcess[str]) -> None:
+    """Fail with what a command printed, unless it succeeded."""
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def tracked_files(folder: Path = ROOT) -> list[str]:
+    """Return what git tracks (or would, once added) below a folder, relative to the folder."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listing = subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    names = listing.stdout.decode().split("\0")[:-1]
+    return [name for name in names if (folder / name).is_file()]

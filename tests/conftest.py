@@ -1,0 +1,73 @@
+"""Where the generator's tests bake from, and how."""
+
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from baking import ROOT, Bake, BakedProject, tracked_files
+from cookiecutter.main import cookiecutter
+
+
+@pytest.fixture(scope="session")
+def form() -> dict[str, Any]:
+    """cookiecutter.json."""
+    return json.loads((ROOT / "cookiecutter.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository as a clone has it: tracked files only, nothing a developer left lying."""
+    copy = tmp_path_factory.mktemp("clone") / "cookiecutter-pipecat-roark"
+    for name in tracked_files():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, copy / name)
+    return copy
+
+
+@pytest.fixture(scope="session")
+def cookiecutter_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home of cookiecutter's own: no answers from ~/.cookiecutterrc, no replay files there."""
+    home = tmp_path_factory.mktemp("home")
+    settings = {"cookiecutters_dir": str(home / "templates"), "replay_dir": str(home / "replay")}
+    (home / "config.yaml").write_text(json.dumps(settings), encoding="utf-8")  # JSON is YAML.
+    (home / "tmp").mkdir()
+    return home
+
+
+@pytest.fixture(scope="session")
+def bake(template: Path, cookiecutter_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Bake:
+    """Bake with these answers and the defaults for the rest."""
+
+    def bake(
+        *, template: Path = template, output: Path | None = None, **answers: Any
+    ) -> BakedProject:
+        with pytest.MonkeyPatch.context() as patch:
+            # cookiecutter never removes the hooks it renders there.
+            patch.setattr(tempfile, "tempdir", str(cookiecutter_home / "tmp"))
+            project = cookiecutter(
+                str(template),
+                no_input=True,
+                extra_context=answers,
+                output_dir=str(output or tmp_path_factory.mktemp("baked")),
+                config_file=str(cookiecutter_home / "config.yaml"),
+            )
+        return BakedProject(Path(project))
+
+    return bake
+
+
+@pytest.fixture(scope="session")
+def default_project(bake: Bake) -> BakedProject:
+    """The default rendering. Shared: look, do not touch."""
+    return bake()
+
+
+@pytest.fixture(scope="session")
+def command_line(cookiecutter_home: Path) -> list[str]:
+    """The cookiecutter command with its own home; arguments follow."""
+    config = str(cookiecutter_home / "config.yaml")
+    return [sys.executable, "-m", "cookiecutter", "--config-file", config]

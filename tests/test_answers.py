@@ -1,0 +1,212 @@
+"""What a user may answer: everything they may arrives as it was given, the rest is refused."""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from baking import FOLDER, ROOT, Bake, BakedProject, tracked_files
+from cookiecutter.exceptions import FailedHookException
+
+PURPOSES = {
+    "double quotes": 'You are "Ann".',
+    "single quotes": "You're Ann's assistant.",
+    "three double quotes": 'Say """hello""" to all.',
+    "three single quotes": "Say '''hello''' to all.",
+    "a backslash": r"Files are in C:\new\table.",
+    "a trailing backslash": "Ends in one \\",
+    "backslash n as typed": r"One\nstill one.",
+    "newlines": "One.\n\nTwo.\n- three",
+    "a leading and a trailing newline": "\nOne.\n",
+    "an emoji": "Cheerful \U0001f600, a family \U0001f468\u200d\U0001f469\u200d\U0001f467.",
+    "another script": "Du bist höflich. 你好. שלום.",
+    "an expression": "Sums like {{ 7 * 7 }} stay.",
+    "an answer's name": "{{ cookiecutter.project }}",
+    "the folder's name": FOLDER,
+    "an unknown name": "{{ nobody.knows }}",
+    "an open expression": "Braces {{ and no end",
+    "a closed expression": "Braces }} and no beginning",
+    "a Jinja statement": "{% if x %}",
+    "the template's statement": "# <% raw %>",
+    "the template's comment": "# <# a comment # #>",
+    "the template's end of statement": "%>",
+    "an f-string": "f'{name!r}' %s {0}",
+    "a shell command": "$(touch pwned) `touch pwned`; ${HOME}",
+    "a comment": "# Not a heading",
+    "toml": '"]\n[tool.evil]\nx = "1',
+    "markup": "<b>bold</b> [red]red[/red] &amp; [bold",
+    "an equals sign": "a=b=c",
+    "4000 characters": "x" * 4000,
+}
+
+# What the first line on stderr says after the name of the question.
+REFUSED: list[tuple[dict[str, str], str]] = [
+    *(
+        ({"project": name}, f"project: {name!r} must be 1 to 63 lowercase letters, digits")
+        for name in (
+            *("", " ", ".", "..", "-", "-x", "x-", "a_b", "a.b", "a b", "Bad Name", "MyBot"),
+            *("bot\n", "x" * 64, "x" * 400, "a/b", "../escaped", "/tmp/escaped", "a\\b", "bot;ls"),
+            *("{{ 7 * 7 }}", '"; import os; "', "$(id)", "--help"),
+        )
+    ),
+    ({"project": "größe"}, r"project: 'gr\xf6\xdfe' must be 1 to 63 lowercase letters"),
+    *(
+        ({"project": name}, f"project: '{name}' is already a module, package or device")
+        for name in (
+            *("daily", "openai", "deepgram", "cartesia", "twilio", "pipecat", "pipecat-ai"),
+            *("pipecat--ai", "pipecatcloud", "aiohttp", "loguru", "numpy", "pytest", "ruff"),
+            *("bot", "roark", "rehearsal", "services", "transports", "tools", "tests"),
+            *("asyncio", "json", "types", "con", "nul", "com1", "lpt9"),
+        )
+    ),
+    *(
+        ({"purpose": blank}, "purpose: say in a sentence who the bot is")
+        for blank in ("", " ", "\n \n", "\N{NO-BREAK SPACE}")
+    ),
+    ({"purpose": "x" * 4001}, "purpose: 4001 characters are too many; at most 4000."),
+    *(
+        ({"purpose": f"One{chr(code)}two"}, f"purpose: U+{code:04X} is a control character")
+        for code in (0, 7, 8, 9, 0xB, 0xC, 0xD, 0x1B, 0x7F, 0x85, 0x9B, 0x202E, 0x2066, 0xDC80)
+    ),
+]
+
+
+def refused_id(value: object) -> str | None:
+    """Name a case after its answer."""
+    return ascii(next(iter(value.values())))[:30] if isinstance(value, dict) else ""
+
+
+@pytest.fixture(scope="session")
+def prompt_around(bake: Bake) -> tuple[str, str]:
+    """What stands before and after the purpose in prompt.md."""
+    before, after = bake(purpose="SPLITHERE").read("prompt.md").split("SPLITHERE")
+    return before, after
+
+
+@pytest.mark.parametrize("purpose", PURPOSES.values(), ids=PURPOSES)
+def test_any_purpose_arrives_verbatim_and_touches_no_other_file(
+    bake: Bake, default_project: BakedProject, prompt_around: tuple[str, str], purpose: str
+) -> None:
+    before, after = prompt_around
+
+    project = bake(purpose=purpose)
+
+    assert project.read("prompt.md") == before + purpose + after
+    for name in default_project.files() - {"prompt.md"}:
+        assert project.read_bytes(name) == default_project.read_bytes(name), name
+
+
+@pytest.mark.parametrize("way", ["argument", "replay file", "configuration file"])
+def test_a_purpose_full_of_markup_arrives_verbatim_however_it_is_given(
+    template: Path,
+    cookiecutter_home: Path,
+    prompt_around: tuple[str, str],
+    tmp_path: Path,
+    way: str,
+) -> None:
+    purpose = (
+        'Say "{{ cookiecutter.project }}", {% x %}, # <% raw %>, \\ and \U0001f600.\n"""Two"""'
+    )
+    answers = {"project": "my-voice-bot", "purpose": purpose}
+    settings = tmp_path / "config.yaml"
+    configured = {"replay_dir": str(tmp_path), "cookiecutters_dir": str(tmp_path)}
+    arguments = ["--no-input"]
+    if way == "argument":
+        arguments += [f"purpose={purpose}"]
+    elif way == "replay file":
+        first_choices = {"transport": "webrtc", "region": "us-west", "record_audio": True}
+        replay = tmp_path / "answers.json"
+        replay.write_text(json.dumps({"cookiecutter": answers | first_choices}), encoding="utf-8")
+        arguments = ["--replay-file", str(replay)]
+    else:
+        configured |= {"default_context": {"purpose": purpose}}
+    settings.write_text(json.dumps(configured), encoding="utf-8")  # JSON is YAML, almost.
+
+    command = [sys.executable, "-m", "cookiecutter", "--config-file", str(settings), *arguments]
+    if way == "argument":
+        command.insert(-1, str(template))
+    else:
+        command.append(str(template))
+    subprocess.run([*command, "--output-dir", str(tmp_path / "out")], check=True, timeout=60)
+
+    baked = BakedProject(tmp_path / "out" / "my-voice-bot")
+    assert baked.read("prompt.md") == purpose.join(prompt_around)
+
+
+@pytest.mark.parametrize(("answers", "sentence"), REFUSED, ids=refused_id)
+def test_a_bad_answer_is_refused_in_a_sentence_and_leaves_nothing(
+    bake: Bake,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    answers: dict[str, Any],
+    sentence: str,
+) -> None:
+    output = tmp_path / "here" / "out"
+    output.mkdir(parents=True)
+
+    with pytest.raises(FailedHookException):
+        bake(output=output, **answers)
+
+    assert capfd.readouterr().err.splitlines()[0].startswith(sentence)
+    assert [path for path in tmp_path.rglob("*")] == [output.parent, output]
+
+
+def test_the_command_line_refuses_with_the_sentence_first_and_a_failing_exit_code(
+    command_line: list[str], template: Path, tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [*command_line, "--no-input", str(template), "project=daily", "-o", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[0] == (
+        "project: 'daily' is already a module, package or device; try 'daily-bot'."
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_generated_over_a_project_that_exists(
+    command_line: list[str], template: Path, tmp_path: Path
+) -> None:
+    secret = tmp_path / "my-voice-bot" / ".env"
+    secret.parent.mkdir()
+    secret.write_text("KEY=1")
+
+    done = subprocess.run(
+        [*command_line, "--no-input", "-f", str(template), "-o", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+    assert done.returncode == 1
+    assert done.stderr.startswith("project: the folder 'my-voice-bot' is not empty ('.env' is")
+    assert [path.name for path in secret.parent.iterdir()] == [".env"]
+    assert secret.read_text() == "KEY=1"
+
+
+def test_every_name_a_project_would_clash_with_is_taken(form: dict[str, Any]) -> None:
+    lock = tomllib.loads((ROOT / "uv.lock").read_text(encoding="utf-8"))
+    packages = {package["name"] for package in lock["package"]}
+    sources = [ROOT / FOLDER / name for name in tracked_files(ROOT / FOLDER) if name[-3:] == ".py"]
+    imports = re.findall(
+        r"^\s*(?:import|from) ([a-z]\w*)",
+        "\n".join(source.read_text(encoding="utf-8") for source in sources),
+        flags=re.MULTILINE,
+    )
+    own = {path.stem for path in (ROOT / FOLDER).glob("*.py")}
+    folders = {Path(name).parts[0] for name in tracked_files(ROOT / FOLDER) if "/" in name}
+    needed = {re.sub("[-_.]+", "-", name) for name in {*packages, *imports, *own, *folders}}
+
+    missing = {name for name in needed if re.fullmatch("[a-z0-9][a-z0-9-]*", name)}
+    missing -= {"cookiecutter-pipecat-roark", *form["_taken_names"], *sys.stdlib_module_names}
+
+    assert not missing, "add these to _taken_names in cookiecutter.json"
+    assert form["_taken_names"] == sorted(set(form["_taken_names"]))

@@ -1,0 +1,173 @@
+"""What is generated: for every answer complete, clean, and free of the template it came from."""
+
+import json
+import re
+import runpy
+import shutil
+import sys
+import tomllib
+from itertools import cycle, product
+from pathlib import Path
+
+import pytest
+import yaml
+from baking import FOLDER, ROOT, Bake, BakedProject, succeed
+
+FORM = json.loads((ROOT / "cookiecutter.json").read_text(encoding="utf-8"))
+
+# Every transport with and without recording; the regions, which no code depends on, take turns.
+ANSWERS = [
+    {"transport": transport, "record_audio": record_audio, "region": region}
+    for (transport, record_audio), region in zip(
+        product(FORM["transport"], [True, False]), cycle(FORM["region"]), strict=False
+    )
+]
+# Sources that are allowed to name the generator: where they say how to take a newer template.
+NAMES_THE_GENERATOR = {"README.md", "AGENTS.md"}
+
+PLANTED_FILES = (
+    ".env",
+    ".env.local",
+    "rehearsal/.env",
+    "tests/.env",
+    "bot.pyc",
+    "__pycache__/bot.cpython-311.pyc",
+    "roark/__pycache__/call.cpython-311.pyc",
+    "rehearsal/callers/__pycache__/deeper/twilio.cpython-311.pyc",
+    ".pytest_cache/README.md",
+    "tests/.pytest_cache/v/cache",
+    ".ruff_cache/0.1/data",
+    ".mypy_cache/3.11/bot.data.json",
+    ".venv/lib/python3.11/site-packages/evil.py",
+    "calls/one/recording.wav",
+    "roark/calls/one/call.json",
+    ".coverage",
+    "evals/.env/bin/python",
+    ".DS_Store",
+    "tests/.DS_Store",
+)
+
+
+@pytest.fixture(
+    scope="module",
+    params=ANSWERS,
+    ids=lambda a: f"{a['transport']}-{'record' if a['record_audio'] else 'silent'}-{a['region']}",
+)
+def project(request: pytest.FixtureRequest, bake: Bake) -> BakedProject:
+    """One rendering of each kind."""
+    return bake(**request.param)
+
+
+def is_vendored(name: str) -> bool:
+    """Tell whether a file of the template is copied without rendering."""
+    return any(name.startswith(pattern.rstrip("*")) for pattern in FORM["_copy_without_render"])
+
+
+def test_every_rendering_holds_exactly_the_files_of_the_template(
+    project: BakedProject, template: Path
+) -> None:
+    assert project.files() == BakedProject(template / FOLDER).files()
+
+
+def test_vendored_files_are_the_template_s_byte_for_byte(
+    project: BakedProject, template: Path
+) -> None:
+    vendored = {name for name in project.files() if is_vendored(name)}
+
+    assert {Path(name).parts[0] for name in vendored} >= {"roark", "rehearsal", "tests"}
+    for name in vendored:
+        assert project.read_bytes(name) == (template / FOLDER / name).read_bytes(), name
+
+
+def test_rendered_files_show_no_trace_of_the_template(project: BakedProject) -> None:
+    for name in project.files():
+        if is_vendored(name):
+            continue
+        text = project.read(name)
+        assert not re.search(r"# <%|%>|# <#|# #>|\{\{ ?cookiecutter", text), name
+        assert name in NAMES_THE_GENERATOR or "cookiecutter" not in text.lower(), name
+
+
+def test_every_file_of_a_rendering_ends_its_lines_the_unix_way(project: BakedProject) -> None:
+    for name in project.files():
+        content = project.read_bytes(name)
+        if b"\0" not in content:
+            assert b"\r" not in content, name
+            assert content.endswith(b"\n") or not content, f"{name}: no newline at its end"
+
+
+def test_every_toml_yaml_and_json_file_of_a_rendering_parses(project: BakedProject) -> None:
+    for name in project.files():
+        match Path(name).suffix:
+            case ".toml":
+                tomllib.loads(project.read(name))
+            case ".yaml" | ".yml":
+                yaml.safe_load(project.read(name))
+            case ".json":
+                json.loads(project.read(name))
+
+
+def test_every_rendering_is_linted_and_formatted(project: BakedProject) -> None:
+    succeed(project.tool("ruff", "check", "--no-cache", "."))
+    succeed(project.tool("ruff", "format", "--check", "--no-cache", "."))
+
+
+def test_a_developer_s_leftovers_are_never_baked(
+    template: Path, bake: Bake, default_project: BakedProject, tmp_path: Path
+) -> None:
+    littered = tmp_path / "template"
+    shutil.copytree(template, littered)
+    for name in PLANTED_FILES:
+        path = littered / FOLDER / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("SECRET=1\n")
+
+    project = bake(template=littered)
+
+    assert project.contents() == default_project.contents()
+    assert {path.name for path in project.path.rglob("*") if path.is_dir()} == {
+        path.name for path in default_project.path.rglob("*") if path.is_dir()
+    }
+
+
+def test_what_cannot_be_swept_is_named_and_the_project_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "roark").mkdir()
+    (tmp_path / "roark" / ".env").write_text("SECRET=1")
+    monkeypatch.chdir(tmp_path)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+
+    runpy.run_path(str(ROOT / "hooks" / "post_gen_project.py"))
+
+    assert capsys.readouterr().err == (
+        f"Could not remove {Path('roark', '.env')}, which is not part of the project.\n"
+    )
+
+
+@pytest.mark.slow
+def test_the_default_rendering_is_typed(default_project: BakedProject) -> None:
+    succeed(default_project.tool("pyright", "--pythonpath", sys.executable))
+
+
+@pytest.mark.slow
+def test_the_default_rendering_passes_its_own_tests_in_its_own_fresh_environment(
+    bake: Bake,
+) -> None:
+    project = bake()
+
+    for command in (
+        ("uv", "lock", "--python", "3.11"),
+        ("uv", "sync", "--locked"),
+        ("uv", "run", "--locked", "pytest", "-q", "-m", "not slow"),
+    ):
+        succeed(project.run(*command))
+
+    environment = project.run(
+        "uv", "run", "--locked", "python", "-c", "import sys;print(sys.prefix)"
+    )
+    assert Path(environment.stdout.strip()) == project.path / ".venv"

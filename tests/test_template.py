@@ -1,0 +1,68 @@
+"""The template where it lies: real code, in names and lines that any system can check out."""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from baking import FOLDER, ROOT, BakedProject, succeed, tracked_files
+
+# What `git clone` cannot write on Windows: these characters, these names, a final dot or space.
+ILLEGAL_ON_WINDOWS = re.compile(
+    r"[<>:\"|?*\\\x00-\x1f]|(^|/)(con|prn|aux|nul|com\d|lpt\d)(\.|/|$)|[. ](/|$)", re.IGNORECASE
+)
+
+
+def pyproject(folder: Path) -> dict[str, Any]:
+    """Return a folder's pyproject.toml."""
+    return tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_every_tracked_name_can_be_checked_out_on_windows() -> None:
+    names = tracked_files()
+
+    assert not [name for name in names if ILLEGAL_ON_WINDOWS.search(name)]
+    assert len({name.lower() for name in names}) == len(names)
+
+
+def test_every_tracked_text_file_ends_its_lines_the_unix_way() -> None:
+    for name in tracked_files():
+        content = (ROOT / name).read_bytes()
+        assert b"\0" in content or b"\r" not in content, name
+
+
+def test_the_hooks_are_short_and_need_nothing_but_python() -> None:
+    for hook in (ROOT / "hooks").glob("*.py"):
+        source = hook.read_text(encoding="utf-8")
+        imports = set(re.findall(r"^(?:import|from) (\w+)", source, flags=re.MULTILINE))
+        assert len(source.splitlines()) <= 40
+        assert imports <= {"contextlib", "fnmatch", "json", "os", "pathlib", "re", "shutil", "sys"}
+
+
+def test_the_template_is_linted_and_formatted_where_it_lies() -> None:
+    repository = BakedProject(ROOT)
+
+    for folder in (FOLDER, "hooks", "tests", "verbatim_answers.py"):
+        succeed(repository.tool("ruff", "check", "--no-cache", folder))
+        succeed(repository.tool("ruff", "format", "--check", "--no-cache", folder))
+
+
+@pytest.mark.slow
+def test_the_template_is_typed_where_it_lies() -> None:
+    succeed(BakedProject(ROOT).tool("pyright"))
+
+
+def test_this_repository_tests_the_template_with_the_dependencies_it_ships() -> None:
+    here, there = pyproject(ROOT), pyproject(ROOT / FOLDER)
+    runtime = set(there["project"]["dependencies"])
+    local = set(there["project"]["optional-dependencies"]["local"])
+
+    ours = set(here["project"]["dependencies"])
+    assert ours >= runtime
+    assert {re.split("[<>=]", name)[0] for name in ours - runtime} == {"cookiecutter"}
+    assert set(here["dependency-groups"]["dev"]) >= local | set(there["dependency-groups"]["dev"])
+    assert here["project"]["requires-python"] == there["project"]["requires-python"]
+    for tool in ("line-length", "target-version"):
+        assert here["tool"]["ruff"][tool] == there["tool"]["ruff"][tool]
+    assert here["tool"]["ruff"]["lint"]["select"] == there["tool"]["ruff"]["lint"]["select"]
