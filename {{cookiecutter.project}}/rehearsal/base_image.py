@@ -4,7 +4,7 @@ Not a copy of the image's server: a small one of our own on the public types of 
 Pipecat, for what bot.py can notice. `dailyco/pipecat-base` 0.2.3 is what it was written after.
 As a program it runs the bot.py of the current folder until SIGTERM, and prints its address:
 
-    python tests/base_image.py
+    python -m rehearsal.base_image
 """
 
 import asyncio
