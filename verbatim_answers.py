@@ -26,7 +26,8 @@ class VerbatimAnswers(Extension):
         """Return `source`, or a template that renders to exactly `source` if it is an answer."""
         if name is not None or source.startswith(HOOK_OPENING):
             return source
-        rendered = ascii(source)
+        # JSON read as YAML leaves the two halves of an emoji apart; joined, a file can hold it.
+        rendered = ascii(source.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass"))
         if source == FOLDER:
             # cookiecutter sets _template once the form is answered; before, this is an answer too.
             rendered = f"cookiecutter.project|folder if '_template' in cookiecutter else {rendered}"

@@ -7,19 +7,15 @@ from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
-FOLDERS = ("__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".venv", "calls")
-FILES = (".env", ".env.*", "*.pyc", ".coverage", ".DS_Store")
-
-
-def unwanted(names: list[str], patterns: tuple[str, ...]) -> set[str]:
-    """Return the names that match one of the patterns."""
-    return {name for name in names if any(fnmatch(name, pattern) for pattern in patterns)}
-
+UNWANTED = (
+    *("__pycache__", "*.pyc", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".coverage"),
+    *(".env", ".env.*", ".venv", "calls", ".DS_Store"),
+)
 
 for here, folders, files in os.walk("."):
-    swept = unwanted(folders, FOLDERS)
-    folders[:] = sorted(set(folders) - swept)
-    for path in [Path(here, name) for name in swept | unwanted(files, FILES)]:
+    names = {name for name in folders + files if any(fnmatch(name, glob) for glob in UNWANTED)}
+    folders[:] = sorted(set(folders) - names)
+    for path in [Path(here, name) for name in names]:
         shutil.rmtree(path, ignore_errors=True)
         with suppress(OSError):
             path.unlink(missing_ok=True)

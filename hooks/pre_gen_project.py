@@ -23,7 +23,7 @@ def refusal(project: str, purpose: str) -> str | None:
         return f"project: {project!a} must be 1 to 63 lowercase letters, digits and inner hyphens."
     module = re.sub("-+", "_", project)
     if module in sys.stdlib_module_names or module.replace("_", "-") in ANSWERS["_taken_names"]:
-        return f"project: {project!a} is taken by a module, a dependency or Windows; try '{project}-bot'."
+        return f"project: {project!a} is already a module, package or device; try '{project}-bot'."
     if not purpose.strip():
         return "purpose: say in a sentence who the bot is and what it does; it is blank."
     if len(purpose) > MAX_PURPOSE_CHARACTERS:

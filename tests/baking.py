@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,9 +26,11 @@ class BakedProject:
         """Return the bytes of a file."""
         return (self.path / name).read_bytes()
 
-    def contents(self) -> dict[str, bytes]:
-        """Return every file with its bytes."""
-        return {name: self.read_bytes(name) for name in self.files()}
+    def differences(self, other: "BakedProject") -> set[str]:
+        """Return the files that only one of the two has, or that differ by a byte."""
+        shared = self.files() & other.files()
+        changed = {name for name in shared if self.read_bytes(name) != other.read_bytes(name)}
+        return changed | self.files() ^ other.files()
 
     def files(self) -> set[str]:
         """Return the paths of all files, relative and with forward slashes."""
@@ -55,6 +58,14 @@ class Bake(Protocol):
     def __call__(
         self, *, template: Path = ..., output: Path | None = None, **answers: Any
     ) -> BakedProject: ...
+
+
+class CommandLine(Protocol):
+    """Runs the cookiecutter command, typing `lines` at its prompts."""
+
+    def __call__(
+        self, *arguments: str | Path, lines: Sequence[str] = ()
+    ) -> subprocess.CompletedProcess[str]: ...
 
 
 def succeed(done: subprocess.CompletedProcess[str]) -> None:

@@ -1,14 +1,17 @@
 """Where the generator's tests bake from, and how."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from baking import ROOT, Bake, BakedProject, tracked_files
+from baking import ROOT, Bake, BakedProject, CommandLine, tracked_files
 from cookiecutter.main import cookiecutter
 
 
@@ -67,7 +70,24 @@ def default_project(bake: Bake) -> BakedProject:
 
 
 @pytest.fixture(scope="session")
-def command_line(cookiecutter_home: Path) -> list[str]:
-    """The cookiecutter command with its own home; arguments follow."""
-    config = str(cookiecutter_home / "config.yaml")
-    return [sys.executable, "-m", "cookiecutter", "--config-file", config]
+def command_line(cookiecutter_home: Path) -> CommandLine:
+    """cookiecutter in a home of its own, as a user types it."""
+
+    def run(*arguments: str | Path, lines: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+        config = cookiecutter_home / "config.yaml"
+        return subprocess.run(
+            [sys.executable, "-m", "cookiecutter", "--config-file", config, *arguments],
+            input="".join(f"{line}\n" for line in lines),
+            env={
+                **os.environ,
+                "HOME": str(cookiecutter_home),
+                "TMPDIR": str(cookiecutter_home / "tmp"),
+                "PYTHONUTF8": "1",
+                "COLUMNS": "1000",
+            },
+            encoding="utf-8",
+            capture_output=True,
+            timeout=60,
+        )
+
+    return run

@@ -1,15 +1,15 @@
 """What a user may answer: everything they may arrives as it was given, the rest is refused."""
 
+import ast
 import json
 import re
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
-from baking import FOLDER, ROOT, Bake, BakedProject, tracked_files
+from baking import FOLDER, ROOT, Bake, BakedProject, CommandLine, succeed, tracked_files
 from cookiecutter.exceptions import FailedHookException
 
 PURPOSES = {
@@ -96,45 +96,32 @@ def test_any_purpose_arrives_verbatim_and_touches_no_other_file(
     project = bake(purpose=purpose)
 
     assert project.read("prompt.md") == before + purpose + after
-    for name in default_project.files() - {"prompt.md"}:
-        assert project.read_bytes(name) == default_project.read_bytes(name), name
+    assert project.differences(default_project) == {"prompt.md"}
 
 
 @pytest.mark.parametrize("way", ["argument", "replay file", "configuration file"])
 def test_a_purpose_full_of_markup_arrives_verbatim_however_it_is_given(
+    command_line: CommandLine,
     template: Path,
-    cookiecutter_home: Path,
     prompt_around: tuple[str, str],
     tmp_path: Path,
     way: str,
 ) -> None:
-    purpose = (
-        'Say "{{ cookiecutter.project }}", {% x %}, # <% raw %>, \\ and \U0001f600.\n"""Two"""'
-    )
-    answers = {"project": "my-voice-bot", "purpose": purpose}
-    settings = tmp_path / "config.yaml"
-    configured = {"replay_dir": str(tmp_path), "cookiecutters_dir": str(tmp_path)}
-    arguments = ["--no-input"]
-    if way == "argument":
-        arguments += [f"purpose={purpose}"]
-    elif way == "replay file":
-        first_choices = {"transport": "webrtc", "region": "us-west", "record_audio": True}
-        replay = tmp_path / "answers.json"
-        replay.write_text(json.dumps({"cookiecutter": answers | first_choices}), encoding="utf-8")
-        arguments = ["--replay-file", str(replay)]
-    else:
-        configured |= {"default_context": {"purpose": purpose}}
-    settings.write_text(json.dumps(configured), encoding="utf-8")  # JSON is YAML, almost.
+    purpose = 'Say "{{ cookiecutter.project }}", {% x %}, # <% raw %>, \\ \U0001f600.\n"""Two"""'
+    answers = {"project": "my-voice-bot", "purpose": purpose, "transport": "webrtc"}
+    answers |= {"region": "us-west", "record_audio": True}
+    file = tmp_path / "answers.json"  # JSON is also YAML, but for an emoji in two halves.
+    file.write_text(json.dumps({"cookiecutter": answers, "default_context": answers}))
+    arguments = {
+        "argument": ("--no-input", template, f"purpose={purpose}"),
+        "replay file": ("--replay-file", file, template),
+        "configuration file": ("--no-input", "--config-file", file, template),
+    }[way]
 
-    command = [sys.executable, "-m", "cookiecutter", "--config-file", str(settings), *arguments]
-    if way == "argument":
-        command.insert(-1, str(template))
-    else:
-        command.append(str(template))
-    subprocess.run([*command, "--output-dir", str(tmp_path / "out")], check=True, timeout=60)
+    succeed(command_line(*arguments, "--output-dir", tmp_path))
 
-    baked = BakedProject(tmp_path / "out" / "my-voice-bot")
-    assert baked.read("prompt.md") == purpose.join(prompt_around)
+    project = BakedProject(tmp_path / "my-voice-bot")
+    assert project.read("prompt.md") == purpose.join(prompt_around)
 
 
 @pytest.mark.parametrize(("answers", "sentence"), REFUSED, ids=refused_id)
@@ -156,14 +143,9 @@ def test_a_bad_answer_is_refused_in_a_sentence_and_leaves_nothing(
 
 
 def test_the_command_line_refuses_with_the_sentence_first_and_a_failing_exit_code(
-    command_line: list[str], template: Path, tmp_path: Path
+    command_line: CommandLine, template: Path, tmp_path: Path
 ) -> None:
-    done = subprocess.run(
-        [*command_line, "--no-input", str(template), "project=daily", "-o", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = command_line("--no-input", template, "project=daily", "--output-dir", tmp_path)
 
     assert done.returncode == 1
     assert done.stderr.splitlines()[0] == (
@@ -173,18 +155,13 @@ def test_the_command_line_refuses_with_the_sentence_first_and_a_failing_exit_cod
 
 
 def test_nothing_is_generated_over_a_project_that_exists(
-    command_line: list[str], template: Path, tmp_path: Path
+    command_line: CommandLine, template: Path, tmp_path: Path
 ) -> None:
     secret = tmp_path / "my-voice-bot" / ".env"
     secret.parent.mkdir()
     secret.write_text("KEY=1")
 
-    done = subprocess.run(
-        [*command_line, "--no-input", "-f", str(template), "-o", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = command_line("--no-input", "--overwrite-if-exists", template, "--output-dir", tmp_path)
 
     assert done.returncode == 1
     assert done.stderr.startswith("project: the folder 'my-voice-bot' is not empty ('.env' is")
@@ -192,15 +169,23 @@ def test_nothing_is_generated_over_a_project_that_exists(
     assert secret.read_text() == "KEY=1"
 
 
+def imported_names(node: ast.AST) -> list[str]:
+    """Return the absolute modules an import statement names; nothing for any other node."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+
+
 def test_every_name_a_project_would_clash_with_is_taken(form: dict[str, Any]) -> None:
     lock = tomllib.loads((ROOT / "uv.lock").read_text(encoding="utf-8"))
     packages = {package["name"] for package in lock["package"]}
-    sources = [ROOT / FOLDER / name for name in tracked_files(ROOT / FOLDER) if name[-3:] == ".py"]
-    imports = re.findall(
-        r"^\s*(?:import|from) ([a-z]\w*)",
-        "\n".join(source.read_text(encoding="utf-8") for source in sources),
-        flags=re.MULTILINE,
-    )
+    imports = {
+        name.split(".")[0]
+        for source in tracked_files(ROOT / FOLDER)
+        if source.endswith(".py")
+        for node in ast.walk(ast.parse((ROOT / FOLDER / source).read_bytes()))
+        for name in imported_names(node)
+    }
     own = {path.stem for path in (ROOT / FOLDER).glob("*.py")}
     folders = {Path(name).parts[0] for name in tracked_files(ROOT / FOLDER) if "/" in name}
     needed = {re.sub("[-_.]+", "-", name) for name in {*packages, *imports, *own, *folders}}

@@ -1,26 +1,21 @@
 """The form: what is asked, and that every answer makes a difference."""
 
 import re
-import subprocess
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
-from baking import Bake, BakedProject
+from baking import Bake, BakedProject, CommandLine, succeed
 
-QUESTIONS = {"project", "purpose", "transport", "region", "record_audio"}
-
-# One answer other than the default, for each thing that can be answered.
-OTHER_ANSWERS: list[dict[str, Any]] = [
-    {"project": "another-bot"},
-    {"purpose": "You tell callers the time."},
-    {"transport": "daily"},
-    {"transport": "twilio"},
-    {"region": "us-east"},
-    {"region": "eu-central"},
-    {"region": "ap-south"},
-    {"record_audio": False},
-]
+# Every answer a question can have; where any text will do, the default and another one.
+ANSWERS: dict[str, list[Any]] = {
+    "project": ["my-voice-bot", "another-bot"],
+    "purpose": ["You tell callers the time.", "You take orders for a pizzeria."],
+    "transport": ["webrtc", "daily", "twilio"],
+    "region": ["us-west", "us-east", "eu-central", "ap-south"],
+    "record_audio": [True, False],
+}
 
 TRANSCRIPT = """\
   [1/5] Project name: the folder, the package and the agent on Pipecat Cloud (my-voice-bot): \
@@ -49,87 +44,50 @@ A voice bot. Rehearse a call with it first: no account, no key.
 """
 
 
-@pytest.fixture
-def answer_prompts(command_line: list[str], template: Path, tmp_path: Path):
-    """Type these lines into the real command line; return the project and what was shown."""
-
-    def answer(*lines: str) -> tuple[BakedProject, str]:
-        done = subprocess.run(
-            [*command_line, str(template), "--output-dir", str(tmp_path)],
-            input="".join(f"{line}\n" for line in lines),
-            env={"COLUMNS": "1000", "PYTHONUTF8": "1"},
-            encoding="utf-8",
-            capture_output=True,
-            timeout=60,
-        )
-        assert done.returncode == 0, done.stderr
-        (project,) = tmp_path.iterdir()
-        return BakedProject(project), done.stdout
-
-    return answer
-
-
 def test_every_question_and_every_choice_has_a_human_label(form: dict[str, Any]) -> None:
     labels = form["__prompts__"]
 
-    assert {name for name in form if not name.startswith("_")} == QUESTIONS == labels.keys()
-    for name, default in form.items():
-        if isinstance(default, list) and name in QUESTIONS:
-            assert labels[name].keys() == {"__prompt__", *default}
+    assert {name for name in form if not name.startswith("_")} == ANSWERS.keys() == labels.keys()
+    for name in ("transport", "region"):
+        assert form[name] == ANSWERS[name]
+        assert labels[name].keys() == {"__prompt__", *ANSWERS[name]}
 
 
 def test_enter_enter_enter_gives_the_default_project(
-    answer_prompts: Any, default_project: BakedProject
+    command_line: CommandLine, template: Path, tmp_path: Path, default_project: BakedProject
 ) -> None:
-    project, shown = answer_prompts("", "", "", "", "")
+    done = command_line(template, "--output-dir", tmp_path, lines=["", "", "", "", ""])
 
-    assert shown == TRANSCRIPT
-    assert project.contents() == default_project.contents()
+    assert (done.stdout, done.stderr, done.returncode) == (TRANSCRIPT, "", 0)
+    assert not BakedProject(tmp_path / "my-voice-bot").differences(default_project)
 
 
 def test_answers_typed_at_the_prompts_are_the_answers_given_as_arguments(
-    answer_prompts: Any, bake: Bake
+    command_line: CommandLine, template: Path, tmp_path: Path, bake: Bake
 ) -> None:
     purpose = 'Say {{ "hi" }} and # <% raw %> \\ with \U0001f600 {%'
+    lines = ["another-bot", purpose, "3", "4", "no"]
 
-    project, _ = answer_prompts("another-bot", purpose, "3", "4", "no")
+    succeed(command_line(template, "--output-dir", tmp_path, lines=lines))
 
-    assert purpose in project.read("prompt.md")
-    assert (
-        project.contents()
-        == bake(
-            project="another-bot",
-            purpose=purpose,
-            transport="twilio",
-            region="ap-south",
-            record_audio=False,
-        ).contents()
+    typed = BakedProject(tmp_path / "another-bot")
+    given = bake(
+        project="another-bot",
+        purpose=purpose,
+        transport="twilio",
+        region="ap-south",
+        record_audio=False,
     )
+    assert purpose in typed.read("prompt.md")
+    assert not typed.differences(given)
 
 
-@pytest.mark.parametrize("answer", OTHER_ANSWERS, ids=str)
-def test_every_answer_changes_the_project(
-    bake: Bake, default_project: BakedProject, answer: dict[str, Any]
-) -> None:
-    assert bake(**answer).contents() != default_project.contents()
+@pytest.mark.parametrize("question", ANSWERS)
+def test_every_answer_to_a_question_gives_a_project_of_its_own(bake: Bake, question: str) -> None:
+    projects = [bake(**{question: answer}) for answer in ANSWERS[question]]
 
-
-def test_no_two_choices_of_a_question_give_the_same_project(
-    bake: Bake, form: dict[str, Any]
-) -> None:
-    for name in ("transport", "region"):
-        renderings = [bake(**{name: choice}).contents() for choice in form[name]]
-        for index, rendering in enumerate(renderings):
-            assert rendering not in renderings[:index], (name, form[name][index])
-
-
-def test_the_other_answers_above_are_all_there_are(form: dict[str, Any]) -> None:
-    asked = {name for answer in OTHER_ANSWERS for name in answer}
-    given = {(name, value) for answer in OTHER_ANSWERS for name, value in answer.items()}
-
-    assert asked == QUESTIONS
-    for name in ("transport", "region"):
-        assert {choice for question, choice in given if question == name} == set(form[name][1:])
+    for one, other in combinations(projects, 2):
+        assert one.differences(other)
 
 
 def test_the_three_commands_at_the_end_start_in_the_new_folder(

@@ -33,7 +33,7 @@ PLANTED_FILES = (
     "bot.pyc",
     "__pycache__/bot.cpython-311.pyc",
     "roark/__pycache__/call.cpython-311.pyc",
-    "rehearsal/callers/__pycache__/deeper/twilio.cpython-311.pyc",
+    "rehearsal/__pycache__/deeper/twilio.cpython-311.pyc",
     ".pytest_cache/README.md",
     "tests/.pytest_cache/v/cache",
     ".ruff_cache/0.1/data",
@@ -42,7 +42,7 @@ PLANTED_FILES = (
     "calls/one/recording.wav",
     "roark/calls/one/call.json",
     ".coverage",
-    "evals/.env/bin/python",
+    "roark/.env/bin/python",
     ".DS_Store",
     "tests/.DS_Store",
 )
@@ -124,7 +124,7 @@ def test_a_developer_s_leftovers_are_never_baked(
 
     project = bake(template=littered)
 
-    assert project.contents() == default_project.contents()
+    assert not project.differences(default_project)
     assert {path.name for path in project.path.rglob("*") if path.is_dir()} == {
         path.name for path in default_project.path.rglob("*") if path.is_dir()
     }
