@@ -5,7 +5,6 @@ WebRTC's, nor dies of Daily's where those do not load.
 """
 
 import asyncio
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +76,7 @@ async def answer(runner_args: RunnerArguments) -> Line:
 
 def client_id(client: Any) -> str:
     """Who this client of a transport is: a Daily room has several, the others one."""
-    return client["id"] if isinstance(client, Mapping) else "caller"
+    return client["id"] if isinstance(client, dict) else "caller"
 
 
 def _webrtc_params() -> TransportParams:
