@@ -19,7 +19,7 @@ RUN --mount=type=cache,target=/root/.cache/uv \
         uv sync --no-install-project --no-dev; \
     fi
 COPY --from=bake /baked/my-voice-bot/bot.py /baked/my-voice-bot/config.py \
-    /baked/my-voice-bot/services.py /baked/my-voice-bot/transports.py \
-    /baked/my-voice-bot/tools.py /baked/my-voice-bot/prompt.md ./
+    /baked/my-voice-bot/services.py /baked/my-voice-bot/shutdown.py \
+    /baked/my-voice-bot/transports.py /baked/my-voice-bot/tools.py /baked/my-voice-bot/prompt.md ./
 COPY --from=bake /baked/my-voice-bot/roark/ roark/
 RUN python -c "import bot"

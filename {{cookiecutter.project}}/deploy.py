@@ -38,6 +38,12 @@ DEVELOPMENT = {"rehearsal", "tests", "evals", "deploy.py"}
 # The server inside the base image is made of these: ours must not overwrite them.
 BASE_IMAGE = re.compile(r"(app|waiting_server|pipecatcloud_system|feature_manager|pcc_\w+)\.py")
 START_SECONDS = 60
+ASK = """\
+import asyncio, inspect, json, bot
+assert inspect.iscoroutinefunction(bot.bot), "bot.py has no async def bot(runner_args)"
+ready = getattr(bot, "readyz", lambda: True)()
+print(json.dumps(asyncio.run(ready) if inspect.isawaitable(ready) else ready))
+"""
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,12 @@ def pack_context(project: Path) -> bytes:
     from pipecatcloud._utils.build_utils import create_deterministic_tarball, get_exclusions
 
     return create_deterministic_tarball(str(project), get_exclusions(project)).tarball
+
+
+def unpack(context: bytes, folder: Path) -> None:
+    """Lay a packed context out in a folder, as the builder does."""
+    with tarfile.open(fileobj=io.BytesIO(context)) as packed:
+        packed.extractall(folder, filter="data")
 
 
 def instructions(dockerfile: Path) -> Iterator[tuple[str, str]]:
@@ -262,19 +274,11 @@ def check_secrets(project: Path, env_file: Path) -> Iterator[Finding]:
 
 def check_start(project: Path, env_file: Path) -> Iterator[Finding]:
     """Lay out the image from the build context, import bot there and ask it whether it is ready."""
-    ask = (
-        "import asyncio, inspect, json, bot\n"
-        "assert inspect.iscoroutinefunction(bot.bot), 'bot.py has no async def bot(runner_args)'\n"
-        "ready = getattr(bot, 'readyz', lambda: True)()\n"
-        "ready = asyncio.run(ready) if inspect.isawaitable(ready) else ready\n"
-        "print(json.dumps(ready))\n"
-    )
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "SYSTEMROOT") if name in os.environ}
     with tempfile.TemporaryDirectory() as folder:
         context, app = Path(folder, "context"), Path(folder, "app")
         app.mkdir()
-        with tarfile.open(fileobj=io.BytesIO(pack_context(project))) as packed:
-            packed.extractall(context, filter="data")
+        unpack(pack_context(project), context)
         try:
             lay_out_image(context, app, project / "Dockerfile")
         except FileNotFoundError as error:
@@ -285,7 +289,7 @@ def check_start(project: Path, env_file: Path) -> Iterator[Finding]:
             return
         try:
             answer = subprocess.run(
-                [sys.executable, "-B", "-c", ask],
+                [sys.executable, "-B", "-c", ASK],
                 cwd=app,
                 env=kept | secrets(project, env_file),
                 capture_output=True,
@@ -296,7 +300,9 @@ def check_start(project: Path, env_file: Path) -> Iterator[Finding]:
             yield Finding(f"import bot took over {START_SECONDS} s", "keep work out of imports")
             return
     if answer.returncode:
-        yield Finding(answer.stderr.strip().splitlines()[-1], "the image would not start either")
+        yield Finding(
+            answer.stderr.strip().splitlines()[-1], "see the whole of it: python -c 'import bot'"
+        )
         return
     ready = json.loads(answer.stdout.splitlines()[-1])
     if not (ready if isinstance(ready, bool) else ready.get("ready")):
