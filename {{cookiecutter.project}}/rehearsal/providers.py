@@ -11,8 +11,13 @@ from rehearsal.deepgram import DeepgramServer
 from rehearsal.engine import Engine
 from rehearsal.faults import Faults
 from rehearsal.openai import OpenAIServer
+from rehearsal.roark import RoarkReceiver
 from rehearsal.server import HOST, ProviderServer, WireLog
 from rehearsal.twilio_rest import TwilioServer
+
+PLACEHOLDER_KEY = "rehearsal"
+PORTS = 4
+"""How many ports `serve` takes in a row."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +39,11 @@ class Providers:
     def environment(self) -> dict[str, str]:
         """The variables that point a bot here. The keys are placeholders; any key is taken."""
         return {
-            "DEEPGRAM_API_KEY": "rehearsal",
+            "DEEPGRAM_API_KEY": PLACEHOLDER_KEY,
             "DEEPGRAM_BASE_URL": f"ws://{HOST}:{self.deepgram.port}",
-            "OPENAI_API_KEY": "rehearsal",
+            "OPENAI_API_KEY": PLACEHOLDER_KEY,
             "OPENAI_BASE_URL": f"http://{HOST}:{self.openai.port}/v1",
-            "CARTESIA_API_KEY": "rehearsal",
+            "CARTESIA_API_KEY": PLACEHOLDER_KEY,
             "CARTESIA_VOICE_ID": "rehearsal",
             "CARTESIA_BASE_URL": f"ws://{HOST}:{self.cartesia.port}/tts/websocket",
             "TWILIO_BASE_URL": f"http://{HOST}:{self.twilio.port}",
@@ -90,7 +95,13 @@ async def run_providers(engine: Engine, port: int = 0) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopped.set)
-    async with serve(engine, port=port) as providers:
-        for name, value in providers.environment.items():
+    roark_port = port + PORTS if port else 0
+    async with serve(engine, port=port) as providers, RoarkReceiver(port=roark_port) as roark:
+        environment = {
+            **providers.environment,
+            "ROARK_API_KEY": PLACEHOLDER_KEY,
+            "ROARK_BASE_URL": roark.url,
+        }
+        for name, value in environment.items():
             print(f"{name}={value}", flush=True)
         await stopped.wait()

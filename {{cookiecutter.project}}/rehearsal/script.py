@@ -80,6 +80,8 @@ class Script:
         """Read a script from a parsed TOML document; see the module for its form."""
         known = _known(table, cls, "a script")
         if "hears" in known:
+            if not isinstance(known["hears"], list):
+                raise ValueError("hears is a list of sentences")
             known["hears"] = tuple(known["hears"])
         if "answers" in known:
             known["answers"] = tuple(_answer(entry) for entry in known["answers"])
