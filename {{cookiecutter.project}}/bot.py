@@ -48,6 +48,12 @@ async def bot(runner_args: RunnerArguments) -> None:
     await hold(line, runner_args)
 
 
+def readyz() -> dict[str, object]:
+    """Tell Pipecat Cloud whether this process can take a call, and why not."""
+    missing = config.missing_keys()
+    return {"ready": not missing, "missing": sorted(missing)}
+
+
 async def hold(line: transports.Line, runner_args: RunnerArguments) -> None:
     """Run the conversation on `line` until one side ends it."""
     transport = line.transport

@@ -1,10 +1,12 @@
 """SIGTERM and SIGINT end the calls in progress, so that each is closed and reported.
 
 Pipecat's development server does not tell a webrtc call that the process is stopping: it waits
-for the call instead, until whoever sent the signal loses patience and kills it.
+for the call instead, until whoever sent the signal loses patience and kills it. Pipecat Cloud's
+server waits too, and means it: there a call goes on to its own end, and this module keeps out.
 """
 
 import asyncio
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -23,8 +25,7 @@ def ends_call(end: Callable[[str], None]) -> Iterator[None]:
 
     Whatever handled the signal before (the server's own shutdown) runs as well, right after.
     """
-    if threading.current_thread() is not threading.main_thread():
-        # Only a main thread can handle signals; a host that runs calls elsewhere has its own way.
+    if not _is_ours_to_handle():
         yield
         return
     loop = asyncio.get_running_loop()
@@ -44,11 +45,18 @@ def ends_call(end: Callable[[str], None]) -> Iterator[None]:
             _previous.clear()
 
 
+def _is_ours_to_handle() -> bool:
+    # Only a main thread can; a host that runs calls elsewhere has its own way.
+    if threading.current_thread() is not threading.main_thread():
+        return False
+    # ENV is "local" under the development server. A host without any handler would just die.
+    handlers = (signal.SIG_DFL, _on_signal)
+    return os.environ.get("ENV") == "local" or signal.getsignal(signal.SIGTERM) in handlers
+
+
 def _on_signal(number: int, frame: FrameType | None) -> None:
     for end in list(_in_progress.values()):
         end(signal.Signals(number).name)
     previous = _previous.get(number)
     if callable(previous):
         previous(number, frame)
-    elif previous == signal.SIG_DFL and not _in_progress:
-        raise KeyboardInterrupt

@@ -11,6 +11,12 @@ import shutdown
 pytestmark = pytest.mark.anyio
 
 
+@pytest.fixture(autouse=True)
+def development_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pipecat's development server says that it is one."""
+    monkeypatch.setenv("ENV", "local")
+
+
 async def test_a_signal_ends_every_call_and_still_reaches_the_server() -> None:
     reached: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _frame: reached.append(number))
@@ -46,5 +52,34 @@ async def test_a_call_that_is_over_is_not_ended_again() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
             await asyncio.sleep(0)
         assert ended == []
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+async def test_in_the_cloud_a_signal_lets_the_call_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ENV")
+    drains: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: drains.append(number))
+    try:
+        ended: list[str] = []
+        with shutdown.ends_call(ended.append):
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.sleep(0)
+        assert drains == [signal.SIGTERM]
+        assert ended == []
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+async def test_without_any_handler_a_signal_ends_the_call_and_not_the_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("ENV")
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        ended = asyncio.Event()
+        with shutdown.ends_call(lambda _name: ended.set()):
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.wait_for(ended.wait(), 5)
     finally:
         signal.signal(signal.SIGTERM, before)
