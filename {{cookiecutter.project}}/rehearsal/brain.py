@@ -52,7 +52,9 @@ class Brain(Protocol):
 
 async def choose_brain(environment: Mapping[str, str]) -> Brain:
     """Return the best brain at hand: OpenAI with the user's key, Ollama, the scripted answerer."""
-    if key := environment.get("OPENAI_API_KEY", "").strip():
+    key = environment.get("OPENAI_API_KEY", "").strip()
+    # The placeholder that `python -m rehearsal providers` prints is no key.
+    if key and key != "rehearsal":
         url = environment.get("OPENAI_BASE_URL", "").strip() or OPENAI_URL
         model = environment.get("OPENAI_MODEL", "").strip() or OPENAI_MODEL
         return LanguageModel(url, model, key, f"OpenAI's {model}, with your OPENAI_API_KEY")
@@ -94,8 +96,7 @@ class ScriptedAnswerer:
         elif not said:
             yield TextDelta("Are you still there? Say anything and I repeat it.")
         elif _GOODBYE.search(said) and end_call is not None:
-            yield TextDelta("Goodbye.")
-            yield ToolCall("end_call", _required_arguments(end_call, "The caller said goodbye."))
+            yield ToolCall("end_call", _goodbye_arguments(end_call))
         elif _WHO.search(said):
             yield TextDelta(_WHAT_I_AM)
         elif _HELP.search(said):
@@ -173,9 +174,9 @@ def _text_of(message: dict[str, Any]) -> str:
     return " ".join(part["text"] for part in content if part.get("type") == "text").strip()
 
 
-def _required_arguments(tool: dict[str, Any], text: str) -> dict[str, Any]:
-    """Fill the strings that a tool insists on."""
+def _goodbye_arguments(tool: dict[str, Any]) -> dict[str, Any]:
+    """Fill the strings that a tool insists on; ours asks for the last words to say."""
     parameters: dict[str, Any] = tool["function"].get("parameters") or {}
     properties: dict[str, dict[str, Any]] = parameters.get("properties", {})
     required: list[str] = parameters.get("required", [])
-    return {name: text for name in required if properties[name].get("type") == "string"}
+    return {name: "Goodbye." for name in required if properties[name].get("type") == "string"}

@@ -29,8 +29,8 @@ END_CALL = {
         "name": "end_call",
         "parameters": {
             "type": "object",
-            "properties": {"reason": {"type": "string"}, "seconds": {"type": "integer"}},
-            "required": ["reason"],
+            "properties": {"goodbye": {"type": "string"}, "seconds": {"type": "integer"}},
+            "required": ["goodbye"],
         },
     },
 }
@@ -182,8 +182,8 @@ async def test_the_answerer_repeats_what_it_understood() -> None:
 async def test_the_answerer_hangs_up_when_told_goodbye_and_able_to() -> None:
     goodbye = [{"role": "user", "content": "All right, good bye!"}]
     text, calls = await answer(goodbye, tools=[END_CALL])
-    assert text == "Goodbye."
-    assert calls == [ToolCall("end_call", {"reason": "The caller said goodbye."})]
+    assert text == ""
+    assert calls == [ToolCall("end_call", {"goodbye": "Goodbye."})]
     text, calls = await answer(goodbye)
     assert (text, calls) == ("I understood: All right, good bye!", [])
 

@@ -1,0 +1,245 @@
+"""`python -m rehearsal`: talk to the bot, or have it called, with no account and no key.
+
+    python -m rehearsal                                          talk to it in a browser
+    python -m rehearsal call -t twilio                           a recorded human calls it
+    python -m rehearsal call -t webrtc --say "Good morning."     the engine's voice calls it
+    python -m rehearsal providers --engine scripted              the servers alone
+
+Everything listens on 127.0.0.1. Calls are kept under CALLS_DIR (default: calls/).
+"""
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from loguru import logger
+
+from rehearsal.bot_process import BotFailed, BotProcess, free_port, run_bot, user_settings
+from rehearsal.brain import choose_brain
+from rehearsal.call import (
+    HUMAN_VOICE,
+    NoAnswer,
+    conversation,
+    kept_at,
+    recorded_voice,
+    spoken_voice,
+    talk,
+)
+from rehearsal.engine import Engine
+from rehearsal.local_engine import LocalEngine, LocalEngineError
+from rehearsal.providers import serve
+from rehearsal.roark import RoarkReceiver
+from rehearsal.script import Script, ScriptedEngine
+
+BROWSER_PORT = 7860
+DELIVERY_SECONDS = 15.0
+KEPT = {
+    "recording.wav": "Recording (left the caller, right the bot)",
+    "call.json": "Record",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit status: 0, 1 (the bot failed), 2 (bad arguments)."""
+    options = _parser().parse_args(arguments)
+    logger.remove()
+    logger.add(sys.stderr, level="WARNING")
+    commands = {None: _talk_to_it, "call": _call_it, "providers": _serve_providers}
+    try:
+        return asyncio.run(_until_interrupted(commands[options.command](options)))
+    except BotFailed as failure:
+        print(failure, file=sys.stderr)
+        return 1
+    except (LocalEngineError, OSError, ValueError) as refusal:
+        print(f"rehearsal: {refusal}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m rehearsal",
+        description="Rehearse with the bot of this project: no account, no key, this machine only.",
+    )
+    parser.add_argument("--port", type=_port, help=f"of the browser page ({BROWSER_PORT})")
+    _add_engine(parser, "local")
+    commands = parser.add_subparsers(dest="command", metavar="call | providers")
+
+    call = commands.add_parser("call", help="place one call by itself and report it")
+    call.add_argument("-t", "--transport", choices=("twilio", "webrtc"), default="webrtc")
+    voice = call.add_mutually_exclusive_group()
+    voice.add_argument("--say", metavar="TEXT", help="what the engine's voice says to the bot")
+    voice.add_argument("--wav", metavar="FILE", type=Path, help="a mono 16-bit WAV to say")
+    providers = commands.add_parser("providers", help="run the loopback servers alone")
+    providers.add_argument("--port", type=_port, default=0, help="of the first server; any if 0")
+    _add_engine(call, "local")
+    _add_engine(providers, "scripted")
+    return parser
+
+
+def _add_engine(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--engine", choices=("local", "scripted"), default=default)
+    parser.add_argument("--script", metavar="FILE", type=Path, help="what the scripted one plays")
+
+
+def _port(text: str) -> int:
+    port = int(text) if text.isdecimal() else -1
+    if not 0 <= port < 65536:
+        raise argparse.ArgumentTypeError(f"{text} is not a port")
+    return port
+
+
+async def _until_interrupted(command: Coroutine[None, None, int]) -> int:
+    """Run a command; the first SIGINT or SIGTERM ends it in order, further ones change nothing."""
+    task = asyncio.create_task(command)
+    interrupted = asyncio.Event()
+
+    def interrupt() -> None:
+        if not interrupted.is_set():
+            interrupted.set()
+            task.cancel()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # Windows has no signal handlers in asyncio; there Ctrl-C cancels by itself.
+        with suppress(NotImplementedError):
+            loop.add_signal_handler(number, interrupt)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        print("The rehearsal is over.", file=sys.stderr)
+        return 0
+
+
+async def _talk_to_it(options: argparse.Namespace) -> int:
+    wanted = BROWSER_PORT if options.port is None else options.port
+    port = free_port(wanted)
+    if wanted not in (0, port):
+        print(f"Port {wanted} is in use; taking {port}.")
+    async with _engine(options) as engine, _stage(engine, "webrtc", port) as stage:
+        _tell(f"Talk to your bot: http://localhost:{port}")
+        _tell(f"Calls are kept in {_shown(stage.calls_dir)}; the bot's log is {stage.bot.log}")
+        _tell("Ctrl-C ends the rehearsal.")
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(stage.bot.wait_until_gone())
+            tasks.create_task(_announce_calls(stage))
+    return 0
+
+
+async def _announce_calls(stage: "_Stage") -> None:
+    """Print every call that arrives at Roark."""
+    announced: set[str] = set()
+
+    def arrived() -> list[str]:
+        calls = stage.roark.calls.values()
+        return [call.call_id for call in calls if call.whole and call.call_id not in announced]
+
+    while True:
+        await stage.roark.until(arrived, timeout=float("inf"))
+        for call_id in arrived():
+            announced.add(call_id)
+            _report(stage, call_id)
+
+
+async def _call_it(options: argparse.Namespace) -> int:
+    said: str | None = options.say
+    recorded = recorded_voice(options.wav or HUMAN_VOICE) if said is None else None
+    async with _engine(options) as engine:
+        voice = recorded or await spoken_voice(engine, said or "")
+        async with _stage(engine, options.transport, free_port()) as stage:
+            try:
+                answered_after = await talk(options.transport, stage.bot, voice, _tell)
+            except NoAnswer as failure:
+                raise BotFailed(f"{failure}\n{stage.bot.tail()}") from failure
+            with suppress(TimeoutError):
+                await stage.roark.until(
+                    lambda: any(call.whole for call in stage.roark.calls.values()),
+                    timeout=DELIVERY_SECONDS,
+                )
+        # The bot has ended by now, and what it kept is complete.
+        for call_id in stage.roark.calls:
+            _report(stage, call_id, answered_after)
+    return 0
+
+
+async def _serve_providers(options: argparse.Namespace) -> int:
+    async with _engine(options) as engine, serve(engine, port=options.port) as providers:
+        next_port = options.port + len(providers.servers) if options.port else 0
+        async with RoarkReceiver(port=next_port) as roark:
+            for name, value in {**providers.environment, **_at_roark(roark)}.items():
+                _tell(f"{name}={value}")
+            await asyncio.Event().wait()
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """A bot between a loopback Roark and, unseen here, its providers."""
+
+    bot: BotProcess
+    roark: RoarkReceiver
+    calls_dir: Path
+
+
+@asynccontextmanager
+async def _engine(options: argparse.Namespace) -> AsyncIterator[Engine]:
+    engine: Engine
+    if options.engine == "scripted":
+        engine = ScriptedEngine(Script.load(options.script) if options.script else None)
+    else:
+        brain = await choose_brain(user_settings())
+        engine = await LocalEngine.load(brain)
+        _tell(f"Hearing: Moonshine. Speaking: Piper. Thinking: {brain.description}.")
+    try:
+        yield engine
+    finally:
+        await engine.aclose()
+
+
+@asynccontextmanager
+async def _stage(engine: Engine, transport: str, port: int) -> AsyncIterator[_Stage]:
+    calls_dir = Path(os.environ.get("CALLS_DIR", "").strip() or "calls").resolve()
+    async with serve(engine) as providers, RoarkReceiver() as roark:
+        environment = {**providers.environment, **_at_roark(roark), "CALLS_DIR": str(calls_dir)}
+        _tell("Starting the bot.")
+        async with run_bot(transport, port, environment) as bot:
+            yield _Stage(bot, roark, calls_dir)
+
+
+def _at_roark(roark: RoarkReceiver) -> dict[str, str]:
+    return {"ROARK_API_KEY": "rehearsal", "ROARK_BASE_URL": roark.url}
+
+
+def _report(stage: _Stage, call_id: str, answered_after: float | None = None) -> None:
+    """Print a call: what was said, what Roark has of it, and where it is kept."""
+    call = stage.roark.calls[call_id]
+    _tell("")
+    for line in conversation(call.ended or {}, answered_after):
+        _tell(line)
+    has = ["call-started"] * (call.started is not None)
+    has += [f"{len(call.chunks)} chunks of audio"] * bool(call.chunks)
+    has += ["call-ended"] * (call.ended is not None)
+    _tell(f"Roark, on this machine, has: {', '.join(has)}")
+    folder = kept_at(stage.calls_dir, call_id)
+    for name, what in KEPT.items():
+        if folder is not None and (folder / name).exists():
+            _tell(f"{what}: {_shown(folder / name)}")
+
+
+def _shown(path: Path) -> str:
+    with suppress(ValueError):
+        return str(path.relative_to(Path.cwd()))
+    return str(path)
+
+
+def _tell(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
