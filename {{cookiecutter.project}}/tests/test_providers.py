@@ -221,7 +221,7 @@ async def test_deepgram_says_when_the_speech_was() -> None:
     result: Any = call.of(TranscriptionFrame)[0].result
     words = result.channel.alternatives[0].words
     assert result.start == pytest.approx(0.5, abs=0.011)
-    assert result.duration == pytest.approx(0.16, abs=0.021)
+    assert result.duration == pytest.approx(8 * 0.03, abs=0.021)
     assert words[0].start == result.start
     assert words[-1].end == pytest.approx(result.start + result.duration)
 
@@ -317,7 +317,7 @@ async def test_the_times_of_words_run_on_over_the_texts_of_a_context() -> None:
         await call.until(lambda: call.of(TTSStoppedFrame))
     sent = providers.cartesia.connections[0].sent
     starts = [s for m in sent if m["type"] == "timestamps" for s in m["word_timestamps"]["start"]]
-    assert starts == pytest.approx([0.0, 0.14, 0.28])
+    assert starts == pytest.approx([0.0, 0.13, 0.29])
     assert len({message["context_id"] for message in sent}) == 1
 
 

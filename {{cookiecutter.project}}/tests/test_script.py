@@ -1,12 +1,14 @@
 """The scripted engine: what it hears, answers and says is what was written down."""
 
 import tomllib
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from pipecat.audio.vad.silero import SileroVADAnalyzer
+from pipecat.audio.vad.vad_analyzer import VADState
 
 from rehearsal.engine import TextDelta, ToolCall
 from rehearsal.script import Answer, Script, ScriptedEngine
@@ -89,7 +91,10 @@ async def test_without_a_script_any_speech_is_one_sentence_that_is_answered() ->
             await ear.feed(speech.pcm)
         (heard,) = await ear.finalize()
         assert heard.text == "Can you hear me?"
-    assert await said(user("Can you hear me?"), Script()) == "Yes, I can hear you. Is there anything else?"
+    assert (
+        await said(user("Can you hear me?"), Script())
+        == "Yes, I can hear you. Is there anything else?"
+    )
     assert "not a language model" in await said([], Script())
 
 
@@ -136,18 +141,33 @@ async def test_words_sound_exactly_when_their_timestamps_say(sample_rate: int) -
 
 
 @pytest.mark.parametrize("sample_rate", [8000, 16000])
-async def test_silero_takes_the_voice_for_speech(sample_rate: int) -> None:
-    """So that a scripted caller is noticed by a bot with a real voice activity detector."""
-    text = "Please cancel my appointment for tomorrow morning"
-    pcm = b"".join([speech.pcm async for speech in ScriptedEngine().speak(text, sample_rate)])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Please cancel my appointment for tomorrow morning.",
+        "Hello, can you hear me?",
+        "I would like to book a table for two, please.",
+        "Some words that are spoken",
+        "Thank you, goodbye.",
+        "a b c d e f g h",
+    ],
+)
+async def test_a_voice_activity_detector_takes_the_voice_for_one_stretch_of_speech(
+    sample_rate: int, text: str
+) -> None:
+    """So that a scripted caller can speak with it to a bot with its real detector."""
+    spoken = b"".join([speech.pcm async for speech in ScriptedEngine().speak(text, sample_rate)])
+    silence = b"\0" * sample_rate
     vad = SileroVADAnalyzer(sample_rate=sample_rate)
     vad.set_sample_rate(sample_rate)
-    size = 2 * vad.num_frames_required()
-    confidences = [
-        np.ravel(vad.voice_confidence(pcm[at : at + size]))[0]
-        for at in range(0, len(pcm) - size, size)
+    pcm, size = silence + spoken + silence, sample_rate // 50 * 2
+    states = [await vad.analyze_audio(pcm[at : at + size]) for at in range(0, len(pcm), size)]
+    settled = [state for state in states if state in (VADState.QUIET, VADState.SPEAKING)]
+    assert [state for state, _ in groupby(settled)] == [
+        VADState.QUIET,
+        VADState.SPEAKING,
+        VADState.QUIET,
     ]
-    assert np.mean(np.array(confidences) > 0.7) > 0.7
 
 
 @pytest.mark.parametrize(
