@@ -1,0 +1,192 @@
+"""Deploying straight from this repository, and what every answer's project would deploy."""
+
+import itertools
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import deploy
+import pytest
+import yaml
+from baking import FOLDER, ROOT, Bake, BakedProject, CommandLine, succeed
+
+# num2words 0.5 needs docopt 0.6.2, which is a source package: one Python file, built anywhere.
+SOURCE_ONLY = ["docopt"]
+
+
+def instructions(dockerfile: Path) -> list[tuple[str, str]]:
+    """Return a Dockerfile's instructions, spacing made even."""
+    return [(word, " ".join(rest.split())) for word, rest in deploy.instructions(dockerfile)]
+
+
+def context_names(folder: Path) -> set[str]:
+    """Return what `pipecat cloud deploy` would upload from a folder."""
+    with tarfile.open(fileobj=BytesIO(deploy.pack_context(folder))) as packed:
+        return set(packed.getnames())
+
+
+def image_python(project: BakedProject) -> str:
+    """Return the Python of the base image, such as 3.12."""
+    found = re.search(r"(?m)^FROM .*-py(\d+\.\d+)$", project.read("Dockerfile"))
+    assert found
+    return found[1]
+
+
+def test_the_deploy_file_is_that_of_the_default_project(default_project: BakedProject) -> None:
+    """To the byte."""
+    assert (ROOT / "pcc-deploy.toml").read_bytes() == default_project.read_bytes("pcc-deploy.toml")
+
+
+def test_the_image_is_built_as_the_default_projects_is(default_project: BakedProject) -> None:
+    """Its last stage is the project's Dockerfile, taken from the stage that baked it."""
+    ours = instructions(ROOT / "Dockerfile")
+    starts = [index for index, (word, _) in enumerate(ours) if word == "FROM"]
+    assert len(starts) == 2
+    baked = [
+        (word, rest.replace("--from=bake ", "").replace("/bot/", ""))
+        for word, rest in ours[starts[1] :]
+    ]
+    assert baked == instructions(default_project.path / "Dockerfile")
+
+
+def test_the_first_stage_bakes_the_same_project_from_what_is_uploaded(
+    template: Path, default_project: BakedProject, run_cookiecutter: CommandLine, tmp_path: Path
+) -> None:
+    """Run here what it runs there: the upload unpacked, cookiecutter at the version it pins."""
+    stage = instructions(ROOT / "Dockerfile")
+    pinned = next(rest for word, rest in stage if word == "RUN" and "pip install" in rest)
+    locked = tomllib.loads((ROOT / "uv.lock").read_text())["package"]
+    version = next(p["version"] for p in locked if p["name"] == "cookiecutter")
+    assert f'"cookiecutter=={version}"' in pinned
+    assert ("COPY", ". /template/") in stage
+    assert any("cookiecutter --no-input --output-dir /baked /template &&" in r for _, r in stage)
+
+    context, output = tmp_path / "template", tmp_path / "baked"
+    output.mkdir()
+    deploy.unpack(deploy.pack_context(template), context)
+    succeed(run_cookiecutter("--no-input", "--output-dir", output, context))
+    (baked,) = output.iterdir()
+    app = tmp_path / "app"
+    app.mkdir()
+    deploy.lay_out_image(baked, app, default_project.path / "Dockerfile")
+    for path in app.rglob("*"):
+        if path.is_file():
+            name = path.relative_to(app).as_posix()
+            assert path.read_bytes() == default_project.read_bytes(name), name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(".env", ".env.local", "key.pem", "tls/server.key", ".git/config", ".venv/x"),
+        *(f"{FOLDER}/.env", f"{FOLDER}/calls/x/chunk-00000.pcm", f"{FOLDER}/key.pem"),
+        *(f"{FOLDER}/rehearsal/human.wav", f"{FOLDER}/tests/test_x.py", "tests/test_x.py"),
+    ],
+)
+def test_the_upload_from_this_repository_never_holds(
+    template: Path, tmp_path: Path, name: str
+) -> None:
+    """Its .dockerignore replaces the builder's own list too."""
+    clone = Path(shutil.copytree(template, tmp_path / "clone"))
+    (clone / name).parent.mkdir(parents=True, exist_ok=True)
+    (clone / name).write_text("secret")
+    assert name not in context_names(clone)
+
+
+def every_answer() -> list[dict[str, Any]]:
+    """Each region, transport and recording at least once, the others cycling along."""
+    regions = ["us-west", "us-east", "eu-central", "ap-south"]
+    transports = itertools.cycle(["webrtc", "daily", "twilio"])
+    record = itertools.cycle([True, False])
+    return [
+        {"region": region, "transport": next(transports), "record_audio": next(record)}
+        for region in regions
+    ]
+
+
+@pytest.mark.parametrize("answers", every_answer(), ids=lambda a: "-".join(map(str, a.values())))
+def test_every_answer_can_be_deployed(bake: Bake, answers: dict[str, Any]) -> None:
+    """Settings as answered and taken by the platform's parser; nothing in the image's way."""
+    project = bake(project="a1-b2", **answers).path
+    assert deploy.load_as_pipecat_cloud(project / "pcc-deploy.toml")
+    settings = deploy.read_deploy_file(project)
+    assert settings["agent_name"] == "a1-b2"
+    assert settings["secret_set"] == "a1-b2-secrets"
+    assert settings["region"] == answers["region"]
+    assert settings["architecture"] == "arm64"
+    for check in (deploy.check_deploy_file, deploy.check_dockerfile, deploy.check_context):
+        assert not list(check(project))
+
+
+def test_every_region_asked_for_has_an_answer_here(form: dict[str, Any]) -> None:
+    """A new region of the form has to pass the test above."""
+    assert form["region"] == [answers["region"] for answers in every_answer()]
+
+
+def test_the_workflows_run_everything_and_weekly_the_newest_pipecat() -> None:
+    """Read as YAML: the commands are there, and the schedule."""
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    triggers = workflow[True]  # YAML 1.1 takes the key `on` for a boolean.
+    assert triggers["schedule"]
+    jobs = workflow["jobs"]
+    commands = {
+        name: [step["run"] for step in job["steps"] if "run" in step] for name, job in jobs.items()
+    }
+    assert ".ci/run" in commands["repository"]
+    assert any("uv run pytest" in command for command in commands["answers"])
+    assert any("--upgrade-package pipecat-ai" in command for command in commands["newest"])
+    assert jobs["newest"]["if"] == "github.event_name != 'push'"
+
+
+@pytest.mark.slow
+def test_the_oldest_pipecatcloud_we_claim_takes_the_deploy_file(
+    default_project: BakedProject, tmp_path: Path
+) -> None:
+    """The lower bound of pyproject.toml, installed for itself."""
+    dependencies = tomllib.loads(default_project.read("pyproject.toml"))["project"]["dependencies"]
+    bound = next(text for text in dependencies if text.startswith("pipecatcloud"))
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run(
+        ["uv", "venv", "-q", "--python", sys.executable, python.parent.parent], check=True
+    )
+    install = ["uv", "pip", "install", "-q", "--resolution", "lowest-direct", bound]
+    subprocess.run([*install, "--python", python], check=True)
+    ask = (
+        "import importlib.metadata, pipecatcloud.cli.config as config\n"
+        "config.deploy_config_path = 'pcc-deploy.toml'\n"
+        "from pipecatcloud._utils.deploy_utils import load_deploy_config_file\n"
+        "print(importlib.metadata.version('pipecatcloud'), load_deploy_config_file().agent_name)\n"
+    )
+    answer = default_project.run(str(python), "-B", "-c", ask)
+    succeed(answer)
+    oldest = re.match(r"pipecatcloud>=([\d.]+)", bound)
+    assert oldest
+    version, name = answer.stdout.split()
+    assert version.startswith(oldest[1]) and name == "my-voice-bot"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["aarch64", "x86_64"])
+def test_every_dependency_has_a_wheel_for_the_image(
+    default_project: BakedProject, architecture: str
+) -> None:
+    """Resolved for linux at the image's Python from wheels alone; nothing is downloaded for it.
+
+    manylinux_2_36 is Debian 12's C library; the image's Debian 13 runs those wheels too.
+    """
+    exceptions = [option for name in SOURCE_ONLY for option in ("--no-binary", name)]
+    resolved = default_project.run(
+        *("uv", "pip", "compile", "-q", "pyproject.toml", "--only-binary", ":all:", *exceptions),
+        *("--python-platform", f"{architecture}-manylinux_2_36"),
+        *("--python-version", image_python(default_project), "--no-header", "--no-annotate"),
+    )
+    succeed(resolved)
+    names = {line.partition("==")[0] for line in resolved.stdout.splitlines()}
+    assert {"pipecat-ai", "pipecatcloud", "daily-python", "aiortc", "onnxruntime"} <= names
+    assert set(SOURCE_ONLY) <= names, "an exception that is needed no longer"
