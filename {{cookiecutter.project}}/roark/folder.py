@@ -1,0 +1,555 @@
+"""One call on disk. Everything here blocks: it runs in the outbox's thread or in a command.
+
+    calls/20261121T140509-SmallWebRTCConnection-0-5ee1f2-9c41d07b/
+        call-started.json   what Roark is told first, byte for byte
+        journal.jsonl       what happened, as it happened; a killed call is closed from it
+        chunk-00007.pcm     audio that Roark does not have yet
+        recording.wav       all audio so far, left the caller, right the bot
+        call.json           the call record
+        call-ended.json     what Roark is told last, byte for byte; its presence closes the call
+        delivery.jsonl      to whom the call goes, and what of it is there
+
+A file is written beside its place, synced and renamed: it is whole or it is not there. The two
+.jsonl grow line by line; a torn last line is ignored. The lock is taken by whoever writes or
+delivers the folder, and freed by the operating system when that process dies.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import struct
+import sys
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+STARTED = "call-started"
+ENDED = "call-ended"
+
+DELIVERY = "delivery.jsonl"
+JOURNAL = "journal.jsonl"
+RECORD = "call.json"
+RECORDING = "recording.wav"
+
+# A journal that the disk does not take may wait this long in memory.
+JOURNAL_BACKLOG_BYTES = 1_000_000
+
+WAV_HEADER_BYTES = 44
+WAV_MAX_BYTES = 0xFFFFFFFF - WAV_HEADER_BYTES
+
+
+def chunk_step(index: int) -> str:
+    """The name of a chunk, as a file and in the delivery log."""
+    return f"chunk-{index:05d}"
+
+
+def folder_name(call_id: str, at: datetime) -> str:
+    """A name that sorts by time, can be read, is safe on any disk and is never given twice."""
+    readable = re.sub(r"[^A-Za-z0-9]+", "-", call_id).strip("-")[:48].strip("-")
+    return f"{at:%Y%m%dT%H%M%S}-{readable or 'call'}-{secrets.token_hex(4)}"
+
+
+def call_folders(directory: Path) -> list[Path]:
+    """The call folders of a directory, oldest first; whatever else lies there is not ours."""
+    try:
+        return sorted(path.parent for path in directory.glob(f"[0-9]*/{DELIVERY}"))
+    except OSError:
+        return []
+
+
+class Lock:
+    """One holder per folder name, over all processes.
+
+    The lock files lie outside the folders, so that a new folder is locked before it exists.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder.parent / ".locks" / f"{folder.name}.lock"
+        self._file: int | None = None
+
+    def acquire(self) -> bool:
+        """Takes the lock unless somebody has it. Where files cannot be locked, we have it."""
+        if self._file is not None:
+            return True
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            if sys.platform == "win32":
+                msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+            else:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            os.close(file)
+            return False
+        except OSError:
+            pass
+        self._file = file
+        return True
+
+    def release(self, *, for_good: bool = False) -> None:
+        """Lets go; `for_good` when nobody will need to lock this folder again."""
+        if self._file is None:
+            return
+        if for_good and sys.platform != "win32":
+            self._path.unlink(missing_ok=True)
+        os.close(self._file)
+        self._file = None
+
+
+class Folder:
+    """What is kept of one call, and what of it has been delivered.
+
+    What the disk does not take stays in memory, with the reason in `disk_error`; every further
+    write tries again.
+    """
+
+    def __init__(self, path: Path, *, call_id: str = "", destination: str | None = None) -> None:
+        self.path = path
+        self.lock = Lock(path)
+        self.call_id = call_id
+        self.destination = destination
+        self.started: bytes | None = None
+        self.ended: bytes | None = None
+        self.held: dict[int, bytes] = {}
+        self.delivered: set[str] = set()
+        self.given_up: dict[str, str] = {}
+        self.disk_error: OSError | None = None
+        self._seed = secrets.token_hex(8)
+        self._format: tuple[int, int] | None = None
+        self._chunks: set[int] = set()
+        self._waiting: set[int] = set()
+        self._files: set[int] = set()
+        self._lost: set[int] = set()
+        self._silence: dict[int, int] = {}
+        self._recorded = 0
+        self._recording_bytes = 0
+        self._ending_is_final = False
+        self._is_on_disk = False
+        self._unwritten: dict[str, bytes] = {}
+        self._journal_backlog = b""
+        self._journal_is_dirty = False
+        header = {"call_id": call_id, "to": destination, "seed": self._seed}
+        self._delivery_backlog = as_json(header) + b"\n"
+
+    # Reading
+
+    @classmethod
+    def load(cls, path: Path) -> "Folder":
+        """The folder as it lies on disk; for looking at."""
+        folder = cls(path)
+        folder._read()
+        return folder
+
+    @classmethod
+    def claim(cls, path: Path) -> "Folder | None":
+        """The folder and its lock; None when somebody else has it or it is gone."""
+        folder = cls(path)
+        if not folder.lock.acquire():
+            return None
+        if not (path / DELIVERY).exists():
+            folder.lock.release(for_good=True)
+            return None
+        for name in (DELIVERY, JOURNAL):
+            _mend(path / name)
+        folder._read()
+        return folder
+
+    def journal(self) -> list[dict[str, Any]]:
+        """The events of the call as far as they were written whole."""
+        return list(read_lines(self.path / JOURNAL))
+
+    def read_chunk(self, index: int) -> bytes:
+        """The audio of a chunk; raises FileNotFoundError when there is none any more."""
+        held = self.held.get(index)
+        return held if held is not None else self._chunk_path(index).read_bytes()
+
+    def idempotency_key(self, step: str) -> str:
+        """The same for every repeat of a step, in any process."""
+        return hashlib.sha256(f"{self._seed}/{step}".encode()).hexdigest()[:32]
+
+    def is_settled(self, step: str) -> bool:
+        """Whether Roark has it, or never will."""
+        return step in self.delivered or step in self.given_up
+
+    @property
+    def waiting_chunks(self) -> list[int]:
+        """Chunks that are still to be delivered, in order."""
+        return sorted(self._waiting)
+
+    @property
+    def steps_left(self) -> list[str]:
+        """What is still to be delivered, in order; nothing for a call that is only kept."""
+        if self.destination is None:
+            return []
+        steps = [chunk_step(index) for index in self.waiting_chunks]
+        if self.started is not None and not self.is_settled(STARTED):
+            steps.insert(0, STARTED)
+        if self.ended is not None and not self.is_settled(ENDED):
+            steps.append(ENDED)
+        return steps
+
+    @property
+    def steps_given_up(self) -> list[str]:
+        """What Roark will never have, in order."""
+        return sorted({*self.given_up, *(chunk_step(index) for index in self._lost)})
+
+    @property
+    def is_finished(self) -> bool:
+        """Closed, and nothing left to deliver or to record."""
+        return self.ended is not None and not self.steps_left and not self._next_is_here()
+
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether something of the call is nowhere but in memory."""
+        return bool(self.held or self._unwritten) or not self._is_on_disk
+
+    @property
+    def recording_seconds(self) -> float:
+        """The length of recording.wav."""
+        if self._format is None:
+            return 0.0
+        sample_rate, num_channels = self._format
+        return self._recording_bytes / (2 * sample_rate * num_channels)
+
+    @property
+    def last_change(self) -> datetime:
+        """When something of the call was written last."""
+        times = [entry.stat().st_mtime for entry in os.scandir(self.path)]
+        return datetime.fromtimestamp(max(times, default=0.0), UTC)
+
+    # Writing
+
+    def create(self) -> bool:
+        """Makes the folder and takes its lock; False when the disk does not let us."""
+        return self._is_on_disk or self._try(self._create)
+
+    def keep_started(self, body: bytes) -> None:
+        """Keeps the body of call-started."""
+        self.started = body
+        self._write(f"{STARTED}.json", body)
+
+    def keep_ended(self, body: bytes, record: bytes) -> None:
+        """Keeps the call record and the body of call-ended; closes the call."""
+        if not self._ending_is_final:
+            self.ended = body
+        self.sync_journal()
+        self._write(RECORD, record)
+        self._write(f"{ENDED}.json", self.ended or body)
+
+    def keep_event(self, line: bytes) -> None:
+        """Appends to the journal; `sync_journal` makes it last."""
+        if len(self._journal_backlog) + len(line) <= JOURNAL_BACKLOG_BYTES:
+            self._journal_backlog += line
+            self._journal_is_dirty = True
+        if self.create():
+            self._try(self._append_journal)
+
+    def sync_journal(self) -> None:
+        """Makes the journal survive a power cut."""
+        if self._journal_is_dirty and self._is_on_disk:
+            self._journal_is_dirty = not self._try(lambda: _sync(self.path / JOURNAL))
+
+    def keep_chunk(self, index: int, pcm: bytes, sample_rate: int, num_channels: int) -> None:
+        """Keeps a chunk and adds it to the recording; the first of an index counts."""
+        if index in self._chunks or index in self._lost:
+            return
+        if self._format is None:
+            self._note(format=[sample_rate, num_channels])
+        self._chunks.add(index)
+        self._waiting.add(index)
+        self.held[index] = pcm
+        self.settle_disk()
+
+    def lose_chunk(self, index: int, size: int) -> None:
+        """Remembers a chunk that nobody has: silence in the recording, a hole for Roark."""
+        self._note(lost=index, bytes=size)
+        self.settle_disk()
+
+    def note_delivered(self, step: str) -> None:
+        """Roark has it."""
+        self._note(delivered=step)
+        self.settle_disk()
+
+    def note_given_up(self, step: str, reason: str) -> None:
+        """Roark will never take it."""
+        self._note(given_up=step, reason=reason)
+        self.settle_disk()
+
+    def settle_disk(self) -> None:
+        """Writes what is still in memory, extends the recording, removes what is done with."""
+        for name, content in list(self._unwritten.items()):
+            self._write(name, content)
+        for index in sorted(self.held):
+            path, pcm = self._chunk_path(index), self.held[index]
+            if self.create() and self._try(lambda path=path, pcm=pcm: _replace(path, pcm)):
+                self._files.add(index)
+            elif index not in self._waiting:
+                # Delivered from memory; nothing needs it now but the recording's time line.
+                self._silence[index] = len(pcm)
+            else:
+                continue
+            del self.held[index]
+        if self._is_on_disk and self._try(self._record):
+            self._try(self._tidy)
+
+    def final_ending(self) -> bytes:
+        """The body of call-ended, true about the recording; from now on it does not change.
+
+        Roark joins the chunks it has and cannot see a hole: with a chunk missing for good, every
+        marker behind it would point at the wrong sound. Then nothing is said of a recording.
+        """
+        assert self.ended is not None
+        if self._ending_is_final:
+            return self.ended
+        body = json.loads(self.ended)
+        delivered = {index for index in self._chunks if chunk_step(index) in self.delivered}
+        is_whole = not self._lost and delivered == set(range(len(self._chunks)))
+        if delivered and is_whole and self._format is not None:
+            body["recordingSampleRate"], body["recordingNumChannels"] = self._format
+        else:
+            body.pop("recordingSampleRate", None)
+            body.pop("recordingNumChannels", None)
+            for entry in [*body.get("transcript", []), *body.get("toolCalls", [])]:
+                entry.pop("audioOffsetMs", None)
+                entry.pop("endAudioOffsetMs", None)
+        final = as_json(body)
+        if final != self.ended:
+            self.ended = final
+            self._write(f"{ENDED}.json", final)
+        self._note(ending="final")
+        return final
+
+    def release(self) -> None:
+        """Lets another process have the folder."""
+        self._try(lambda: self.lock.release(for_good=self.is_finished))
+
+    def remove(self) -> None:
+        """Deletes the folder; its lock must be held."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.lock.release(for_good=True)
+
+    def _read(self) -> None:
+        self._delivery_backlog = b""
+        for fact in read_lines(self.path / DELIVERY):
+            self._apply(fact)
+        for name in os.listdir(self.path):
+            if found := re.fullmatch(r"chunk-(\d+)\.pcm", name):
+                index = int(found.group(1))
+                self._files.add(index)
+                self._chunks.add(index)
+                if not self.is_settled(chunk_step(index)):
+                    self._waiting.add(index)
+        self.started = _read(self.path / f"{STARTED}.json")
+        self.ended = _read(self.path / f"{ENDED}.json")
+        self._is_on_disk = True
+
+    def _create(self) -> None:
+        if not self.lock.acquire():
+            raise BlockingIOError(errno.EAGAIN, "the folder is locked by another process")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._append_delivery()
+        _sync_directory(self.path)
+        _sync_directory(self.path.parent)
+        self._is_on_disk = True
+
+    def _note(self, **fact: Any) -> None:
+        self._apply(fact)
+        self._delivery_backlog += as_json(fact) + b"\n"
+        if self.create():
+            self._try(self._append_delivery)
+
+    def _apply(self, fact: dict[str, Any]) -> None:
+        match fact:
+            case {"call_id": str(call_id), "to": destination, "seed": str(seed)}:
+                self.call_id, self.destination, self._seed = call_id, destination, seed
+            case {"format": [int(sample_rate), int(num_channels)]}:
+                self._format = (sample_rate, num_channels)
+            case {"recorded": int(index), "bytes": int(size)}:
+                self._recorded, self._recording_bytes = index + 1, size
+                if index not in self._lost:
+                    self._chunks.add(index)
+            case {"lost": int(index), "bytes": int(size)}:
+                self._lost.add(index)
+                self._silence[index] = size
+            case {"delivered": str(step)}:
+                self.delivered.add(step)
+                self._settle(step)
+            case {"given_up": str(step), "reason": str(reason)}:
+                self.given_up[step] = reason
+                self._settle(step)
+            case {"ending": "final"}:
+                self._ending_is_final = True
+            case _:
+                pass
+
+    def _settle(self, step: str) -> None:
+        if found := re.fullmatch(r"chunk-(\d+)", step):
+            index = int(found.group(1))
+            self._chunks.add(index)
+            self._waiting.discard(index)
+
+    def _append_journal(self) -> None:
+        _append(self.path / JOURNAL, self._journal_backlog)
+        self._journal_backlog = b""
+
+    def _append_delivery(self) -> None:
+        _append(self.path / DELIVERY, self._delivery_backlog)
+        self._delivery_backlog = b""
+        _sync(self.path / DELIVERY)
+
+    def _next_is_here(self) -> bool:
+        return self._recorded in self._silence or self._recorded in self._files
+
+    def _record(self) -> None:
+        """Appends to recording.wav what comes next, as far as it is here."""
+        while self._format is not None and self._next_is_here():
+            index = self._recorded
+            silence = self._silence.get(index)
+            pcm = self.read_chunk(index) if silence is None else bytes(silence)
+            size = self._recording_bytes + len(pcm)
+            with open(self.path / RECORDING, "r+b" if self._recording_bytes else "wb") as wav:
+                wav.seek(WAV_HEADER_BYTES + self._recording_bytes)
+                # What an append that was cut short has left.
+                wav.truncate()
+                wav.write(pcm)
+                wav.seek(0)
+                wav.write(_wav_header(size, *self._format))
+                wav.flush()
+                os.fsync(wav.fileno())
+            self._note(recorded=index, bytes=size)
+
+    def _tidy(self) -> None:
+        """Removes chunk files whose audio is in the recording and at Roark."""
+        if self._delivery_backlog:
+            return
+        for index in sorted(self._files):
+            if index < self._recorded and (self.destination is None or index not in self._waiting):
+                self._chunk_path(index).unlink(missing_ok=True)
+                self._files.discard(index)
+        if self.destination is None:
+            self._waiting.clear()
+
+    def _chunk_path(self, index: int) -> Path:
+        return self.path / f"{chunk_step(index)}.pcm"
+
+    def _write(self, name: str, content: bytes) -> bool:
+        if self.create() and self._try(lambda: _replace(self.path / name, content)):
+            self._unwritten.pop(name, None)
+            return True
+        self._unwritten[name] = content
+        return False
+
+    def _try(self, action: Callable[[], None]) -> bool:
+        try:
+            action()
+        except OSError as error:
+            self.disk_error = error
+            return False
+        return True
+
+
+def as_json(value: Any) -> bytes:
+    """Compact JSON; what JSON does not know becomes its text."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, default=str).encode(
+        "utf-8", "replace"
+    )
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a .jsonl file; lines that were not written whole are left out."""
+    for line in (_read(path) or b"").splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            yield value
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def _replace(path: Path, content: bytes) -> None:
+    unfinished = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
+
+
+def _append(path: Path, lines: bytes) -> None:
+    """Appends all of it or nothing: half a line would spoil the next one."""
+    with open(path, "ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            written = file.write(lines)
+        except OSError:
+            file.truncate(size)
+            raise
+        if written != len(lines):
+            file.truncate(size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _mend(path: Path) -> None:
+    """Ends a torn last line, so that the next one is not spoilt."""
+    content = _read(path)
+    if content and not content.endswith(b"\n"):
+        _append(path, b"\n")
+
+
+def _sync(path: Path) -> None:
+    with open(path, "ab") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    if sys.platform == "win32":
+        return
+    directory = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _wav_header(data_bytes: int, sample_rate: int, num_channels: int) -> bytes:
+    """PCM16; a recording beyond 4 GB is capped in the header only, players read on."""
+    size = min(data_bytes, WAV_MAX_BYTES)
+    frame_bytes = 2 * num_channels
+    return struct.pack(
+        "<4sI4s4sIHHIIHH4sI",
+        b"RIFF",
+        size + WAV_HEADER_BYTES - 8,
+        b"WAVE",
+        b"fmt ",
+        16,
+        1,
+        num_channels,
+        sample_rate,
+        sample_rate * frame_bytes,
+        frame_bytes,
+        16,
+        b"data",
+        size,
+    )

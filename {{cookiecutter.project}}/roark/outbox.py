@@ -1,0 +1,779 @@
+"""The outbox promises: what it accepted is delivered, or still on disk in a form that will be.
+
+    outbox = outbox_for(Path("calls"), api_key=key)      # one per process and directory
+    call = outbox.open(call_id)
+    call.started(body); call.journal(event); call.chunk(0, pcm, 24000, 2); call.ended(body, record)
+    await call.flush(20)
+
+Write first, send second. Both happen in one thread of its own with its own event loop: a call's
+event loop never waits for a disk, a socket or a TLS handshake, and delivery does not end with it.
+The methods of a call hand over and return; they never raise.
+
+Without a key the same folders are kept and nothing is sent. What a process leaves behind is
+delivered by the next one with the same directory, or by `python -m roark deliver`, but only to
+the address it was meant for: a rehearsed call never reaches the real Roark.
+
+Memory: at most `memory_bytes` accepted and not yet on disk (more is dropped, counted and said;
+only a disk that is full or hangs gets there), plus (UPLOADS_AT_ONCE + LEFTOVER_UPLOADS_AT_ONCE) x
+the largest chunk on its way to Roark.
+Disk: `disk_bytes` and `disk_days` bound the directory; the oldest delivered or kept calls go
+first, undelivered ones only for want of space, and never silently.
+"""
+
+import asyncio
+import atexit
+import os
+import random
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+
+from roark.call import CallRecord
+from roark.client import Backoff, Rejected, RoarkClient, Unreachable
+from roark.folder import (
+    ENDED,
+    STARTED,
+    Folder,
+    as_json,
+    call_folders,
+    chunk_step,
+    folder_name,
+)
+
+FLUSH_SECONDS = 20.0
+MEMORY_BYTES = 64_000_000
+DISK_BYTES = 5_000_000_000
+DISK_DAYS = 30.0
+# All live calls together; and, apart from them, what earlier processes left.
+UPLOADS_AT_ONCE = 4
+LEFTOVER_UPLOADS_AT_ONCE = 2
+# A fresh upload URL that storage refuses this often in a row will not be taken later either.
+MAX_UPLOAD_URLS = 4
+# Attempts per request for calls that earlier processes left; then the next call has its turn.
+LEFTOVER_ATTEMPTS = 4
+# Left calls wait until the first moments of a new one are over.
+LEFTOVERS_AFTER_SECONDS = 2.0
+LEFTOVERS_PAUSE_SECONDS = 300.0
+# A round over the directory ends when this many calls in a row found nobody at the other end.
+MAX_UNREACHABLE_IN_A_ROW = 3
+TRIM_EVERY_SECONDS = 600.0
+JOURNAL_SYNC_SECONDS = 0.2
+DRAIN_SECONDS = 2.0
+
+Reconstruct = Callable[[list[dict[str, Any]], int], tuple[dict[str, Any], dict[str, Any], Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Flushed:
+    """How many requests (call-started, chunks, call-ended) came to which end.
+
+    Parameters:
+        delivered: Taken by Roark.
+        left: Kept, to be delivered later.
+        given_up: Refused for good by Roark, or lost when memory and disk were full.
+    """
+
+    delivered: int
+    left: int
+    given_up: int
+
+
+class _NotNow(Exception):
+    """This delivery stops here; what is left stays on disk."""
+
+
+class CallFolder:
+    """One call's way into the outbox. Every method may be called from any thread or loop."""
+
+    def __init__(self, outbox: "Outbox", folder: Folder) -> None:
+        self._outbox = outbox
+        self._folder = folder
+        self._has_lost = False
+
+    @property
+    def call_id(self) -> str:
+        """The call's id, as Roark knows it."""
+        return self._folder.call_id
+
+    @property
+    def path(self) -> Path:
+        """Where the call is kept. Nothing may be there yet."""
+        return self._folder.path
+
+    def started(self, body: dict[str, Any]) -> None:
+        """Accepts the body of call-started."""
+        self._hand_over(self._folder.keep_started, as_json(body))
+
+    def journal(self, event: dict[str, Any]) -> None:
+        """Accepts an event; from its events a killed call is closed."""
+        line = as_json(event) + b"\n"
+        if self._reserve(len(line)):
+            self._hand_over(self._folder.keep_event, line, reserved=len(line))
+            self._outbox.sync_journal_soon(self._folder)
+
+    def chunk(self, index: int, pcm: bytes, sample_rate: int, num_channels: int) -> None:
+        """Accepts a chunk of the recording (PCM16LE, interleaved); indexes count from 0.
+
+        A chunk that comes after `ended` still belongs to the call.
+        """
+        size = len(pcm)
+        if self._reserve(size):
+            self._hand_over(
+                self._folder.keep_chunk, index, bytes(pcm), sample_rate, num_channels, reserved=size
+            )
+        else:
+            self._hand_over(self._folder.lose_chunk, index, size)
+
+    def ended(self, body: dict[str, Any], record: dict[str, Any]) -> None:
+        """Accepts the body of call-ended and the call record; closes the call.
+
+        The recording fields of `body` are made true of what was delivered before it is sent.
+        """
+        self._hand_over(lambda: self._folder.keep_ended(as_json(body), as_json(record)))
+
+    async def flush(self, timeout: float = FLUSH_SECONDS) -> Flushed:
+        """Waits until all that was accepted is settled, at most `timeout` seconds.
+
+        May be called again, and cancelled: the delivery goes on in its thread, and a process that
+        exits normally waits for it until the deadline. What is left then is on disk.
+        """
+        deadline = time.monotonic() + timeout
+        waiter: Future[Flushed] = Future()
+        self._outbox.flush(self._folder, deadline, waiter)
+        # The thread answers at the deadline; a little later only when the disk hangs.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout + 1.0):
+                return await asyncio.shield(asyncio.wrap_future(waiter))
+        logger.error(f"Roark: call {self.call_id}: {self.path.parent} does not answer")
+        return self._outbox.result(self._folder)
+
+    def _hand_over(self, action: Callable[..., None], *args: Any, reserved: int = 0) -> None:
+        self._outbox.hand_over(self._folder, action, *args, reserved=reserved)
+
+    def _reserve(self, size: int) -> bool:
+        if self._outbox.memory.reserve(size):
+            return True
+        if not self._has_lost:
+            self._has_lost = True
+            logger.error(
+                f"Roark: call {self.call_id}: {self._outbox.memory.limit} bytes wait for "
+                f"{self.path.parent} already; audio is being dropped"
+            )
+        return False
+
+
+class Outbox:
+    """The calls of one directory and their delivery; see the module's docstring.
+
+    Args:
+        directory: Where the call folders are; made when the first call needs it.
+        client: How to reach Roark; None keeps calls and sends nothing.
+        memory_bytes, disk_bytes, disk_days: The bounds.
+        delivers_leftovers: Whether calls that earlier processes left are looked after.
+        backoff, sleep: How long to wait between attempts, and how.
+        reconstruct: (events, time of the last sign of life in epoch ns) of a call whose process
+            died, to its call-started body, call-ended body and record.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        client: RoarkClient | None = None,
+        *,
+        memory_bytes: int = MEMORY_BYTES,
+        disk_bytes: int = DISK_BYTES,
+        disk_days: float = DISK_DAYS,
+        delivers_leftovers: bool = True,
+        leftovers_after_s: float = LEFTOVERS_AFTER_SECONDS,
+        backoff: Backoff | None = None,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        reconstruct: Reconstruct | None = None,
+    ) -> None:
+        self.directory = directory
+        self.client = client
+        self.memory = _Memory(memory_bytes)
+        self.backoff = backoff or Backoff()
+        self.sleep = sleep
+        self._disk_bytes = disk_bytes
+        self._disk_days = disk_days
+        self._leftovers_after_s = leftovers_after_s
+        self._reconstruct = reconstruct or replay
+        self._uploads = asyncio.Semaphore(UPLOADS_AT_ONCE)
+        self._leftover_uploads = asyncio.Semaphore(LEFTOVER_UPLOADS_AT_ONCE)
+        self._deliveries: dict[Path, _Delivery] = {}
+        self._turned_away: set[Path] = set()
+        self._finished: set[Path] = set()
+        self._something_is_left = asyncio.Event()
+        self._leftovers: asyncio.Task[None] | None = None
+        self._trimmed_at = 0.0
+        self._held: dict[Path, int] = {}
+        self._flushes: set[asyncio.Task[None]] = set()
+        self._last_deadline = 0.0
+        self._syncing: set[Path] = set()
+        self._said: set[str] = set()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="roark-outbox", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+        if delivers_leftovers:
+            self._post(self._look_after_leftovers)
+
+    # From the calls' side: any thread, never waiting
+
+    def open(self, call_id: str) -> CallFolder:
+        """A folder for a new call."""
+        destination = self.client.base_url if self.client else None
+        path = self.directory / folder_name(call_id, datetime.now(UTC))
+        folder = Folder(path, call_id=call_id, destination=destination)
+        self.hand_over(folder, folder.create)
+        return CallFolder(self, folder)
+
+    def hand_over(
+        self, folder: Folder, action: Callable[..., Any], *args: Any, reserved: int = 0
+    ) -> None:
+        """Runs a write in the outbox's thread, after those handed over before."""
+        self._post(self._keep, folder, action, args, reserved)
+
+    def sync_journal_soon(self, folder: Folder) -> None:
+        """Has the journal synced; events that come close together share one sync."""
+        self._post(self._sync_soon, folder)
+
+    def flush(self, folder: Folder, deadline: float, waiter: "Future[Flushed]") -> None:
+        """Answers `waiter` when the call is settled, or at the deadline (monotonic seconds)."""
+        self._post(self._start_flush, folder, deadline, waiter)
+
+    def result(self, folder: Folder) -> Flushed:
+        """How far the delivery of a call is."""
+        return Flushed(
+            delivered=len(folder.delivered),
+            left=len(folder.steps_left),
+            given_up=len(folder.steps_given_up),
+        )
+
+    def close(self) -> None:
+        """Ends the thread; flushes that are under way have until their deadlines."""
+        atexit.unregister(self.close)
+        patience = max(0.0, self._last_deadline - time.monotonic()) + DRAIN_SECONDS
+        # RuntimeError: closed already. TimeoutError: the disk hangs.
+        with suppress(RuntimeError, TimeoutError):
+            asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(patience)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(DRAIN_SECONDS)
+
+    def deliver_leftovers(
+        self, progress: Callable[[Folder, Flushed | None], None]
+    ) -> "Future[bool]":
+        """Tries once to deliver every call on disk; `progress` hears of each (None: in use).
+
+        The result says whether something is left that may go later.
+        """
+        return asyncio.run_coroutine_threadsafe(self._deliver_each(progress), self._loop)
+
+    # In the outbox's thread
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.close()
+
+    def _post(self, action: Callable[..., Any], *args: Any) -> None:
+        # The loop is closed only when the process, or a test, is ending.
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(action, *args)
+
+    def _keep(
+        self, folder: Folder, action: Callable[..., Any], args: tuple[Any, ...], reserved: int
+    ) -> None:
+        try:
+            action(*args)
+        except Exception:
+            logger.exception(f"Roark: call {folder.call_id}: could not be kept")
+        self._account(folder, reserved)
+        self._say_disk_error(folder)
+        if folder.steps_left and folder.path not in self._turned_away:
+            self._deliver(folder)
+        else:
+            self._let_go_if_over(folder)
+
+    def after_attempt(self, folder: Folder) -> None:
+        """A delivery has noted something in the folder."""
+        self._account(folder)
+        self._say_disk_error(folder)
+
+    def _account(self, folder: Folder, reserved: int = 0) -> None:
+        """Keeps the memory bound right: what was queued is on disk now, or held."""
+        held = sum(map(len, folder.held.values()))
+        self.memory.release(reserved - held + self._held.get(folder.path, 0))
+        self._held[folder.path] = held
+        if not held:
+            del self._held[folder.path]
+
+    def _say_disk_error(self, folder: Folder) -> None:
+        if folder.disk_error is not None:
+            reason = folder.disk_error.strerror or type(folder.disk_error).__name__
+            folder.disk_error = None
+            consequence = "delivered from memory" if self.client else "not kept"
+            self.say_once(f"cannot write to {self.directory}: {reason}; calls are {consequence}")
+
+    def say_once(self, message: str) -> None:
+        """Logs an error that would otherwise be said for every request."""
+        if message not in self._said:
+            self._said.add(message)
+            logger.error(f"Roark: {message}")
+
+    def _sync_soon(self, folder: Folder) -> None:
+        def sync() -> None:
+            self._syncing.discard(folder.path)
+            folder.sync_journal()
+
+        if folder.path not in self._syncing:
+            self._syncing.add(folder.path)
+            self._loop.call_later(JOURNAL_SYNC_SECONDS, sync)
+
+    def _deliver(self, folder: Folder) -> None:
+        """Has the call's delivery look again, or starts it."""
+        delivery = self._deliveries.get(folder.path)
+        if delivery is None:
+            if not folder.is_in_memory and not folder.lock.acquire():
+                # A chunk came after all was over, and somebody else looks after the call now.
+                self._something_is_left.set()
+                return
+            delivery = self._deliveries[folder.path] = _Delivery(self, folder, self._uploads)
+            delivery.task = self._loop.create_task(delivery.run())
+            delivery.task.add_done_callback(lambda _: self._delivery_ended(delivery))
+        delivery.look_again()
+
+    def _delivery_ended(self, delivery: "_Delivery") -> None:
+        folder = delivery.folder
+        del self._deliveries[folder.path]
+        if delivery.was_turned_away:
+            self._turned_away.add(folder.path)
+        self._let_go_if_over(folder)
+
+    def _let_go_if_over(self, folder: Folder) -> None:
+        """Frees the folder's lock: never while the call lasts or is only in memory."""
+        self._account(folder)
+        if folder.ended is None or folder.is_in_memory or folder.path in self._deliveries:
+            return
+        folder.release()
+        if not folder.is_finished:
+            self._something_is_left.set()
+
+    def _start_flush(self, folder: Folder, deadline: float, waiter: "Future[Flushed]") -> None:
+        task = self._loop.create_task(self._flush(folder, deadline, waiter))
+        self._flushes.add(task)
+        task.add_done_callback(self._flushes.discard)
+
+    async def _flush(self, folder: Folder, deadline: float, waiter: "Future[Flushed]") -> None:
+        began = time.monotonic()
+        self._last_deadline = max(self._last_deadline, deadline)
+        delivery = self._deliveries.get(folder.path)
+        if delivery is not None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    await delivery.settled.wait()
+            # What is nowhere but in memory is tried as long as the process lives.
+            delivery.is_overdue = not delivery.settled.is_set() and not folder.is_in_memory
+        folder.settle_disk()
+        folder.sync_journal()
+        self._account(folder)
+        result = self.result(folder)
+        self._log_flush(folder, result, time.monotonic() - began)
+        if not waiter.done():
+            waiter.set_result(result)
+
+    def _log_flush(self, folder: Folder, result: Flushed, seconds: float) -> None:
+        call = f"Roark: call {folder.call_id}"
+        kept = f"{folder.recording_seconds:.1f} s of audio in {folder.path}"
+        if self.client is None:
+            logger.info(f"{call}: kept, {kept}")
+        elif result.left:
+            logger.warning(
+                f"{call}: {result.delivered} requests delivered, {result.left} left after "
+                f"{seconds:.1f} s for the next process or `python -m roark deliver`; {kept}"
+            )
+        else:
+            logger.info(
+                f"{call}: {result.delivered} requests delivered in {seconds:.1f} s, "
+                f"{result.given_up} given up; {kept}"
+            )
+
+    async def _stop(self) -> None:
+        if self._flushes:
+            logger.info("Roark: waiting for the calls that are being delivered")
+            await asyncio.gather(*self._flushes)
+        current = asyncio.current_task()
+        others = [task for task in asyncio.all_tasks() if task is not current]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        for delivery in self._deliveries.values():
+            delivery.folder.release()
+        if self.client is not None:
+            await self.client.close()
+
+    # What earlier processes left
+
+    def _look_after_leftovers(self) -> None:
+        self._leftovers = self._loop.create_task(self._deliver_leftovers())
+
+    async def _deliver_leftovers(self) -> None:
+        """Rounds over the directory, one call at a time, with longer pauses while nothing goes."""
+        await asyncio.sleep(self._leftovers_after_s)
+        fruitless = 0
+        while True:
+            self._something_is_left.clear()
+            try:
+                is_anything_left = await self._deliver_each(lambda *_: None)
+                await self._trim()
+            except Exception:
+                logger.exception("Roark: the calls that were left could not be looked at")
+                is_anything_left = True
+            if is_anything_left:
+                fruitless += 1
+                longest = min(LEFTOVERS_PAUSE_SECONDS, 5.0 * 2.0 ** min(fruitless, 9))
+                await self.sleep(random.uniform(1.0, longest))
+                continue
+            fruitless = 0
+            with suppress(TimeoutError):
+                async with asyncio.timeout(TRIM_EVERY_SECONDS):
+                    await self._something_is_left.wait()
+
+    async def _deliver_each(self, progress: Callable[[Folder, Flushed | None], None]) -> bool:
+        """One round; says whether something is left that may go later."""
+        is_anything_left = False
+        unreachable_in_a_row = 0
+        for path in call_folders(self.directory):
+            # Live calls have their turn in between.
+            await asyncio.sleep(0)
+            if path in self._deliveries or path in self._turned_away or path in self._finished:
+                continue
+            folder = Folder.claim(path)
+            if folder is None:
+                progress(Folder.load(path), None)
+                continue
+            try:
+                if folder.is_finished:
+                    self._finished.add(path)
+                    continue
+                delivery = await self._deliver_left(folder)
+            finally:
+                folder.release()
+            progress(folder, self.result(folder))
+            if delivery is None:
+                continue
+            is_anything_left |= bool(folder.steps_left) and not delivery.was_turned_away
+            unreachable_in_a_row = unreachable_in_a_row + 1 if delivery.was_unreachable else 0
+            if unreachable_in_a_row == MAX_UNREACHABLE_IN_A_ROW:
+                break
+        return is_anything_left
+
+    async def _deliver_left(self, folder: Folder) -> "_Delivery | None":
+        """Closes a call whose process died; delivers it when it is meant for our Roark."""
+        if folder.ended is None:
+            self._close_dead(folder)
+        folder.settle_disk()
+        self._say_disk_error(folder)
+        if self.client is None or folder.destination != self.client.base_url:
+            return None
+        delivery = _Delivery(self, folder, self._leftover_uploads, max_attempts=LEFTOVER_ATTEMPTS)
+        await delivery.run()
+        if delivery.was_turned_away:
+            self._turned_away.add(folder.path)
+        if not folder.steps_left:
+            logger.info(f"Roark: call {folder.call_id}: what was left of it is delivered")
+        return delivery
+
+    def _close_dead(self, folder: Folder) -> None:
+        at = folder.last_change
+        try:
+            started, ended, record = self._reconstruct(folder.journal(), int(at.timestamp() * 1e9))
+        except Exception:
+            logger.exception(f"Roark: call {folder.call_id}: its journal cannot be replayed")
+            moment = at.isoformat()
+            started = None
+            record = ended = {
+                "event": ENDED,
+                "pipecatCallId": folder.call_id,
+                "eventTimestamp": moment,
+                "callStartedAt": None,
+                "callEndedAt": moment,
+                "callEndedReason": "process-died",
+            }
+        if folder.started is None and started is not None:
+            folder.keep_started(as_json(started))
+        folder.keep_ended(as_json(ended), as_json(record))
+        logger.warning(f"Roark: call {folder.call_id}: its process died; closed from its journal")
+
+    async def _trim(self) -> None:
+        """Keeps the directory within its bounds."""
+        if self._trimmed_at and time.monotonic() - self._trimmed_at < TRIM_EVERY_SECONDS:
+            return
+        self._trimmed_at = time.monotonic()
+        too_old = datetime.now(UTC) - timedelta(days=self._disk_days)
+        sizes: dict[Path, int] = {}
+        finished: list[Path] = []
+        unfinished: list[Path] = []
+        for path in call_folders(self.directory):
+            await asyncio.sleep(0)
+            with suppress(OSError):
+                folder = Folder.load(path)
+                if folder.is_finished and folder.last_change < too_old and self._remove(path):
+                    continue
+                sizes[path] = sum(entry.stat().st_size for entry in os.scandir(path))
+                (finished if folder.is_finished else unfinished).append(path)
+        excess = sum(sizes.values()) - self._disk_bytes
+        for path in [*finished, *unfinished]:
+            if excess <= 0:
+                return
+            if self._remove(path):
+                excess -= sizes[path]
+                if path in unfinished:
+                    logger.error(f"Roark: no room for {path.name}: removed before it was delivered")
+
+    def _remove(self, path: Path) -> bool:
+        folder = Folder.claim(path)
+        if folder is not None:
+            folder.remove()
+        return folder is not None
+
+
+class _Delivery:
+    """Brings one call to Roark: call-started, the chunks, and when all are settled call-ended.
+
+    A live call is tried until its flush is overdue, others `max_attempts` times per request.
+    """
+
+    def __init__(
+        self,
+        outbox: Outbox,
+        folder: Folder,
+        uploads: asyncio.Semaphore,
+        *,
+        max_attempts: int | None = None,
+    ) -> None:
+        self.folder = folder
+        self.settled = asyncio.Event()
+        self.is_overdue = False
+        self.was_turned_away = False
+        self.was_unreachable = False
+        self.task: asyncio.Task[None] | None = None
+        self._outbox = outbox
+        self._slots = uploads
+        self._max_attempts = max_attempts
+        self._changed = asyncio.Event()
+        self._uploads: dict[int, asyncio.Task[None]] = {}
+        self._is_stopping = False
+
+    def look_again(self) -> None:
+        """The folder holds something new."""
+        if not self._is_stopping:
+            self.settled.clear()
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Returns when the call is delivered, or when what is left of it has to wait."""
+        try:
+            while await self._advance():
+                await self._changed.wait()
+        except _NotNow:
+            pass
+        except Exception:
+            logger.exception(f"Roark: call {self.folder.call_id}: its delivery failed")
+        finally:
+            self._is_stopping = True
+            for upload in self._uploads.values():
+                upload.cancel()
+            self.settled.set()
+
+    async def _advance(self) -> bool:
+        """Does what can be done now; False when there is nothing more to wait for."""
+        folder = self.folder
+        self._changed.clear()
+        if folder.started is not None and not folder.is_settled(STARTED):
+            await self._send(STARTED, folder.started)
+        if not self._is_stopping and (folder.started is not None or folder.ended is not None):
+            for index in folder.waiting_chunks:
+                if index not in self._uploads:
+                    self._begin_upload(index)
+        if self._uploads:
+            return True
+        if self._is_stopping:
+            return False
+        if folder.ended is not None and folder.steps_left == [ENDED]:
+            await self._send(ENDED, folder.final_ending())
+        if folder.steps_left:
+            return True
+        self.settled.set()
+        return folder.ended is None
+
+    def _begin_upload(self, index: int) -> None:
+        def end(task: asyncio.Task[None]) -> None:
+            del self._uploads[index]
+            error = None if task.cancelled() else task.exception()
+            if error is not None:
+                self._is_stopping = True
+                if not isinstance(error, _NotNow):
+                    logger.opt(exception=error).error(f"Roark: {chunk_step(index)} failed")
+            self._changed.set()
+
+        upload = asyncio.get_running_loop().create_task(self._upload(index))
+        self._uploads[index] = upload
+        upload.add_done_callback(end)
+
+    async def _send(self, step: str, body: bytes) -> None:
+        client, key = self._outbox.client, self.folder.idempotency_key(step)
+        assert client is not None
+
+        async def attempt(number: int) -> None:
+            await client.send_event(body, idempotency_key=key, attempt=number)
+
+        await self._until_settled(step, attempt)
+
+    async def _upload(self, index: int) -> None:
+        client, folder, step = self._outbox.client, self.folder, chunk_step(index)
+        assert client is not None
+        url: str | None = None
+        urls = 0
+
+        async def attempt(number: int) -> None:
+            nonlocal url, urls
+            async with self._slots:
+                if self.was_unreachable or self.was_turned_away:
+                    raise _NotNow
+                if url is None:
+                    # A new key: under the old one Roark may answer with the old URL.
+                    key = folder.idempotency_key(f"{step} url {urls}")
+                    url = await client.upload_url(
+                        folder.call_id, index, idempotency_key=key, attempt=number
+                    )
+                    urls += 1
+                try:
+                    await client.put_chunk(url, folder.read_chunk(index), attempt=number)
+                except Rejected as error:
+                    if error.url_has_expired and urls < MAX_UPLOAD_URLS:
+                        url = None
+                        raise Unreachable("the upload URL has expired") from None
+                    raise
+
+        await self._until_settled(step, attempt)
+
+    async def _until_settled(self, step: str, attempt: Callable[[int], Awaitable[None]]) -> None:
+        """Repeats an attempt until Roark has the step or never will; else raises _NotNow."""
+        folder, failures = self.folder, 0
+        while not folder.is_settled(step):
+            retry_after_s = None
+            try:
+                await attempt(failures + 1)
+            except FileNotFoundError:
+                self._give_up(step, "its file is gone")
+            except Rejected as error:
+                if error.is_about_us:
+                    self.was_turned_away = True
+                    self._outbox.say_once(
+                        f"turned away: {error}. Calls stay in {self._outbox.directory}; when the "
+                        "key is right, the next process or `python -m roark deliver` delivers them"
+                    )
+                    raise _NotNow from None
+                if error.is_transient:
+                    retry_after_s = error.retry_after_s
+                    failures += 1
+                else:
+                    self._give_up(step, str(error))
+            except (Unreachable, OSError) as error:
+                failures += 1
+                if self._must_stop(failures):
+                    self.was_unreachable = isinstance(error, Unreachable)
+            else:
+                folder.note_delivered(step)
+            self._outbox.after_attempt(folder)
+            if not folder.is_settled(step):
+                if self._must_stop(failures):
+                    raise _NotNow
+                await self._outbox.sleep(self._outbox.backoff.seconds(failures, retry_after_s))
+
+    def _must_stop(self, failures: int) -> bool:
+        if self.is_overdue or self.was_turned_away or self.was_unreachable:
+            return True
+        return self._max_attempts is not None and failures >= self._max_attempts
+
+    def _give_up(self, step: str, reason: str) -> None:
+        self.folder.note_given_up(step, reason)
+        what = step if step in (STARTED, ENDED) else "audio"
+        self._outbox.say_once(f"call {self.folder.call_id}: {what} is given up: {reason}")
+
+
+class _Memory:
+    """Counts bytes that are accepted and not yet on disk."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._used = 0
+        self._lock = threading.Lock()
+
+    def reserve(self, size: int) -> bool:
+        """Whether there is room; takes it."""
+        with self._lock:
+            if self._used + size > self.limit:
+                return False
+            self._used += size
+            return True
+
+    def release(self, size: int) -> None:
+        """Gives room back (or, negative, takes what is there already)."""
+        with self._lock:
+            self._used -= size
+
+
+_outboxes: dict[tuple[int, Path, str | None, str | None], Outbox] = {}
+_outboxes_lock = threading.Lock()
+
+
+def outbox_for(
+    directory: Path, *, api_key: str | None = None, base_url: str | None = None
+) -> Outbox:
+    """The outbox of this process for a directory and a Roark account; made at the first call.
+
+    CALLS_MAX_MB and CALLS_MAX_DAYS bound the directory (default 5000 and 30). One directory
+    belongs to one account: what is left there is delivered with whichever key comes next.
+    """
+    api_key = (api_key or "").strip() or None
+    identity = (os.getpid(), directory.absolute(), api_key, base_url)
+    with _outboxes_lock:
+        outbox = _outboxes.get(identity)
+        if outbox is None:
+            client = RoarkClient(api_key=api_key, base_url=base_url) if api_key else None
+            outbox = _outboxes[identity] = Outbox(
+                directory,
+                client,
+                disk_bytes=int(_number("CALLS_MAX_MB", DISK_BYTES / 1e6) * 1e6),
+                disk_days=_number("CALLS_MAX_DAYS", DISK_DAYS),
+            )
+        return outbox
+
+
+def replay(
+    events: list[dict[str, Any]], at: int
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """call-started, call-ended and record of a call whose process died at `at` (epoch ns)."""
+    record = CallRecord.replay(events)
+    record.close("process-died", None, at)
+    return record.call_started(), record.call_ended(), record.as_dict()
+
+
+def _number(name: str, default: float) -> float:
+    try:
+        return float(os.environ.get(name, "").strip() or default)
+    except ValueError:
+        logger.warning(f"Roark: {name} is not a number; {default:g} is used")
+        return default
