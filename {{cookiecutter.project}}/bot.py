@@ -45,7 +45,24 @@ async def bot(runner_args: RunnerArguments) -> None:
     except Exception as error:
         logger.error(f"This call could not be answered: {error}")
         raise
-    await hold(line, runner_args)
+
+    instructions = PROMPT_FILE.read_text(encoding="utf-8")
+    roark = RoarkObserver(
+        api_key=config.setting("ROARK_API_KEY"),
+        agent_id=AGENT,
+        agent_name=AGENT,
+        agent_prompt=instructions,
+        runner_args=runner_args,
+    )
+    try:
+        await converse(line, instructions, roark, runner_args)
+    except Exception as error:
+        roark.note_ending("error", f"{type(error).__name__} in the bot")
+        logger.exception("The call broke")
+        raise
+    finally:
+        # The one place that runs after every kind of ending. The reason noted first stands.
+        await roark.aflush(reason="client-disconnected")
 
 
 def readyz() -> dict[str, object]:
@@ -54,21 +71,14 @@ def readyz() -> dict[str, object]:
     return {"ready": not missing, "missing": sorted(missing)}
 
 
-async def hold(line: transports.Line, runner_args: RunnerArguments) -> None:
-    """Run the conversation on `line` until one side ends it."""
+async def converse(
+    line: transports.Line, instructions: str, roark: RoarkObserver, runner_args: RunnerArguments
+) -> None:
+    """Build the pipeline for `line` and run it until one side ends the call."""
     transport = line.transport
-    instructions = PROMPT_FILE.read_text(encoding="utf-8")
     stt = services.create_stt()
     llm = services.create_llm(instructions)
     tts = services.create_tts()
-
-    roark = RoarkObserver(
-        api_key=config.setting("ROARK_API_KEY"),
-        agent_id=AGENT,
-        agent_name=AGENT,
-        agent_prompt=instructions,
-        runner_args=runner_args,
-    )
 
     context = LLMContext(tools=tools.offered())
     # Silero hears when the caller speaks; Smart Turn, Pipecat's default, whether they are done.
@@ -151,20 +161,8 @@ async def hold(line: transports.Line, runner_args: RunnerArguments) -> None:
         client_ready.set()
         await runner.cancel(reason)
 
-    def end_on_signal(name: str) -> None:
-        ending.append(asyncio.ensure_future(end("signal", f"the process received {name}")))
-
-    ending: list[asyncio.Future[None]] = []
-    try:
-        with shutdown.ends_call(end_on_signal):
-            await runner.run()
-    except Exception as error:
-        roark.note_ending("error", f"{type(error).__name__} in the bot")
-        logger.exception("The call broke")
-        raise
-    finally:
-        # The one place that runs after every kind of ending. The reason noted first stands.
-        await roark.aflush(reason="client-disconnected")
+    with shutdown.ends_call(lambda name: end("signal", f"the process received {name}")):
+        await runner.run()
 
 
 if __name__ == "__main__":

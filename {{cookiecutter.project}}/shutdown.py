@@ -9,7 +9,7 @@ import asyncio
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -20,8 +20,8 @@ _previous: dict[int, Callable[[int, FrameType | None], object] | int | None] = {
 
 
 @contextmanager
-def ends_call(end: Callable[[str], None]) -> Iterator[None]:
-    """While this context is open, a signal calls `end(signal name)` in the running event loop.
+def ends_call(end: Callable[[str], Coroutine[None, None, None]]) -> Iterator[None]:
+    """While this context is open, a signal runs `end(signal name)` in the running event loop.
 
     Whatever handled the signal before (the server's own shutdown) runs as well, right after.
     """
@@ -30,7 +30,7 @@ def ends_call(end: Callable[[str], None]) -> Iterator[None]:
         return
     loop = asyncio.get_running_loop()
     key = object()
-    _in_progress[key] = lambda name: loop.call_soon_threadsafe(end, name)
+    _in_progress[key] = lambda name: asyncio.run_coroutine_threadsafe(end(name), loop)
     if not _previous:
         _previous.update({number: signal.signal(number, _on_signal) for number in SIGNALS})
     try:

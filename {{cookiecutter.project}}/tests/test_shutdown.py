@@ -11,6 +11,18 @@ import shutdown
 pytestmark = pytest.mark.anyio
 
 
+class Call:
+    """Notes the signals that ended it."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.ended = asyncio.Event()
+
+    async def end(self, name: str) -> None:
+        self.names.append(name)
+        self.ended.set()
+
+
 @pytest.fixture(autouse=True)
 def development_server(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pipecat's development server says that it is one."""
@@ -21,15 +33,13 @@ async def test_a_signal_ends_every_call_and_still_reaches_the_server() -> None:
     reached: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _frame: reached.append(number))
     try:
-        first, second = asyncio.Event(), asyncio.Event()
-        with (
-            shutdown.ends_call(lambda _name: first.set()),
-            shutdown.ends_call(lambda _name: second.set()),
-        ):
+        first, second = Call(), Call()
+        with shutdown.ends_call(first.end), shutdown.ends_call(second.end):
             os.kill(os.getpid(), signal.SIGTERM)
             async with asyncio.timeout(5):
-                await first.wait()
-                await second.wait()
+                await first.ended.wait()
+                await second.ended.wait()
+        assert first.names == second.names == ["SIGTERM"]
         assert reached == [signal.SIGTERM]
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -37,21 +47,21 @@ async def test_a_signal_ends_every_call_and_still_reaches_the_server() -> None:
 
 async def test_after_the_last_call_the_signals_belong_to_the_server_again() -> None:
     before = {number: signal.getsignal(number) for number in shutdown.SIGNALS}
-    with shutdown.ends_call(lambda _name: None):
+    with shutdown.ends_call(Call().end):
         assert {signal.getsignal(number) for number in shutdown.SIGNALS}.isdisjoint(before.values())
     assert {number: signal.getsignal(number) for number in shutdown.SIGNALS} == before
 
 
 async def test_a_call_that_is_over_is_not_ended_again() -> None:
-    ended: list[str] = []
+    over = Call()
     before = signal.signal(signal.SIGTERM, lambda _number, _frame: None)
     try:
-        with shutdown.ends_call(lambda _name: None):
-            with shutdown.ends_call(ended.append):
+        with shutdown.ends_call(Call().end):
+            with shutdown.ends_call(over.end):
                 pass
             os.kill(os.getpid(), signal.SIGTERM)
             await asyncio.sleep(0)
-        assert ended == []
+        assert over.names == []
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -61,12 +71,12 @@ async def test_in_the_cloud_a_signal_lets_the_call_go_on(monkeypatch: pytest.Mon
     drains: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _frame: drains.append(number))
     try:
-        ended: list[str] = []
-        with shutdown.ends_call(ended.append):
+        call = Call()
+        with shutdown.ends_call(call.end):
             os.kill(os.getpid(), signal.SIGTERM)
             await asyncio.sleep(0)
         assert drains == [signal.SIGTERM]
-        assert ended == []
+        assert call.names == []
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -77,9 +87,9 @@ async def test_without_any_handler_a_signal_ends_the_call_and_not_the_process(
     monkeypatch.delenv("ENV")
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
-        ended = asyncio.Event()
-        with shutdown.ends_call(lambda _name: ended.set()):
+        call = Call()
+        with shutdown.ends_call(call.end):
             os.kill(os.getpid(), signal.SIGTERM)
-            await asyncio.wait_for(ended.wait(), 5)
+            await asyncio.wait_for(call.ended.wait(), 5)
     finally:
         signal.signal(signal.SIGTERM, before)

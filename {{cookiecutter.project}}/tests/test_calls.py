@@ -1,0 +1,258 @@
+"""Whole calls through the bot as it is shipped, over loopback: what is said, heard and reported."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+import pytest
+from aiohttp import web
+from loguru import logger
+
+from rehearsal.caller import Caller
+from rehearsal.engine import ToolCall
+from rehearsal.script import Answer, Script
+from tests.stage import SECONDS, Stage, set_stage
+
+pytestmark = pytest.mark.anyio
+
+TALK = Script(
+    greeting="Hello there.",
+    hears=("Can you hear me?", "Goodbye then."),
+    answers=(
+        Answer(heard="Goodbye", calls=(ToolCall("end_call", {"goodbye": "Have a nice day."}),)),
+        Answer(says="Yes, loud and clear."),
+    ),
+)
+BOTH_TRANSPORTS = pytest.mark.parametrize("transport", ["twilio", "webrtc"])
+
+
+@pytest.fixture
+async def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """The bot and its world, with a script for a short talk."""
+    async with set_stage(monkeypatch, tmp_path) as stage:
+        stage.engine.script = TALK
+        yield stage
+
+
+async def greeting_of(caller: Caller) -> None:
+    await caller.hear(within=SECONDS)
+    await caller.hear_out(quiet=0.5, within=SECONDS)
+
+
+def texts(call: dict[str, Any] | None) -> list[tuple[str, str]]:
+    assert call
+    return [(turn["role"], turn["content"]) for turn in call["transcript"]]
+
+
+def is_silent(track: np.ndarray) -> bool:
+    return int(np.abs(track).max(initial=0)) < 300
+
+
+@BOTH_TRANSPORTS
+async def test_a_call_arrives_complete_when_the_caller_hangs_up(
+    stage: Stage, transport: str
+) -> None:
+    async with stage.caller(transport) as caller:
+        await greeting_of(caller)
+        said = await stage.say(caller)
+        await caller.hear(since=said.end, within=SECONDS)
+        await caller.hear_out(quiet=0.5, within=SECONDS)
+    assert (await stage.over()).error is None
+
+    call = stage.received
+    assert call.whole
+    assert call.ended
+    assert texts(call.ended) == [
+        ("assistant", "Hello there."),
+        ("user", "Can you hear me?"),
+        ("assistant", "Yes, loud and clear."),
+    ]
+    assert call.ended["callEndedReason"] == "client-disconnected"
+    assert call.ended["agentSpokeFirst"] is True
+    assert call.ended["recordingSampleRate"] == (8000 if transport == "twilio" else 24000)
+    starts = [turn["audioOffsetMs"] for turn in call.ended["transcript"]]
+    assert starts == sorted(starts)
+
+    samples, rate = stage.recording()
+    assert rate == call.ended["recordingSampleRate"]
+    assert samples.tobytes() == call.recording
+    greeting, question = call.ended["transcript"][:2]
+    while_greeting = samples[
+        greeting["audioOffsetMs"] * rate // 1000 : greeting["endAudioOffsetMs"] * rate // 1000
+    ]
+    while_asking = samples[
+        question["audioOffsetMs"] * rate // 1000 : question["endAudioOffsetMs"] * rate // 1000
+    ]
+    assert is_silent(while_greeting[:, 0]) and not is_silent(while_greeting[:, 1])
+    assert not is_silent(while_asking[:, 0]) and is_silent(while_asking[:, 1])
+
+
+@BOTH_TRANSPORTS
+async def test_the_bot_says_goodbye_and_hangs_up(
+    stage: Stage, transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TWILIO_ACCOUNT_SID", "AC1")
+    monkeypatch.setenv("TWILIO_AUTH_TOKEN", "token")
+    async with stage.caller(transport) as caller:
+        await greeting_of(caller)
+        for _ in range(2):
+            said = await stage.say(caller)
+            await caller.hear(since=said.end, within=SECONDS)
+            await caller.hear_out(quiet=0.5, within=SECONDS)
+        await asyncio.wait_for(caller.ended.wait(), SECONDS)
+    assert (await stage.over()).error is None
+
+    call = stage.received
+    assert call.whole
+    assert call.ended
+    assert texts(call.ended)[-2:] == [("user", "Goodbye then."), ("assistant", "Have a nice day.")]
+    assert call.ended["callEndedReason"] == "agent-ended"
+    assert [
+        (entry["kind"], entry.get("name"), entry.get("arguments"), entry.get("content"))
+        for entry in call.ended["toolCalls"]
+    ] == [
+        ("tool_call", "end_call", '{"goodbye":"Have a nice day."}', None),
+        ("tool_result", None, None, '{"status":"ending"}'),
+    ]
+    assert stage.recording()[0].tobytes() == call.recording
+    hang_ups = [request for request in stage.providers.log.requests if request.provider == "twilio"]
+    assert len(hang_ups) == (1 if transport == "twilio" else 0)
+
+
+async def test_each_call_runs_at_the_rate_of_its_line(stage: Stage) -> None:
+    for number, transport in enumerate(["twilio", "webrtc"]):
+        async with stage.caller(transport) as caller:
+            await greeting_of(caller)
+        await stage.over(number)
+    rates = [
+        request.query["sample_rate"]
+        for request in stage.providers.log.requests
+        if request.provider == "deepgram"
+    ]
+    assert rates == ["8000", "16000"]
+    assert {
+        call.ended["recordingSampleRate"] for call in stage.roark.calls.values() if call.ended
+    } == {8000, 24000}
+
+
+async def test_every_server_the_bot_talks_to_is_this_machine(stage: Stage) -> None:
+    async with stage.caller("webrtc") as caller:
+        await greeting_of(caller)
+    await stage.over()
+    assert stage.providers.peers == {"127.0.0.1"}
+    assert {request.provider for request in stage.providers.log.requests} == {
+        "deepgram",
+        "openai",
+        "cartesia",
+    }
+
+
+@pytest.mark.parametrize("speaks_rtvi", [True, False])
+async def test_a_web_client_is_greeted_exactly_once(stage: Stage, speaks_rtvi: bool) -> None:
+    async with stage.caller("webrtc", rtvi=speaks_rtvi) as caller:
+        await greeting_of(caller)
+        # Longer than the bot waits for a client that never says it is ready.
+        await caller.hear_out(quiet=2.5, within=SECONDS)
+    await stage.over()
+    assert stage.received.ended
+    assert texts(stage.received.ended) == [("assistant", "Hello there.")]
+    questions = [
+        request for request in stage.providers.log.requests if request.provider == "openai"
+    ]
+    assert len(questions) == 1
+
+
+async def test_without_a_roark_key_the_call_is_kept_and_nothing_is_sent(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ROARK_API_KEY", "")
+    async with stage.caller("twilio") as caller:
+        await greeting_of(caller)
+    await stage.over()
+    assert not stage.roark.calls
+    assert stage.record["ending"]["reason"] == "client-disconnected"
+    samples, rate = stage.recording()
+    assert len(samples) > rate / 2
+
+
+async def test_without_twilio_credentials_the_call_works_and_the_log_says_so_once(
+    stage: Stage,
+) -> None:
+    lines: list[str] = []
+    sink = logger.add(lines.append, level="WARNING", format="{message}")
+    try:
+        async with stage.caller("twilio") as caller:
+            await greeting_of(caller)
+        assert (await stage.over()).error is None
+    finally:
+        logger.remove(sink)
+    assert len([line for line in lines if "TWILIO_ACCOUNT_SID" in line]) == 1
+
+
+@pytest.mark.parametrize("accepts", [True, False])
+async def test_a_message_is_sent_only_after_the_caller_agreed(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, accepts: bool
+) -> None:
+    """The worked example of tools.py, against a real HTTP server."""
+    arguments = {"message": "Please call Ada back.", "callback_number": "5550100"}
+    stage.engine.script = Script(
+        greeting="Hello there.",
+        hears=("I have a message.", "Yes, that is right."),
+        answers=(
+            Answer(result="take_message", says="All right."),
+            Answer(calls=(ToolCall("take_message", arguments),)),
+        ),
+    )
+    posted: list[Any] = []
+
+    async def take(request: web.Request) -> web.Response:
+        posted.append(await request.json())
+        return web.Response(status=204 if accepts else 500)
+
+    app = web.Application()
+    app.router.add_post("/messages", take)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    port = runner.addresses[0][1]
+    monkeypatch.setenv("MESSAGE_URL", f"http://127.0.0.1:{port}/messages")
+    try:
+        async with stage.caller("twilio") as caller:
+            await greeting_of(caller)
+            for times_asked in (0, 1):
+                assert len(posted) == 0, f"sent before the caller agreed ({times_asked})"
+                said = await stage.say(caller)
+                await caller.hear(since=said.end, within=SECONDS)
+                await caller.hear_out(quiet=0.5, within=SECONDS)
+        await stage.over()
+    finally:
+        await runner.cleanup()
+    assert posted == [arguments]
+    assert stage.received.ended
+    results = [
+        entry["content"]
+        for entry in stage.received.ended["toolCalls"]
+        if entry["kind"] == "tool_result"
+    ]
+    assert "not sent yet" in results[0]
+    assert ("sent" if accepts else "error") in results[1]
+
+
+async def test_a_socket_that_is_no_phone_call_ends_in_one_clear_line(stage: Stage) -> None:
+    lines: list[str] = []
+    sink = logger.add(lines.append, level="ERROR", format="{message}")
+    try:
+        async with (
+            aiohttp.ClientSession() as stranger,
+            stranger.ws_connect(stage.url.replace("http", "ws", 1) + "/ws") as socket,
+        ):
+            await socket.send_json({"hello": "world"})
+            await socket.send_json({"hello": "again"})
+            assert (await stage.over()).error is not None
+    finally:
+        logger.remove(sink)
+    assert "could not be answered" in lines[0]
+    assert "Twilio" in lines[0]
