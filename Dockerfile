@@ -6,11 +6,11 @@
 FROM --platform=$BUILDPLATFORM python:3.12-slim-trixie AS bake
 RUN pip install --no-cache-dir "cookiecutter==2.7.1"
 COPY . /template/
-RUN cookiecutter --no-input --output-dir /baked /template
+RUN cookiecutter --no-input --output-dir /baked /template && mv /baked/* /bot
 
 FROM dailyco/pipecat-base:0.2.3-py3.12
 ENV UV_COMPILE_BYTECODE=1 UV_LINK_MODE=copy
-COPY --from=bake /baked/my-voice-bot/pyproject.toml /baked/my-voice-bot/uv.loc[k] ./
+COPY --from=bake /bot/pyproject.toml /bot/uv.loc[k] ./
 RUN --mount=type=cache,target=/root/.cache/uv \
     if [ -f uv.lock ]; then \
         uv sync --locked --no-install-project --no-dev; \
@@ -18,8 +18,7 @@ RUN --mount=type=cache,target=/root/.cache/uv \
         echo "No uv.lock: today's newest versions. Run 'uv lock' and commit it to pin them." >&2; \
         uv sync --no-install-project --no-dev; \
     fi
-COPY --from=bake /baked/my-voice-bot/bot.py /baked/my-voice-bot/config.py \
-    /baked/my-voice-bot/services.py /baked/my-voice-bot/shutdown.py \
-    /baked/my-voice-bot/transports.py /baked/my-voice-bot/tools.py /baked/my-voice-bot/prompt.md ./
-COPY --from=bake /baked/my-voice-bot/roark/ roark/
+COPY --from=bake /bot/bot.py /bot/config.py /bot/services.py /bot/shutdown.py /bot/transports.py \
+    /bot/tools.py /bot/prompt.md ./
+COPY --from=bake /bot/roark/ roark/
 RUN python -c "import bot"
