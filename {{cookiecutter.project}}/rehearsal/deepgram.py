@@ -47,9 +47,12 @@ class DeepgramServer(ProviderServer):
         entry = await self.admit(request)
         if isinstance(entry, web.Response):
             return entry
-        if entry.query.get("encoding") != "linear16" or entry.query.get("channels", "1") != "1":
+        query = entry.query
+        sample_rate = query.get("sample_rate", "")
+        is_pcm = query.get("encoding") == "linear16" and query.get("channels", "1") == "1"
+        if not is_pcm or not sample_rate.isdecimal():
             raise web.HTTPBadRequest(reason="the rehearsal hears linear16 on one channel")
-        ear = self._engine.listen(int(entry.query["sample_rate"]))
+        ear = self._engine.listen(int(sample_rate))
         async with self.websocket(request, entry) as connection:
             async for message in connection:
                 match message:

@@ -53,6 +53,7 @@ class OpenAIServer(ProviderServer):
             return entry
         await self.before_answer()
         entry.status = 200
+        self._log.changed()
         deltas = self._deltas(body)
         if not body.get("stream"):
             return web.json_response(await _whole(body, deltas))

@@ -1,7 +1,5 @@
 """Deepgram, OpenAI, Cartesia and Twilio's REST API on this machine, each on a port of its own."""
 
-import asyncio
-import signal
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -11,13 +9,8 @@ from rehearsal.deepgram import DeepgramServer
 from rehearsal.engine import Engine
 from rehearsal.faults import Faults
 from rehearsal.openai import OpenAIServer
-from rehearsal.roark import RoarkReceiver
 from rehearsal.server import HOST, ProviderServer, WireLog
 from rehearsal.twilio_rest import TwilioServer
-
-PLACEHOLDER_KEY = "rehearsal"
-PORTS = 4
-"""How many ports `serve` takes in a row."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +32,11 @@ class Providers:
     def environment(self) -> dict[str, str]:
         """The variables that point a bot here. The keys are placeholders; any key is taken."""
         return {
-            "DEEPGRAM_API_KEY": PLACEHOLDER_KEY,
+            "DEEPGRAM_API_KEY": "rehearsal",
             "DEEPGRAM_BASE_URL": f"ws://{HOST}:{self.deepgram.port}",
-            "OPENAI_API_KEY": PLACEHOLDER_KEY,
+            "OPENAI_API_KEY": "rehearsal",
             "OPENAI_BASE_URL": f"http://{HOST}:{self.openai.port}/v1",
-            "CARTESIA_API_KEY": PLACEHOLDER_KEY,
+            "CARTESIA_API_KEY": "rehearsal",
             "CARTESIA_VOICE_ID": "rehearsal",
             "CARTESIA_BASE_URL": f"ws://{HOST}:{self.cartesia.port}/tts/websocket",
             "TWILIO_BASE_URL": f"http://{HOST}:{self.twilio.port}",
@@ -87,21 +80,3 @@ async def serve(
     finally:
         for server in providers.servers:
             await server.aclose()
-
-
-async def run_providers(engine: Engine, port: int = 0) -> None:
-    """Serve until SIGINT or SIGTERM; print the variables that point a bot here, one per line."""
-    stopped = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stopped.set)
-    roark_port = port + PORTS if port else 0
-    async with serve(engine, port=port) as providers, RoarkReceiver(port=roark_port) as roark:
-        environment = {
-            **providers.environment,
-            "ROARK_API_KEY": PLACEHOLDER_KEY,
-            "ROARK_BASE_URL": roark.url,
-        }
-        for name, value in environment.items():
-            print(f"{name}={value}", flush=True)
-        await stopped.wait()

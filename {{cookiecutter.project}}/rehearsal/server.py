@@ -52,7 +52,7 @@ class Request:
 
 
 class WireLog:
-    """What arrived at the servers of one rehearsal, and a way to wait for it."""
+    """What passed on the wires of a rehearsal, all of it, and a way to wait for it."""
 
     def __init__(self) -> None:
         """Begin with nothing."""

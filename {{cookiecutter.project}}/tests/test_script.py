@@ -10,6 +10,7 @@ import pytest
 from pipecat.audio.vad.silero import SileroVADAnalyzer
 from pipecat.audio.vad.vad_analyzer import VADState
 
+from rehearsal import script as script_module
 from rehearsal.engine import TextDelta, ToolCall
 from rehearsal.script import Answer, Script, ScriptedEngine
 
@@ -188,6 +189,13 @@ def test_a_wrong_script_is_refused_by_name(tmp_path: Path, text: str, complaint:
     with pytest.raises(ValueError, match=complaint) as refusal:
         Script.load(path)
     assert str(path) in str(refusal.value)
+
+
+def test_the_documented_script_is_one() -> None:
+    lines = (script_module.__doc__ or "").splitlines()
+    example = Script.parse(tomllib.loads("\n".join(x for x in lines if x.startswith("    "))))
+    assert example.hears == ("Please cancel my appointment.", "Thank you.")
+    assert [answer.says for answer in example.answers][-1] == "Goodbye."
 
 
 def test_a_script_can_be_written_in_python_too(tmp_path: Path) -> None:
