@@ -7,13 +7,12 @@ from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
-UNWANTED = (
-    *("__pycache__", "*.pyc", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".coverage"),
-    *(".env", ".env.*", ".venv", "calls", ".DS_Store"),
-)
+# What the project's git will not see is no part of the project: keys, calls, caches, environments.
+LINES = Path(".gitignore").read_text(encoding="utf-8").splitlines()
+IGNORED = [line.rstrip("/") for line in LINES if not line.startswith("#")]
 
 for here, folders, files in os.walk("."):
-    names = {name for name in folders + files if any(fnmatch(name, glob) for glob in UNWANTED)}
+    names = {name for name in folders + files if any(fnmatch(name, glob) for glob in IGNORED)}
     folders[:] = sorted(set(folders) - names)
     for path in [Path(here, name) for name in names]:
         shutil.rmtree(path, ignore_errors=True)

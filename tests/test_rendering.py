@@ -25,6 +25,7 @@ ANSWERS = [
 # Sources that are allowed to name the generator: where they say how to take a newer template.
 NAMES_THE_GENERATOR = {"README.md", "AGENTS.md"}
 
+# Beside these, one name for each line of the project's .gitignore is planted.
 PLANTED_FILES = (
     ".env",
     ".env.local",
@@ -42,7 +43,7 @@ PLANTED_FILES = (
     "calls/one/recording.wav",
     "roark/calls/one/call.json",
     ".coverage",
-    "roark/.env/bin/python",
+    ".github/.env/bin/python",
     ".DS_Store",
     "tests/.DS_Store",
 )
@@ -116,8 +117,14 @@ def test_a_developer_s_leftovers_are_never_baked(
 ) -> None:
     littered = tmp_path / "template"
     shutil.copytree(template, littered)
-    for name in PLANTED_FILES:
+    ignored = BakedProject(littered / FOLDER).read(".gitignore").splitlines()
+    patterns = [line for line in ignored if line and not line.startswith("#")]
+    assert not [pattern for pattern in patterns if re.search(r"[!?\[]|/.", pattern)]
+
+    for name in (*PLANTED_FILES, *(f"roark/{pattern.replace('*', 'x')}" for pattern in patterns)):
         path = littered / FOLDER / name
+        if name.endswith("/"):
+            path = path / "file"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("SECRET=1\n")
 
@@ -132,6 +139,7 @@ def test_a_developer_s_leftovers_are_never_baked(
 def test_what_cannot_be_swept_is_named_and_the_project_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / ".gitignore").write_text("# Secrets\n.env\n")
     (tmp_path / "roark").mkdir()
     (tmp_path / "roark" / ".env").write_text("SECRET=1")
     monkeypatch.chdir(tmp_path)
