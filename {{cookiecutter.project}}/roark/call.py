@@ -1,0 +1,781 @@
+"""What is said of a call: a state machine from events to the call record.
+
+Everything Roark is told and everything `call.json` holds is decided here. There is no I/O, no
+clock and no pipecat: an event is a dict of JSON values, the record is a function of the events,
+and so the journal of a killed process replays to the same record.
+
+Every event has `event` (its name) and `at` (epoch nanoseconds of the moment it happened):
+
+    call          call_id, agent_id, agent_name?, agent_prompt?
+    started
+    anchor        ms: the recording had reached this position at `at`
+    chunk         index, ms (recorded so far), sample_rate, num_channels
+    sound         role, edge, ms: somebody became audible, or fell silent, in the recording
+    vad           edge, secs: the voice detector decided `secs` after the fact
+    user-turn     edge
+    transcript    text, spaced, user_id?, language?
+    bot           edge: the output transport began or ended speech
+    say           context, segment, text: a sentence goes to the voice
+    voiced        context, seconds: audio the voice made for the sentence in hand
+    words         context, segment, text, spaced, due?: spoken words; `due` when they are heard
+    voice-done    context
+    interruption
+    llm           edge
+    tool          id, name, arguments;  tool-update, tool-result  id, content, error?
+    tool-cancel   id, timed_out
+    metric        kind, service, model?, value
+    error         processor, message, category?, unusable
+    node          name (Pipecat Flows)
+    phone         from_number?, to_number?, call_id?, stream_id?
+    turn-text     turn, text: what a redaction made of a turn
+    ending        reason, detail?, rank
+    ended
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import IntEnum
+from typing import Any, ClassVar
+
+Event = dict[str, Any]
+Redact = Callable[[str], str]
+
+ENDINGS = {
+    "client-disconnected": "The caller hung up or the connection was lost.",
+    "agent-ended": "The agent ended the call.",
+    "idle-timeout": "Nothing was said for too long.",
+    "max-duration": "The call reached its time limit.",
+    "error": "Something the call needs failed.",
+    "signal": "The process was asked to stop.",
+    "process-died": "The process died during the call; this is what it had written down.",
+    "cancelled": "The pipeline was cancelled and nobody said why.",
+    "unknown": "The pipeline stopped and nobody said why.",
+}
+
+
+class Rank(IntEnum):
+    """How much a stated ending is worth; among equals the first one counts."""
+
+    FALLBACK = 0
+    ASSUMED = 1
+    SAID = 2
+
+
+# A voice without word timestamps is cut by the share of its audio that was played; before its
+# sentence is complete the length has to be guessed: English speech runs at about this rate.
+CHARACTERS_PER_SECOND = 15.0
+# No recogniser hears a word this soon after the speech began: such a text is the turn before's.
+SOONEST_TRANSCRIPT_NS = 200_000_000
+# A text this long after the last speech was spoken too softly for the voice detector.
+LATEST_TRANSCRIPT_NS = 5_000_000_000
+# How far the detectors' edges are from the audio's own at most.
+USER_EDGE_MS = 400.0
+BOT_EDGE_MS = 250.0
+
+
+@dataclass(eq=False)
+class Turn:
+    """One speaker's turn; times in epoch nanoseconds as the detectors saw them."""
+
+    role: str
+    start_at: int
+    end_at: int | None = None
+    pieces: list[tuple[str, bool]] = field(default_factory=list)
+    user_id: str | None = None
+    language: str | None = None
+    node: str | None = None
+    interrupted_at: int | None = None
+    estimated: bool = False
+    released_at: int | None = None
+    announced: bool = False
+    answers: Turn | None = None
+    latency: dict[str, float] = field(default_factory=dict)
+    redacted: str | None = None
+
+    @property
+    def text(self) -> str:
+        return join(self.pieces)
+
+
+@dataclass
+class Word:
+    """Words the voice speaks; `due` is when they are heard (epoch ns), None if nobody knows."""
+
+    at: int
+    text: str
+    spaced: bool
+    due: int | None
+    keep: bool
+
+
+@dataclass
+class Segment:
+    """One sentence on its way to the caller: its words and the seconds of audio made for it."""
+
+    context: str | None
+    id: int | None
+    text: str = ""
+    keep: bool = False
+    seconds: float = 0.0
+    complete: bool = False
+    last: bool = False
+    words: list[Word] = field(default_factory=list)
+
+    def spoken(self) -> list[tuple[str, bool]]:
+        if self.words:
+            return [(word.text, word.spaced) for word in self.words]
+        return [(self.text, False)] if self.text and self.seconds else []
+
+    def duration(self) -> float:
+        """Seconds the whole sentence takes; a guess while it is still being made."""
+        guess = len(join(self.spoken()) or self.text) / CHARACTERS_PER_SECOND
+        if self.complete and self.seconds:
+            return self.seconds
+        return max(self.seconds, guess)
+
+
+@dataclass
+class Tool:
+    """One tool call and how it ended."""
+
+    id: str
+    name: str
+    arguments: str
+    at: int
+    status: str = "running"
+    content: str | None = None
+    error: str | None = None
+    ended_at: int | None = None
+    updates: list[tuple[int, str]] = field(default_factory=list)
+
+
+def join(pieces: Iterable[tuple[str, bool]]) -> str:
+    """Join (text, carries its own spacing) pieces the way they are spoken."""
+    text = ""
+    for piece, spaced in pieces:
+        if spaced:
+            text += piece
+        elif piece.strip():
+            text += ("" if not text or text[-1].isspace() else " ") + piece.strip()
+    return text.strip()
+
+
+def nearest(ms: float, edges: list[float], within: float) -> float:
+    """The edge closest to `ms`, or `ms` if none is near enough."""
+    edge = min(edges, key=lambda edge: abs(edge - ms), default=ms)
+    return edge if abs(edge - ms) <= within else ms
+
+
+def iso(at: int) -> str:
+    """Epoch nanoseconds as ISO 8601 UTC with milliseconds."""
+    return datetime.fromtimestamp(at / 1e9, UTC).isoformat(timespec="milliseconds")
+
+
+class CallRecord:
+    """The state of one call, advanced by `apply`."""
+
+    def __init__(self, *, redact: Redact | None = None) -> None:
+        """Start empty; `redact` is applied to every text that is given out."""
+        self._redact = redact
+        self._last_at = 0
+        self.call_id = ""
+        self._agent: dict[str, str] = {}
+        self._started_at: int | None = None
+        self._ended_at: int | None = None
+        self._ending: tuple[int, str, str | None] | None = None
+        self._anchors: list[tuple[int, float]] = []
+        self._recording: dict[str, Any] | None = None
+        self._sounds: dict[str, list[list[float]]] = {"user": [], "assistant": []}
+        self._turns: list[Turn] = []
+        self._user: Turn | None = None
+        self._user_audible = False
+        self._speech_edges_seen = False
+        self._bot: Turn | None = None
+        self._bot_heard = False
+        self._segments: list[Segment] = []
+        self._unanswered: Turn | None = None
+        self._parts: dict[str, float] = {}
+        self._tools: dict[str, Tool] = {}
+        self._usage: dict[str, float] = {}
+        self._models: dict[str, list[str]] = {}
+        self._errors: list[Event] = []
+        self._nodes: list[tuple[int, str]] = []
+        self._phone: dict[str, str] = {}
+
+    @classmethod
+    def replay(cls, events: Iterable[Event], *, redact: Redact | None = None) -> CallRecord:
+        """Return the record these events lead to."""
+        record = cls(redact=redact)
+        for event in events:
+            record.apply(event)
+        return record
+
+    def apply(self, event: Event) -> None:
+        """Advance by one event; an unknown one is ignored, as are all after `ended`."""
+        if self._ended_at is not None and event["event"] not in ("chunk", "sound", "turn-text"):
+            return
+        at = int(event.get("at") or self._last_at)
+        self._last_at = max(self._last_at, at)
+        handler = self._HANDLERS.get(event["event"])
+        if handler:
+            handler(self, at, event)
+
+    def close(self, reason: str, detail: str | None = None, at: int | None = None) -> None:
+        """End the call at `at` (default: its last event), for `reason` if none is known yet."""
+        at = at or self._last_at
+        self.apply(
+            {"event": "ending", "at": at, "reason": reason, "detail": detail, "rank": Rank.ASSUMED}
+        )
+        self.apply({"event": "ended", "at": at})
+
+    @property
+    def ended(self) -> bool:
+        return self._ended_at is not None
+
+    @property
+    def started(self) -> bool:
+        return self._started_at is not None
+
+    # What is given out
+
+    def call_started(self) -> Event:
+        """Roark's `call-started` body."""
+        body = {
+            "event": "call-started",
+            "pipecatCallId": self.call_id,
+            "eventTimestamp": iso(self._started_at or self._last_at),
+            "agentId": self._agent.get("id", ""),
+        }
+        if self._agent.get("name"):
+            body["agentName"] = self._agent["name"]
+        if self._agent.get("prompt"):
+            body["agentPrompt"] = self._agent["prompt"]
+        return body
+
+    def call_ended(self) -> Event:
+        """Roark's `call-ended` body; optional fields are left out, never null."""
+        ended_at = self._ended_at or self._last_at
+        reason, _ = self.ending
+        turns = self._spoken_turns()
+        body: Event = {
+            "event": "call-ended",
+            "pipecatCallId": self.call_id,
+            "eventTimestamp": iso(ended_at),
+            "callStartedAt": iso(self._started_at) if self._started_at else None,
+            "callEndedAt": iso(ended_at),
+            "callEndedReason": reason,
+        }
+        if turns:
+            body["agentSpokeFirst"] = turns[0]["role"] == "assistant"
+        if self._recording:
+            body["recordingSampleRate"] = self._recording["sample_rate"]
+            body["recordingNumChannels"] = self._recording["num_channels"]
+        if turns:
+            body["transcript"] = [self._wire_turn(turn) for turn in turns]
+        if self._tools:
+            body["toolCalls"] = self._wire_tools()
+        return body
+
+    def as_dict(self) -> Event:
+        """All that is known of the call, as `call.json` holds it; offsets in recording ms."""
+        ended_at = self._ended_at or self._last_at
+        reason, detail = self.ending
+        turns = self._spoken_turns()
+        return {
+            "version": 1,
+            "call_id": self.call_id,
+            "agent": dict(self._agent),
+            "started_at": iso(self._started_at) if self._started_at else None,
+            "ended_at": iso(ended_at),
+            "duration_ms": self._span_ms(self._started_at, ended_at),
+            "ending": {"reason": reason, "detail": detail or ENDINGS.get(reason, "")},
+            "agent_spoke_first": turns[0]["role"] == "assistant" if turns else None,
+            "recording": dict(self._recording) if self._recording else None,
+            "turns": turns,
+            "tools": [self._tool_dict(tool) for tool in self._tools.values()],
+            "usage": {name: round(value, 3) for name, value in self._usage.items()},
+            "models": {service: list(names) for service, names in self._models.items()},
+            "phone": dict(self._phone),
+            "errors": [dict(error) for error in self._errors],
+            "nodes": [{"name": name, "at_ms": self._ms(at)} for at, name in self._nodes],
+        }
+
+    @property
+    def ending(self) -> tuple[str, str | None]:
+        """Why the call ended: one of ENDINGS, or words of the caller's own, and a detail."""
+        return self._ending[1:] if self._ending else ("unknown", None)
+
+    def unwritten_texts(self) -> list[tuple[int, str]]:
+        """(turn, redacted text) of every turn whose text changed since it was last asked for."""
+        changed = []
+        for index, turn in enumerate(self._turns):
+            text = self._shown(turn.text)
+            settled = turn.released_at is not None if turn.role == "user" else turn is not self._bot
+            if text and text != turn.redacted and (settled or self.ended):
+                turn.redacted = text
+                changed.append((index, text))
+        return changed
+
+    # The call
+
+    def _on_call(self, at: int, event: Event) -> None:
+        self.call_id = event["call_id"]
+        self._agent = {
+            key: event[f"agent_{key}"]
+            for key in ("id", "name", "prompt")
+            if event.get(f"agent_{key}")
+        }
+
+    def _on_started(self, at: int, event: Event) -> None:
+        self._started_at = at
+
+    def _on_ending(self, at: int, event: Event) -> None:
+        rank = event.get("rank", Rank.SAID)
+        if self._ending is None or rank > self._ending[0]:
+            self._ending = (rank, event["reason"], event.get("detail"))
+
+    def _on_ended(self, at: int, event: Event) -> None:
+        if self._bot:
+            self._end_bot_turn(at, self._cut(self._bot, at))
+        elif not self._bot_heard:
+            self._unheard_turn()
+        if self._user and self._user.end_at is None:
+            self._user.end_at = at
+        self._ended_at = at
+
+    # The recording
+
+    def _on_anchor(self, at: int, event: Event) -> None:
+        self._anchors.append((at, float(event["ms"])))
+
+    def _on_chunk(self, at: int, event: Event) -> None:
+        self._recording = {
+            "sample_rate": event["sample_rate"],
+            "num_channels": event["num_channels"],
+            "chunks": event["index"] + 1,
+            "duration_ms": event["ms"],
+        }
+
+    def _on_sound(self, at: int, event: Event) -> None:
+        runs = self._sounds[event["role"]]
+        if event["edge"] == "start":
+            runs.append([event["ms"], event["ms"]])
+        elif runs:
+            runs[-1][1] = event["ms"]
+
+    def _ms(self, at: int) -> float:
+        """Where in the recording (or, without one, in the call) a moment is, in ms."""
+        if not self._anchors or not self._recording:
+            return self._span_ms(self._started_at, at)
+        before = [anchor for anchor in self._anchors if anchor[0] <= at]
+        after = [anchor for anchor in self._anchors if anchor[0] > at]
+        if before and after:
+            (at0, ms0), (at1, ms1) = before[-1], after[0]
+            return round(ms0 + (ms1 - ms0) * (at - at0) / (at1 - at0), 1)
+        known_at, ms = before[-1] if before else after[0]
+        return round(max(0.0, ms + (at - known_at) / 1e6), 1)
+
+    @staticmethod
+    def _span_ms(start: int | None, end: int) -> float:
+        return round(max(0, end - start) / 1e6, 1) if start else 0.0
+
+    def _edges_ms(self, turn: Turn) -> tuple[float, float]:
+        """A turn's first and last sample: what the detectors said, set right by the audio."""
+        start = self._ms(turn.start_at)
+        end = max(start, self._ms(turn.end_at or self._last_at))
+        runs = self._sounds[turn.role]
+        if turn.role == "assistant":
+            inside = [r for r in runs if r[0] < end + BOT_EDGE_MS and r[1] > start - BOT_EDGE_MS]
+            if inside:
+                start, end = inside[0][0], max(inside[-1][1], inside[0][0])
+        else:
+            start = (
+                min(
+                    (r[0] for r in runs),
+                    key=lambda ms: abs(ms - start),
+                    default=start,
+                )
+                if any(abs(r[0] - start) <= USER_EDGE_MS for r in runs)
+                else start
+            )
+            end = (
+                min((r[1] for r in runs), key=lambda ms: abs(ms - end), default=end)
+                if any(abs(r[1] - end) <= USER_EDGE_MS for r in runs)
+                else end
+            )
+        return start, max(start, end)
+
+    # The caller
+
+    def _on_vad(self, at: int, event: Event) -> None:
+        self._speech_edges_seen = True
+        edge_at = at - int(float(event.get("secs") or 0) * 1e9)
+        if event["edge"] == "start":
+            self._user_audible = True
+            if self._user is None or self._user.released_at is not None:
+                self._open_user_turn(edge_at)
+        else:
+            self._user_audible = False
+            if self._user:
+                self._user.end_at = max(edge_at, self._user.start_at)
+
+    def _on_user_turn(self, at: int, event: Event) -> None:
+        self._speech_edges_seen = True
+        user = self._user
+        if event["edge"] == "start":
+            if user is None or user.released_at is not None or user.announced:
+                user = self._open_user_turn(at)
+            user.announced = True
+        elif user and user.released_at is None:
+            if user.end_at is None:
+                user.end_at = at
+            user.released_at = at
+            self._unanswered = user
+            self._parts = {"end_of_turn_ms": self._span_ms(user.end_at, at)} | (
+                {"stt_ms": self._parts["stt_ms"]} if "stt_ms" in self._parts else {}
+            )
+
+    def _on_transcript(self, at: int, event: Event) -> None:
+        user = self._turn_of_transcript(at)
+        user.pieces.append((event["text"], bool(event.get("spaced"))))
+        user.user_id = user.user_id or event.get("user_id") or None
+        user.language = user.language or event.get("language") or None
+        if user.end_at is not None and user is self._user and user.released_at is None:
+            self._parts["stt_ms"] = self._span_ms(user.end_at, at)
+
+    def _turn_of_transcript(self, at: int) -> Turn:
+        user = self._user
+        if user is None:
+            return self._open_user_turn(at, end_at=at)
+        if user.released_at is None:
+            earlier = [turn for turn in self._turns if turn.role == "user" and turn is not user]
+            too_soon = at - user.start_at < SOONEST_TRANSCRIPT_NS and not user.pieces
+            return earlier[-1] if earlier and too_soon else user
+        if not self._speech_edges_seen:
+            return self._open_user_turn(at, end_at=at)
+        if at - max(user.released_at, user.end_at or 0) > LATEST_TRANSCRIPT_NS:
+            return self._open_user_turn(at, end_at=at)
+        return user
+
+    def _open_user_turn(self, at: int, end_at: int | None = None) -> Turn:
+        if self._user and self._user.end_at is None:
+            self._user.end_at = at
+        if not self._bot_heard:
+            self._unheard_turn()
+        self._user = self._append(Turn("user", at, end_at))
+        self._parts = {}
+        return self._user
+
+    # The bot
+
+    def _on_bot(self, at: int, event: Event) -> None:
+        if event["edge"] == "start":
+            self._bot_heard = True
+            if self._bot:
+                return
+            self._bot = self._append(Turn("assistant", at))
+            if self._user and self._user.released_at is None and not self._user_audible:
+                self._user.released_at = at
+            if self._unanswered:
+                self._bot.answers = self._unanswered
+                self._bot.latency = self._parts
+                self._unanswered, self._parts = None, {}
+        elif self._bot:
+            self._end_bot_turn(at, self._take(at))
+
+    def _on_say(self, at: int, event: Event) -> None:
+        for segment in self._segments:
+            segment.complete = True
+        self._segments.append(
+            Segment(
+                event.get("context"), event.get("segment"), event["text"], bool(event.get("keep"))
+            )
+        )
+
+    def _on_voiced(self, at: int, event: Event) -> None:
+        self._segment(event).seconds += float(event["seconds"])
+
+    def _on_words(self, at: int, event: Event) -> None:
+        segment = self._segment(event)
+        keep = bool(event.get("keep"))
+        segment.words.append(
+            Word(at, event["text"], bool(event.get("spaced")), event.get("due"), keep)
+        )
+        if event.get("due") is None and segment.text:
+            segment.complete = True
+
+    def _on_voice_done(self, at: int, event: Event) -> None:
+        mine = [s for s in self._segments if s.context == event.get("context")]
+        if mine:
+            mine[-1].last = mine[-1].complete = True
+
+    def _segment(self, event: Event) -> Segment:
+        context, wanted = event.get("context"), event.get("segment")
+        mine = [s for s in self._segments if s.context == context and not s.last]
+        for segment in mine:
+            if wanted is not None and segment.id == wanted:
+                return segment
+        if mine:
+            return mine[-1]
+        segment = Segment(context, wanted)
+        self._segments.append(segment)
+        return segment
+
+    def _on_interruption(self, at: int, event: Event) -> None:
+        bot = self._bot
+        if bot:
+            pieces = self._cut(bot, at)
+            bot.interrupted_at = at
+            self._end_bot_turn(at, pieces)
+        elif not self._bot_heard:
+            self._unheard_turn()
+        self._segments = [segment for segment in self._segments if segment.keep]
+
+    def _end_bot_turn(self, at: int, pieces: list[tuple[str, bool]]) -> None:
+        if self._bot:
+            self._bot.pieces += pieces
+            self._bot.end_at = at
+            self._bot = None
+
+    def _take(self, at: int) -> list[tuple[str, bool]]:
+        """The words of a speech that came to its end: all up to where its voice was done."""
+        done = next((i for i, segment in enumerate(self._segments) if segment.last), None)
+        if done is None and any(w.due is not None for s in self._segments for w in s.words):
+            pieces = [p for segment in self._segments for p in self._heard(segment, at)]
+            for segment in self._segments:
+                segment.words = [w for w in segment.words if w.due is not None and w.due > at]
+            return pieces
+        count = len(self._segments) if done is None else done + 1
+        taken, self._segments = self._segments[:count], self._segments[count:]
+        return [piece for segment in taken for piece in segment.spoken()]
+
+    @staticmethod
+    def _heard(segment: Segment, at: int) -> list[tuple[str, bool]]:
+        return [(w.text, w.spaced) for w in segment.words if w.due is None or w.due <= at]
+
+    def _cut(self, turn: Turn, at: int) -> list[tuple[str, bool]]:
+        """The words heard of a speech cut short at `at`."""
+        pieces: list[tuple[str, bool]] = []
+        played = (at - turn.start_at) / 1e9
+        for segment in self._segments:
+            seconds = segment.duration()
+            if any(word.due is not None for word in segment.words):
+                pieces += self._heard(segment, at)
+            elif played >= seconds:
+                pieces += segment.spoken() or [(segment.text, False)]
+            elif played > 0:
+                heard = self._share(segment, played / seconds)
+                pieces += heard
+                turn.estimated = True
+            played -= seconds
+        return pieces
+
+    @staticmethod
+    def _share(segment: Segment, share: float) -> list[tuple[str, bool]]:
+        """The first `share` of a sentence, to the end of the last whole word."""
+        spoken = join(segment.spoken()) or segment.text
+        limit = int(len(spoken) * share)
+        if limit < len(spoken) and not spoken[limit].isspace():
+            limit = max(spoken.rfind(" ", 0, limit), 0)
+        return [(spoken[:limit], False)] if spoken[:limit].strip() else []
+
+    def _unheard_turn(self) -> None:
+        """Without an output transport nobody says what is heard: the words as generated."""
+        words = [word for segment in self._segments for word in segment.words]
+        self._segments = []
+        if words:
+            turn = self._append(Turn("assistant", words[0].at, words[-1].at))
+            turn.pieces = [(word.text, word.spaced) for word in words]
+
+    def _append(self, turn: Turn) -> Turn:
+        turn.node = self._nodes[-1][1] if self._nodes else None
+        self._turns.append(turn)
+        return turn
+
+    # Tools
+
+    def _on_tool(self, at: int, event: Event) -> None:
+        self._tools.setdefault(
+            event["id"],
+            Tool(event["id"], event.get("name", ""), event.get("arguments") or "{}", at),
+        )
+
+    def _on_tool_update(self, at: int, event: Event) -> None:
+        if tool := self._tools.get(event["id"]):
+            tool.updates.append((at, event["content"]))
+
+    def _on_tool_result(self, at: int, event: Event) -> None:
+        self._on_tool(at, event)
+        tool = self._tools[event["id"]]
+        if tool.ended_at is None:
+            tool.ended_at, tool.content, tool.error = at, event["content"], event.get("error")
+            tool.status = "failed" if tool.error else "completed"
+
+    def _on_tool_cancel(self, at: int, event: Event) -> None:
+        tool = self._tools.get(event["id"])
+        if tool and tool.ended_at is None:
+            tool.ended_at = at
+            tool.status = "timed-out" if event.get("timed_out") else "cancelled"
+            tool.error = tool.content = tool.status.replace("-", " ")
+
+    def _tool_dict(self, tool: Tool) -> Event:
+        return {
+            "id": tool.id,
+            "name": tool.name,
+            "arguments": tool.arguments,
+            "status": tool.status,
+            "result": tool.content,
+            "error": tool.error,
+            "at_ms": self._ms(tool.at),
+            "duration_ms": self._span_ms(tool.at, tool.ended_at) if tool.ended_at else None,
+            "updates": [
+                {"content": content, "at_ms": self._ms(at)} for at, content in tool.updates
+            ],
+        }
+
+    def _wire_tools(self) -> list[Event]:
+        records: list[tuple[int, Event]] = []
+        for tool in self._tools.values():
+            call = {
+                "kind": "tool_call",
+                "toolCallId": tool.id,
+                "name": tool.name,
+                "arguments": tool.arguments,
+            }
+            records.append((tool.at, call))
+            if tool.ended_at is not None:
+                content = tool.content or ""
+                if tool.error:
+                    content = json.dumps(
+                        {"error": tool.error}, separators=(",", ":"), ensure_ascii=False
+                    )
+                result = {"kind": "tool_result", "toolCallId": tool.id, "content": content}
+                records.append((tool.ended_at, result))
+        return [
+            record | {"timestamp": iso(at)} | self._offset("audioOffsetMs", self._ms(at))
+            for at, record in sorted(records, key=lambda pair: pair[0])
+        ]
+
+    # Measurements
+
+    def _on_metric(self, at: int, event: Event) -> None:
+        kind, service, value = event["kind"], event["service"], float(event["value"])
+        model = event.get("model")
+        if model and model not in self._models.setdefault(service, []):
+            self._models[service].append(model)
+        if kind == "ttfb":
+            part = {"llm": "llm_ms", "tts": "tts_ms"}.get(service)
+            if part and value > 0:
+                self._parts.setdefault(part, round(value * 1000, 1))
+        else:
+            self._usage[kind] = self._usage.get(kind, 0.0) + value
+
+    def _on_error(self, at: int, event: Event) -> None:
+        self._errors.append(
+            {
+                "at": iso(at),
+                "processor": event.get("processor"),
+                "message": event["message"],
+                "category": event.get("category"),
+            }
+        )
+
+    def _on_node(self, at: int, event: Event) -> None:
+        if not self._nodes or self._nodes[-1][1] != event["name"]:
+            self._nodes.append((at, event["name"]))
+
+    def _on_phone(self, at: int, event: Event) -> None:
+        self._phone |= {k: v for k, v in event.items() if k not in ("event", "at") and v}
+
+    def _on_turn_text(self, at: int, event: Event) -> None:
+        if 0 <= event["turn"] < len(self._turns):
+            self._turns[event["turn"]].redacted = event["text"]
+
+    # Rendering
+
+    def _shown(self, text: str) -> str:
+        return self._redact(text) if self._redact and text else text
+
+    def _spoken_turns(self) -> list[Event]:
+        edges = {id(turn): self._edges_ms(turn) for turn in self._turns}
+        shown = []
+        for turn in sorted(self._turns, key=lambda turn: edges[id(turn)][0]):
+            text = self._shown(turn.text)
+            if turn.redacted is not None and not self._redact:
+                text = turn.redacted
+            if not text:
+                continue
+            start, end = edges[id(turn)]
+            latency = dict(turn.latency)
+            if turn.answers:
+                latency = {"total_ms": round(start - edges[id(turn.answers)][1], 1)} | latency
+            start_at = turn.start_at + int((start - self._ms(turn.start_at)) * 1e6)
+            shown.append(
+                {
+                    "role": turn.role,
+                    "text": text,
+                    "start_ms": start,
+                    "end_ms": end,
+                    "started_at": iso(start_at),
+                    "ended_at": iso(start_at + int((end - start) * 1e6)),
+                    "user_id": turn.user_id,
+                    "language": turn.language,
+                    "interrupted_ms": self._ms(turn.interrupted_at)
+                    if turn.interrupted_at
+                    else None,
+                    "estimated_cut": turn.estimated,
+                    "node": turn.node,
+                    "latency": latency or None,
+                }
+            )
+        return shown
+
+    def _offset(self, name: str, ms: float) -> Event:
+        return {name: round(ms)} if self._recording else {}
+
+    def _wire_turn(self, turn: Event) -> Event:
+        wire: Event = {
+            "role": turn["role"],
+            "content": turn["text"],
+            "timestamp": turn["started_at"],
+            "endTimestamp": turn["ended_at"],
+        }
+        wire |= self._offset("audioOffsetMs", turn["start_ms"])
+        wire |= self._offset("endAudioOffsetMs", turn["end_ms"])
+        if turn["user_id"]:
+            wire["userId"] = turn["user_id"]
+        if turn["language"]:
+            wire["language"] = turn["language"]
+        return wire
+
+    _HANDLERS: ClassVar[dict[str, Callable[[CallRecord, int, Event], None]]] = {
+        "call": _on_call,
+        "started": _on_started,
+        "anchor": _on_anchor,
+        "chunk": _on_chunk,
+        "sound": _on_sound,
+        "vad": _on_vad,
+        "user-turn": _on_user_turn,
+        "transcript": _on_transcript,
+        "bot": _on_bot,
+        "say": _on_say,
+        "voiced": _on_voiced,
+        "words": _on_words,
+        "voice-done": _on_voice_done,
+        "interruption": _on_interruption,
+        "tool": _on_tool,
+        "tool-update": _on_tool_update,
+        "tool-result": _on_tool_result,
+        "tool-cancel": _on_tool_cancel,
+        "metric": _on_metric,
+        "error": _on_error,
+        "node": _on_node,
+        "phone": _on_phone,
+        "turn-text": _on_turn_text,
+        "ending": _on_ending,
+        "ended": _on_ended,
+    }

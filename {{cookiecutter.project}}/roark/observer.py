@@ -1,0 +1,657 @@
+"""The observer: Pipecat's frames in, events out.
+
+It translates and nothing else. What an event means is decided in `call.py`; what happens to it on
+its way to Roark in `outbox.py`. No handler awaits anything, so a slow Roark cannot hold up the
+observer's queue, and a handler that fails costs the frame it failed on and no other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+from uuid import uuid4
+
+from loguru import logger
+from pipecat.frames.frames import (
+    AggregatedTextFrame,
+    BotStartedSpeakingFrame,
+    BotStoppedSpeakingFrame,
+    CancelFrame,
+    EndFrame,
+    ErrorFrame,
+    Frame,
+    FunctionCallCancelFrame,
+    FunctionCallInProgressFrame,
+    FunctionCallResultFrame,
+    InterruptionFrame,
+    MetricsFrame,
+    StartFrame,
+    StopFrame,
+    TranscriptionFrame,
+    TTSAudioRawFrame,
+    TTSStoppedFrame,
+    TTSTextFrame,
+    UserStartedSpeakingFrame,
+    UserStoppedSpeakingFrame,
+    VADUserStartedSpeakingFrame,
+    VADUserStoppedSpeakingFrame,
+)
+from pipecat.metrics.metrics import (
+    LLMUsageMetricsData,
+    STTUsageMetricsData,
+    TTFBMetricsData,
+    TTSUsageMetricsData,
+)
+from pipecat.observers.base_observer import BaseObserver, FramePushed
+from pipecat.processors.audio.audio_buffer_processor import AudioBufferProcessor
+from pipecat.processors.frame_processor import FrameDirection, FrameProcessor
+from pipecat.services.llm_service import LLMService
+from pipecat.services.stt_service import STTService
+from pipecat.services.tts_service import TTSService
+from pipecat.transports.base_output import BaseOutputTransport
+
+from roark.call import ENDINGS, CallRecord, Event, Rank, Redact
+from roark.outbox import outbox_for
+from roark.recorder import CallRecorder
+
+FLUSH_SECONDS = 20.0
+# A caller's disconnect handler may flush before the pipeline has ended. The end is waited for this
+# long; after that the call is finished in the background, when the end comes.
+GRACE_SECONDS = 1.0
+
+Handler = Callable[[Any, int, Any], None]
+
+
+class CallFolder(Protocol):
+    """Where a call goes: the outbox's folder. No method blocks, none raises."""
+
+    def started(self, body: Event) -> None: ...
+    def journal(self, event: Event) -> None: ...
+    def chunk(self, index: int, pcm: bytes, sample_rate: int, num_channels: int) -> None: ...
+    def ended(self, body: Event, record: Event) -> None: ...
+    async def flush(self, timeout: float) -> object: ...
+
+
+class RoarkObserver(BaseObserver):
+    """Reports one call to Roark and keeps its record under `calls_dir`."""
+
+    def __init__(
+        self,
+        *,
+        api_key: str | None,
+        agent_id: str,
+        runner_args: Any = None,
+        agent_name: str | None = None,
+        agent_prompt: str | None = None,
+        audio_buffer_processor: AudioBufferProcessor | None = None,
+        pipecat_call_id: str | None = None,
+        base_url: str | None = None,
+        calls_dir: str | Path | None = None,
+        flush_seconds: float | None = None,
+        redact: Redact | None = None,
+        folder: CallFolder | None = None,
+    ) -> None:
+        """Describe the call; nothing is sent before the pipeline starts.
+
+        Args:
+            api_key: Roark's key; None or blank keeps the call on disk and sends nothing.
+            agent_id: Your id of this agent.
+            runner_args: What the runner gave to `bot()`: the call id and phone numbers are in it.
+            agent_name: Shown in Roark.
+            agent_prompt: Shown in Roark.
+            audio_buffer_processor: Records in place of our own recorder, as it is set up.
+            pipecat_call_id: The call's id; otherwise WebRTC's peer, the runner's session or a new
+                one.
+            base_url: Another Roark than api.roark.ai; default `ROARK_BASE_URL`.
+            calls_dir: Where calls are kept; default `CALLS_DIR`, else `calls`.
+            flush_seconds: Upper limit of `aflush`; default `ROARK_FLUSH_SECONDS`, else 20.
+            redact: Gets every text that was said and returns what may be kept and sent of it.
+            folder: Takes the call in place of the outbox.
+        """
+        super().__init__(observe_every_push=False)
+        self._runner_args = runner_args
+        self._call_id = pipecat_call_id or call_id_of(runner_args)
+        self._redact = redact
+        self._flush_seconds = flush_seconds or float(setting("ROARK_FLUSH_SECONDS") or 0)
+        self._flush_seconds = self._flush_seconds or FLUSH_SECONDS
+        self._folder = folder or open_folder(
+            self._call_id,
+            api_key=api_key,
+            base_url=base_url or setting("ROARK_BASE_URL"),
+            calls_dir=Path(calls_dir or setting("CALLS_DIR") or "calls"),
+        )
+        self._record = CallRecord(redact=redact)
+        self._routes: dict[type[Frame], Handler | None] = dict(self._handlers())
+        self._failures: set[str] = set()
+        self._origin: int | None = None
+        self._clock: Any = None
+        self._started = False
+        self._terminal: Frame | None = None
+        self._ended_at: int | None = None
+        self._over = asyncio.Event()
+        self._finished = False
+        self._waits_for_end = False
+        self._deadline: float | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._voiced: dict[str | None, float] = {}
+        self._chunks = 0
+        self._recorded_samples = 0
+        self._recorder: CallRecorder | None = None
+        if audio_buffer_processor is None:
+            self._recorder = CallRecorder(
+                on_chunk=self._on_chunk,
+                on_sound=self._on_sound,
+                on_started=self._on_recording_started,
+                on_ended=self._on_recording_ended,
+            )
+        self._audio_processor: FrameProcessor = (
+            self._recorder or audio_buffer_processor  # pyright: ignore[reportAttributeAccessIssue]
+        )
+        if audio_buffer_processor is not None:
+            self._listen_to(audio_buffer_processor)
+        self._publish(
+            {
+                "event": "call",
+                "at": time.time_ns(),
+                "call_id": self._call_id,
+                "agent_id": agent_id,
+                "agent_name": agent_name,
+                "agent_prompt": agent_prompt,
+            }
+        )
+
+    @property
+    def pipecat_call_id(self) -> str:
+        """The call's id, at Roark and on disk."""
+        return self._call_id
+
+    @property
+    def audio_processor(self) -> FrameProcessor:
+        """The recorder; put it right after `transport.output()`."""
+        return self._audio_processor
+
+    @property
+    def record(self) -> CallRecord:
+        """The call as known so far."""
+        return self._record
+
+    def note_ending(self, reason: str, detail: str | None = None) -> None:
+        """Say why the call ends, as one of `call.ENDINGS`; the first to say it is believed."""
+        self._ending(reason, detail, Rank.SAID)
+
+    async def aflush(
+        self,
+        *,
+        reason: str = "client-disconnected",
+        detail: str | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        """Finish the call and wait until it is delivered, at most `timeout` s; idempotent.
+
+        Belongs in the `finally` around `runner.run()`. Called while the pipeline still runs, it
+        waits a moment for the end; audio that comes after it still belongs to the call.
+        """
+        self._ending(reason, detail, Rank.ASSUMED)
+        self._set_deadline(timeout)
+        if self._started and not self._over.is_set():
+            try:
+                await asyncio.wait_for(
+                    self._over.wait(), min(GRACE_SECONDS, self._remaining_seconds())
+                )
+            except TimeoutError:
+                if self._terminal is None:
+                    self._finish_when_over()
+                    return
+        self._finish()
+        await self._folder.flush(self._remaining_seconds())
+
+    async def cleanup(self) -> None:
+        """The pipeline is gone, whether or not anybody will flush."""
+        await super().cleanup()
+        self._over.set()
+        self._finish()
+        # Not waited for: the outbox goes on by itself, and outlives this loop.
+        self._set_deadline(None)
+        self._keep(self._folder.flush(self._remaining_seconds()))
+
+    async def on_push_frame(self, data: FramePushed) -> None:
+        """Translate a frame; the types nobody handles cost one lookup."""
+        try:
+            handler = self._routes[type(data.frame)]
+        except KeyError:
+            handler = self._route(type(data.frame))
+        # A frame that is sent both ways is told once.
+        if handler is None or (
+            data.direction is FrameDirection.UPSTREAM
+            and data.frame.broadcast_sibling_id is not None
+        ):
+            return
+        try:
+            handler(data.frame, self._at(data), data.source)
+        except Exception as error:
+            self._fail(type(data.frame).__name__, error)
+
+    # From frames to events
+
+    def _handlers(self) -> dict[type[Frame], Handler]:
+        return {
+            StartFrame: self._on_start,
+            EndFrame: self._on_terminal,
+            CancelFrame: self._on_terminal,
+            StopFrame: self._on_terminal,
+            VADUserStartedSpeakingFrame: self._on_vad_started,
+            VADUserStoppedSpeakingFrame: self._on_vad_stopped,
+            UserStartedSpeakingFrame: self._on_user_started,
+            UserStoppedSpeakingFrame: self._on_user_stopped,
+            TranscriptionFrame: self._on_transcription,
+            BotStartedSpeakingFrame: self._on_bot_started,
+            BotStoppedSpeakingFrame: self._on_bot_stopped,
+            AggregatedTextFrame: self._on_sentence,
+            TTSTextFrame: self._on_words,
+            TTSAudioRawFrame: self._on_voice,
+            TTSStoppedFrame: self._on_voice_done,
+            InterruptionFrame: self._on_interruption,
+            FunctionCallInProgressFrame: self._on_tool,
+            FunctionCallResultFrame: self._on_tool_result,
+            FunctionCallCancelFrame: self._on_tool_cancel,
+            MetricsFrame: self._on_metrics,
+            ErrorFrame: self._on_error,
+        }
+
+    def _route(self, frame_type: type[Frame]) -> Handler | None:
+        """Find the handler a new frame type inherits, and remember it."""
+        handlers = self._handlers()
+        handler = next((handlers[base] for base in frame_type.__mro__ if base in handlers), None)
+        self._routes[frame_type] = handler
+        return handler
+
+    def _on_start(self, frame: StartFrame, at: int, source: FrameProcessor) -> None:
+        if not self._started:
+            self._started = True
+            # The pipeline's clock starts with its setup, and so do the call and its recording.
+            self._emit("started", self._origin or at)
+            self._note_phone()
+            self._folder.started(self._record.call_started())
+
+    def _on_terminal(self, frame: Frame, at: int, source: FrameProcessor) -> None:
+        self._note_terminal(frame)
+        self._finish_when_over()
+
+    def _on_vad_started(
+        self, frame: VADUserStartedSpeakingFrame, at: int, source: FrameProcessor
+    ) -> None:
+        self._emit("vad", at, edge="start", secs=frame.start_secs)
+
+    def _on_vad_stopped(
+        self, frame: VADUserStoppedSpeakingFrame, at: int, source: FrameProcessor
+    ) -> None:
+        self._emit("vad", at, edge="stop", secs=frame.stop_secs)
+
+    def _on_user_started(self, frame: Frame, at: int, source: FrameProcessor) -> None:
+        self._emit("user-turn", at, edge="start")
+
+    def _on_user_stopped(self, frame: Frame, at: int, source: FrameProcessor) -> None:
+        self._emit("user-turn", at, edge="stop")
+
+    def _on_transcription(self, frame: TranscriptionFrame, at: int, source: FrameProcessor) -> None:
+        self._emit(
+            "transcript",
+            at,
+            text=frame.text,
+            spaced=frame.includes_inter_frame_spaces,
+            user_id=frame.user_id or None,
+            language=frame.language and str(getattr(frame.language, "value", frame.language)),
+        )
+
+    def _on_bot_started(self, frame: Frame, at: int, source: FrameProcessor) -> None:
+        self._emit_voiced(at)
+        self._emit("bot", at, edge="start")
+
+    def _on_bot_stopped(self, frame: Frame, at: int, source: FrameProcessor) -> None:
+        self._emit_voiced(at)
+        self._emit("bot", at, edge="stop")
+
+    def _on_sentence(self, frame: AggregatedTextFrame, at: int, source: FrameProcessor) -> None:
+        if frame.will_be_spoken:
+            self._emit_voiced(at)
+            self._emit(
+                "say",
+                at,
+                context=frame.context_id,
+                segment=frame.id,
+                text=frame.text,
+                keep=not frame.interruptible,
+            )
+
+    def _on_words(self, frame: TTSTextFrame, at: int, source: FrameProcessor) -> None:
+        due = None
+        if isinstance(source, BaseOutputTransport):
+            due = at
+        elif frame.pts and self._origin is not None:
+            due = self._origin + frame.pts
+        self._emit_voiced(at)
+        self._emit(
+            "words",
+            at,
+            context=frame.context_id,
+            segment=frame.segment_id,
+            text=frame.text,
+            spaced=frame.includes_inter_frame_spaces,
+            due=due,
+            keep=not frame.interruptible,
+        )
+
+    def _on_voice(self, frame: TTSAudioRawFrame, at: int, source: FrameProcessor) -> None:
+        # The output transport pushes the same audio again, cut to size, as it plays.
+        if not isinstance(source, BaseOutputTransport):
+            context, seconds = frame.context_id, frame.num_frames / frame.sample_rate
+            self._voiced[context] = self._voiced.get(context, 0.0) + seconds
+
+    def _on_voice_done(self, frame: TTSStoppedFrame, at: int, source: FrameProcessor) -> None:
+        self._emit_voiced(at)
+        self._emit("voice-done", at, context=frame.context_id)
+
+    def _on_interruption(self, frame: Frame, at: int, source: FrameProcessor) -> None:
+        self._emit_voiced(at)
+        self._emit("interruption", at)
+
+    def _on_tool(self, frame: FunctionCallInProgressFrame, at: int, source: FrameProcessor) -> None:
+        self._emit(
+            "tool",
+            at,
+            id=frame.tool_call_id,
+            name=frame.function_name,
+            arguments=self._shown_json(frame.arguments, empty="{}"),
+        )
+
+    def _on_tool_result(
+        self, frame: FunctionCallResultFrame, at: int, source: FrameProcessor
+    ) -> None:
+        final = frame.properties.is_final if frame.properties else True
+        self._emit(
+            "tool-result" if final else "tool-update",
+            at,
+            id=frame.tool_call_id,
+            name=frame.function_name,
+            arguments=self._shown_json(frame.arguments, empty="{}"),
+            content=self._shown_json(frame.result, empty=""),
+            error=self._shown(frame.error) if frame.error else None,
+        )
+
+    def _on_tool_cancel(
+        self, frame: FunctionCallCancelFrame, at: int, source: FrameProcessor
+    ) -> None:
+        # pipecat 1.14: only a call that ran out of time asks the LLM to go on without it.
+        self._emit("tool-cancel", at, id=frame.tool_call_id, timed_out=frame.run_llm)
+
+    def _on_metrics(self, frame: MetricsFrame, at: int, source: FrameProcessor) -> None:
+        service = service_of(source)
+        for item in frame.data:
+            measured: dict[str, float] = {}
+            if isinstance(item, TTFBMetricsData):
+                measured["ttfb"] = item.value
+            elif isinstance(item, LLMUsageMetricsData):
+                measured["prompt_tokens"] = item.value.prompt_tokens
+                measured["completion_tokens"] = item.value.completion_tokens
+                measured["cached_tokens"] = item.value.cache_read_input_tokens or 0
+            elif isinstance(item, TTSUsageMetricsData):
+                measured["tts_characters"] = item.value
+            elif isinstance(item, STTUsageMetricsData):
+                measured["stt_seconds"] = item.value.audio_seconds
+            for kind, value in measured.items():
+                # The first metrics of a pipeline are all zero.
+                if value:
+                    self._emit(
+                        "metric", at, kind=kind, service=service, model=item.model, value=value
+                    )
+
+    def _on_error(self, frame: ErrorFrame, at: int, source: FrameProcessor) -> None:
+        processor = frame.processor or source
+        self._emit(
+            "error",
+            at,
+            processor=str(processor),
+            message=self._shown(frame.error),
+            category=str(frame.category.value) if frame.category else None,
+            unusable=not getattr(processor, "is_usable", True),
+        )
+
+    # The recording
+
+    def _on_recording_started(self) -> None:
+        self._emit("anchor", self._origin_of(self._audio_processor), ms=0.0)
+
+    def _on_chunk(self, index: int, pcm: bytes, sample_rate: int, num_channels: int) -> None:
+        self._recorded_samples += len(pcm) // (2 * num_channels)
+        self._folder.chunk(index, pcm, sample_rate, num_channels)
+        self._emit(
+            "chunk",
+            self._now(),
+            index=index,
+            ms=round(1000 * self._recorded_samples / sample_rate, 1),
+            sample_rate=sample_rate,
+            num_channels=num_channels,
+        )
+
+    def _on_sound(self, role: str, edge: str, ms: float) -> None:
+        self._emit("sound", self._now(), role=role, edge=edge, ms=ms)
+
+    def _on_recording_ended(self, frame: Frame | None) -> None:
+        self._ended_at = self._now()
+        if frame is not None:
+            self._note_terminal(frame)
+        self._finish_when_over()
+
+    def _listen_to(self, processor: AudioBufferProcessor) -> None:
+        """Take the chunks of somebody else's recorder, in the order it gives them out."""
+
+        @processor.event_handler("on_audio_data")
+        async def on_audio_data(_, pcm: bytes, sample_rate: int, num_channels: int) -> None:
+            index, self._chunks = self._chunks, self._chunks + 1
+            self._on_chunk(index, bytes(pcm), sample_rate, num_channels)
+            ms = 1000 * self._recorded_samples / sample_rate
+            self._emit("anchor", self._now(), ms=round(ms, 1))
+
+    # The end
+
+    def _note_terminal(self, frame: Frame) -> None:
+        if self._terminal is not None:
+            return
+        self._terminal = frame
+        reason = getattr(frame, "reason", None)
+        if reason:
+            # Pipecat's own reasons ("idle timeout") are ours with a space.
+            text = str(reason)
+            name = text.replace(" ", "-")
+            self._ending(name if name in ENDINGS else text, None, Rank.SAID)
+        elif isinstance(frame, EndFrame):
+            self._ending("agent-ended", None, Rank.SAID)
+        elif isinstance(frame, CancelFrame):
+            self._ending("cancelled", None, Rank.FALLBACK)
+
+    def _ending(self, reason: str, detail: str | None, rank: int) -> None:
+        self._emit("ending", self._now(), reason=reason, detail=detail, rank=rank)
+
+    def _finish_when_over(self) -> None:
+        """Finish once the pipeline is gone, or when it should have been."""
+
+        async def finish() -> None:
+            try:
+                await asyncio.wait_for(self._over.wait(), self._flush_seconds)
+            except TimeoutError:
+                logger.warning("Roark: the pipeline did not end; closing the call as it stands")
+            self._finish()
+
+        if not self._finished and not self._waits_for_end:
+            self._waits_for_end = True
+            self._keep(finish())
+
+    def _keep(self, work: Coroutine[Any, Any, object]) -> None:
+        """Run something in the background, if there is still a loop to run it."""
+        try:
+            task = asyncio.get_running_loop().create_task(work)
+        except RuntimeError:
+            work.close()
+            return
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _finish(self) -> None:
+        """Close the record and hand it over; once."""
+        if self._finished:
+            return
+        self._finished = True
+        try:
+            if self._recorder:
+                self._recorder.finish()
+            self._emit_voiced(self._now())
+            self._note_phone()
+            if not self._record.started:
+                self._emit("started", self._now())
+                self._folder.started(self._record.call_started())
+            self._emit("ended", self._ended_at or self._now())
+            self._folder.ended(self._record.call_ended(), self._record.as_dict())
+        except Exception as error:
+            self._fail("the end of the call", error)
+
+    def _set_deadline(self, timeout: float | None) -> None:
+        if self._deadline is None:
+            self._deadline = time.monotonic() + (timeout or self._flush_seconds)
+
+    def _remaining_seconds(self) -> float:
+        return max(0.0, (self._deadline or 0.0) - time.monotonic())
+
+    # Time, and what is written
+
+    def _at(self, data: FramePushed) -> int:
+        """Epoch ns of a push."""
+        return self._origin_of(data.source, data.timestamp) + data.timestamp
+
+    def _origin_of(self, processor: Any, elapsed: int = 0) -> int:
+        """Epoch ns at the zero of the pipeline's clock, which is tied to the wall's clock once."""
+        if self._origin is None:
+            try:
+                self._clock = processor.get_clock()
+                elapsed = self._clock.get_time()
+            except Exception:
+                self._clock = None
+            self._origin = time.time_ns() - elapsed
+        return self._origin
+
+    def _now(self) -> int:
+        if self._clock is not None and self._origin is not None:
+            return self._origin + self._clock.get_time()
+        return time.time_ns()
+
+    def _emit(self, event_name: str, at: int, /, **fields: Any) -> None:
+        event: Event = {"event": event_name, "at": at}
+        event.update((key, value) for key, value in fields.items() if value is not None)
+        self._publish(event)
+
+    def _emit_voiced(self, at: int) -> None:
+        if self._voiced:
+            voiced, self._voiced = self._voiced, {}
+            for context, seconds in voiced.items():
+                self._emit("voiced", at, context=context, seconds=round(seconds, 3))
+
+    def _publish(self, event: Event) -> None:
+        self._record.apply(event)
+        if self._redact is None:
+            self._folder.journal(event)
+            return
+        # What was said may only be written once the whole turn has been redacted.
+        self._folder.journal(masked(event))
+        for turn, text in self._record.unwritten_texts():
+            self._folder.journal(
+                {"event": "turn-text", "at": event["at"], "turn": turn, "text": text}
+            )
+
+    def _shown(self, text: str) -> str:
+        return self._redact(text) if self._redact and text else text
+
+    def _shown_json(self, value: Any, *, empty: str) -> str:
+        return as_text(redacted(value, self._redact) if self._redact else value, empty=empty)
+
+    def _note_phone(self) -> None:
+        # `create_transport` fills this in, after the observer may have been made.
+        call_data = field_of(self._runner_args, "call_data")
+        found = {
+            name: str(value)
+            for name in ("from_number", "to_number", "call_id", "stream_id")
+            if (value := field_of(call_data, name))
+        }
+        if found:
+            self._emit("phone", self._now(), **found)
+
+    def _fail(self, what: str, error: Exception) -> None:
+        if what not in self._failures:
+            self._failures.add(what)
+            logger.opt(exception=error).error(f"Roark: {what} is missing from the call record")
+
+
+def open_folder(
+    call_id: str, *, api_key: str | None, base_url: str | None, calls_dir: Path
+) -> CallFolder:
+    """Return the folder of this call in the process's outbox for `calls_dir`."""
+    return outbox_for(calls_dir, api_key=api_key or None, base_url=base_url).open(call_id)
+
+
+def setting(name: str) -> str | None:
+    """An environment variable; a blank one counts as unset."""
+    return os.environ.get(name, "").strip() or None
+
+
+def field_of(thing: Any, name: str) -> Any:
+    """A field of an object or mapping, None if there is none."""
+    if isinstance(thing, Mapping):
+        return thing.get(name)
+    return getattr(thing, name, None)
+
+
+def call_id_of(runner_args: Any) -> str:
+    """WebRTC's peer id, else the runner's session id, else a new uuid."""
+    peer = field_of(field_of(runner_args, "webrtc_connection"), "pc_id")
+    return str(peer or field_of(runner_args, "session_id") or uuid4())
+
+
+def service_of(source: Any) -> str:
+    for kind, name in ((STTService, "stt"), (LLMService, "llm"), (TTSService, "tts")):
+        if isinstance(source, kind):
+            return name
+    return "other"
+
+
+def as_text(value: Any, *, empty: str) -> str:
+    """Roark's form of arguments and results: text as it is, objects and lists compact JSON."""
+    if value is None:
+        return empty
+    if isinstance(value, str):
+        return value or empty
+    if isinstance(value, Mapping | list | tuple):
+        return json.dumps(value, separators=(",", ":"), ensure_ascii=False, default=str)
+    return str(value)
+
+
+def redacted(value: Any, redact: Redact) -> Any:
+    """Apply `redact` to every text, and to every number as text, in a JSON value."""
+    if isinstance(value, Mapping):
+        return {key: redacted(item, redact) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [redacted(item, redact) for item in value]
+    if value is None or isinstance(value, bool):
+        return value
+    text = redact(str(value))
+    return value if text == str(value) else text
+
+
+def masked(event: Event) -> Event:
+    """The event without what was said; the length stays, it decides how a cut is estimated."""
+    if event["event"] in ("transcript", "say", "words"):
+        return event | {"text": re.sub(r"\S", "*", event["text"])}
+    return event

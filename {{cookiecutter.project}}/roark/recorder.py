@@ -1,0 +1,384 @@
+"""The recording of a call: caller on the left, bot on the right, exactly as long as the call.
+
+The recording is the call's timeline: sample 0 is the zero of the pipeline's clock, so a moment of
+the pipeline is a position in the recording. Audio frames carry no time of their own, so a frame is
+placed by when it got here, which is late by whatever held it up on the way, and never early:
+
+- What follows a frame says how late it was. Every frame is held back for `SETTLE_SECONDS`, and
+  placed at the earliest time that the frames behind it allow: a burst after a stall goes back to
+  where it belongs, and the recording gets no longer.
+- Frames that follow one another closely are joined without a seam; jitter makes no clicks.
+- Time in which no audio came is silence: a muted caller, packets that went missing.
+
+The bot's frames come from the output transport as they are played, some transports at the start
+of a frame (websocket), some near its end (WebRTC). `BotStartedSpeakingFrame` is pushed just before
+the first one plays; how far behind it that frame arrives is how late this transport is.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import soxr
+from loguru import logger
+from pipecat.frames.frames import (
+    AudioRawFrame,
+    BotStartedSpeakingFrame,
+    CancelFrame,
+    EndFrame,
+    Frame,
+    InputAudioRawFrame,
+    OutputAudioRawFrame,
+    StartFrame,
+    StopFrame,
+)
+from pipecat.processors.frame_processor import FrameDirection, FrameProcessor, FrameProcessorSetup
+
+Samples = npt.NDArray[np.int16]
+Chunk = Callable[[int, bytes, int, int], None]
+Sound = Callable[[str, str, float], None]
+
+# A killed process loses at most CHUNK_SECONDS + HOLD_SECONDS of audio, at any sample rate.
+CHUNK_SECONDS = 3.0
+# How long a frame waits for the ones that tell how late it was.
+SETTLE_SECONDS = 0.5
+# How long a track without frames waits for them before the time is written down as silence.
+HOLD_SECONDS = 1.5
+# Less than this is jitter; more is audio that never came.
+GAP_SECONDS = 0.015
+# A sender whose clock is fast gets ahead of ours: beyond this its quiet frames are left out.
+AHEAD_SECONDS = 0.04
+
+WINDOW_SECONDS = 0.01
+# -45 dBFS, well below soft speech and above a codec's silence.
+AUDIBLE_LEVEL = 184.0
+# A noisy line raises the level that counts as audible, to -30 dBFS at most.
+NOISE_FACTOR = 2.5
+MAX_AUDIBLE_LEVEL = 1036.0
+NOISE_WINDOWS = 1000
+# Speech has to last this many windows to begin, and be gone this many to end.
+ONSET_WINDOWS = 3
+PAUSE_WINDOWS = 20
+
+
+class SoundEdges:
+    """Tells when a track becomes audible and when it falls silent, on a 10 ms grid."""
+
+    def __init__(self, sample_rate: int, on_edge: Callable[[str, float], None]) -> None:
+        """`on_edge` gets "start" or "end" and the position in ms."""
+        self._window = max(1, round(sample_rate * WINDOW_SECONDS))
+        self._on_edge = on_edge
+        self._rest = np.zeros(0, np.int16)
+        self._position = 0
+        self._levels: deque[float] = deque(maxlen=NOISE_WINDOWS)
+        self._threshold = AUDIBLE_LEVEL
+        self._loud = 0
+        self._quiet = 0
+        self._audible = False
+
+    def feed(self, samples: Samples) -> None:
+        samples = np.concatenate((self._rest, samples))
+        count = len(samples) // self._window
+        self._rest = samples[count * self._window :]
+        if not count:
+            return
+        windows = samples[: count * self._window].reshape(count, self._window)
+        levels = np.sqrt(np.mean(np.square(windows, dtype=np.float32), axis=1))
+        for level in levels.tolist():
+            self._step(level)
+        self._learn(levels)
+
+    def finish(self) -> None:
+        """Say where the last sound ended."""
+        if self._audible:
+            self._on_edge("end", self._ms(self._position - self._quiet))
+            self._audible = False
+
+    def _step(self, level: float) -> None:
+        self._position += 1
+        if level >= self._threshold:
+            self._loud += 1
+            self._quiet = 0
+            if not self._audible and self._loud == ONSET_WINDOWS:
+                self._audible = True
+                self._on_edge("start", self._ms(self._position - ONSET_WINDOWS))
+        else:
+            self._loud = 0
+            self._quiet += 1
+            if self._audible and self._quiet == PAUSE_WINDOWS:
+                self._audible = False
+                self._on_edge("end", self._ms(self._position - PAUSE_WINDOWS))
+
+    def _learn(self, levels: npt.NDArray[np.float32]) -> None:
+        # Digital silence (a gap, a muted microphone) says nothing about the line's noise.
+        self._levels.extend(levels[levels > 1.0].tolist())
+        if len(self._levels) >= 10:
+            noise = float(np.percentile(self._levels, 5))
+            self._threshold = min(max(AUDIBLE_LEVEL, NOISE_FACTOR * noise), MAX_AUDIBLE_LEVEL)
+
+    def _ms(self, windows: int) -> float:
+        return round(windows * WINDOW_SECONDS * 1000, 1)
+
+
+class Track:
+    """One speaker's audio on the call's timeline, resampled to the recording's rate."""
+
+    def __init__(self, sample_rate: int, on_edge: Callable[[str, float], None]) -> None:
+        self._rate = sample_rate
+        self._native_rate = 0
+        self._resampler: soxr.ResampleStream | None = None
+        # (arrived, earliest start) in seconds, samples at the native rate.
+        self._pending: deque[tuple[float, float, Samples]] = deque()
+        self._cursor = 0
+        self._done: deque[Samples] = deque()
+        self._done_samples = 0
+        self._edges = SoundEdges(sample_rate, on_edge)
+
+    @property
+    def ready(self) -> int:
+        """Samples that can be taken."""
+        return self._done_samples
+
+    def add(self, samples: Samples, rate: int, arrived: float, start: float) -> None:
+        """Queue a frame that arrived at `arrived` s and cannot have begun after `start` s."""
+        if not self._native_rate:
+            self._native_rate = rate
+            self._cursor = round(self._cursor * rate / self._rate)
+            if rate != self._rate:
+                self._resampler = soxr.ResampleStream(rate, self._rate, 1, dtype="int16")
+        if rate != self._native_rate:
+            samples = np.asarray(soxr.resample(samples, rate, self._native_rate), np.int16)
+        self._pending.append((arrived, start, samples))
+
+    def settle(self, until: float) -> None:
+        """Place every frame that arrived before `until` s, in the light of all that came since."""
+        if not self._pending or self._pending[0][0] > until:
+            return
+        frames = list(self._pending)
+        starts = [0.0] * len(frames)
+        latest = float("inf")
+        for index in range(len(frames) - 1, -1, -1):
+            _, start, samples = frames[index]
+            latest = min(start, latest - len(samples) / self._native_rate)
+            starts[index] = latest
+        for (arrived, _, samples), start in zip(frames, starts, strict=True):
+            if arrived > until:
+                break
+            self._pending.popleft()
+            self._place(samples, start)
+
+    def silence_until(self, position: float) -> None:
+        """Fill up to `position` s, or to where the first waiting frame may begin."""
+        if self._pending:
+            position = min(position, *(start for _, start, _ in self._pending))
+        rate = self._native_rate or self._rate
+        missing = round(position * rate) - self._cursor
+        if missing > 0:
+            self._write(np.zeros(missing, np.int16))
+
+    def finish(self, length: int, end: float) -> None:
+        """Place what is left and make the track `length` samples long at the recording's rate."""
+        self.settle(float("inf"))
+        self.silence_until(end)
+        if self._resampler:
+            self._emit(self._resampler.resample_chunk(np.zeros(0, np.int16), last=True))
+        short = length - self._done_samples
+        if short > 0:
+            self._emit(np.zeros(short, np.int16))
+        self._edges.finish()
+
+    def take(self, count: int) -> Samples:
+        """Remove and return the next `count` samples."""
+        parts: list[Samples] = []
+        self._done_samples -= count
+        while count:
+            part = self._done.popleft()
+            if len(part) > count:
+                self._done.appendleft(part[count:])
+                part = part[:count]
+            parts.append(part)
+            count -= len(part)
+        return np.concatenate(parts) if parts else np.zeros(0, np.int16)
+
+    def _place(self, samples: Samples, start: float) -> None:
+        offset = start - self._cursor / self._native_rate
+        if offset > GAP_SECONDS:
+            self._write(np.zeros(round(offset * self._native_rate), np.int16))
+        elif offset < -AHEAD_SECONDS and np.abs(samples).max(initial=0) < AUDIBLE_LEVEL:
+            return
+        self._write(samples)
+
+    def _write(self, samples: Samples) -> None:
+        self._cursor += len(samples)
+        self._emit(self._resampler.resample_chunk(samples) if self._resampler else samples)
+
+    def _emit(self, samples: Samples) -> None:
+        if len(samples):
+            self._done.append(samples)
+            self._done_samples += len(samples)
+            self._edges.feed(samples)
+
+
+class Recording:
+    """Two tracks cut into chunks of interleaved stereo PCM16; times in seconds of the call."""
+
+    def __init__(self, sample_rate: int, on_chunk: Chunk, on_sound: Sound) -> None:
+        """`on_chunk` gets index, PCM, rate, channels; `on_sound` role, "start"|"end", ms."""
+        self.sample_rate = sample_rate
+        self.seconds = 0.0
+        self._on_chunk = on_chunk
+        self._tracks = {
+            role: Track(sample_rate, lambda edge, ms, role=role: on_sound(role, edge, ms))
+            for role in ("user", "assistant")
+        }
+        self._chunk_samples = round(CHUNK_SECONDS * sample_rate)
+        self._samples = 0
+        self._index = 0
+        self._settled_at = 0.0
+        self._heard_anything = False
+
+    def add(self, role: str, frame: AudioRawFrame, arrived: float, start: float) -> None:
+        """Place a frame that got here at `arrived` and cannot have begun after `start`."""
+        samples = np.frombuffer(frame.audio, np.int16)
+        if frame.num_channels > 1:
+            mixed = samples.reshape(-1, frame.num_channels).mean(axis=1)
+            samples = mixed.astype(np.int16)
+        if len(samples):
+            self._heard_anything = True
+            self._tracks[role].add(samples, frame.sample_rate, arrived, start)
+        if arrived - self._settled_at >= SETTLE_SECONDS / 4:
+            self._settled_at = arrived
+            self._advance(arrived)
+
+    def finish(self, end: float) -> None:
+        """Bring both tracks to exactly `end` and give out what is left."""
+        if not self._heard_anything:
+            return
+        total = round(end * self.sample_rate)
+        for track in self._tracks.values():
+            track.finish(max(0, total - self._samples), end)
+        while self._samples < total:
+            self._cut(min(self._chunk_samples, total - self._samples))
+
+    def _advance(self, now: float) -> None:
+        for track in self._tracks.values():
+            track.settle(now - SETTLE_SECONDS)
+            track.silence_until(now - HOLD_SECONDS)
+        while min(track.ready for track in self._tracks.values()) >= self._chunk_samples:
+            self._cut(self._chunk_samples)
+
+    def _cut(self, count: int) -> None:
+        stereo = np.empty((count, 2), np.int16)
+        stereo[:, 0] = self._tracks["user"].take(count)
+        stereo[:, 1] = self._tracks["assistant"].take(count)
+        self._samples += count
+        self.seconds = self._samples / self.sample_rate
+        index, self._index = self._index, self._index + 1
+        self._on_chunk(index, stereo.tobytes(), self.sample_rate, 2)
+
+
+class CallRecorder(FrameProcessor):
+    """Records the call it is part of; belongs right after `transport.output()`."""
+
+    def __init__(
+        self,
+        *,
+        on_chunk: Chunk,
+        on_sound: Sound | None = None,
+        on_started: Callable[[], None] | None = None,
+        on_ended: Callable[[Frame | None], None] | None = None,
+        **kwargs,
+    ) -> None:
+        """All callbacks are called on the event loop and must not block.
+
+        Args:
+            on_chunk: Gets index, interleaved stereo PCM16, sample rate and 2 (channels).
+            on_sound: Gets "user" or "assistant", "start" or "end", position in ms.
+            on_started: Called when the recording begins; its sample 0 is the clock's zero.
+            on_ended: Called after the last chunk, with the terminal frame if there was one.
+        """
+        super().__init__(**kwargs)
+        self._on_chunk = on_chunk
+        self._on_sound = on_sound or (lambda role, edge, ms: None)
+        self._on_started = on_started
+        self._on_ended = on_ended
+        self._sample_rate = 0
+        self._recording: Recording | None = None
+        self._ended = False
+        self._failed = False
+        self._bot_began: float | None = None
+        self._bot_lag = 0.0
+
+    @property
+    def recorded_ms(self) -> float:
+        """How much of the recording has been given out, in ms."""
+        return self._recording.seconds * 1000 if self._recording else 0.0
+
+    async def setup(self, setup: FrameProcessorSetup) -> None:
+        """Adopt the pipeline's output rate."""
+        await super().setup(setup)
+        self._sample_rate = setup.audio_out_sample_rate
+
+    async def process_frame(self, frame: Frame, direction: FrameDirection) -> None:
+        """Record audio, pass everything on."""
+        await super().process_frame(frame, direction)
+        try:
+            self._record(frame)
+        except Exception as error:
+            if not self._failed:
+                self._failed = True
+                logger.error(f"{self}: part of the recording is lost: {error!r}")
+        await self.push_frame(frame, direction)
+
+    async def cleanup(self) -> None:
+        """The pipeline is gone: give out what is left."""
+        await super().cleanup()
+        self.finish()
+
+    def finish(self, frame: Frame | None = None) -> None:
+        """End the recording now; idempotent."""
+        if self._ended:
+            return
+        self._ended = True
+        try:
+            if self._recording:
+                self._recording.finish(self._now())
+        finally:
+            if self._on_ended:
+                self._on_ended(frame)
+
+    def _record(self, frame: Frame) -> None:
+        if isinstance(frame, InputAudioRawFrame):
+            if self._recording and not self._ended:
+                now = self._now()
+                self._recording.add("user", frame, now, now - seconds(frame))
+        elif isinstance(frame, OutputAudioRawFrame):
+            if self._recording and not self._ended:
+                self._record_bot(frame, self._recording)
+        elif isinstance(frame, BotStartedSpeakingFrame):
+            self._bot_began = self._now()
+        elif isinstance(frame, StartFrame):
+            if self._recording is None:
+                self._recording = Recording(self._sample_rate, self._on_chunk, self._on_sound)
+                if self._on_started:
+                    self._on_started()
+        elif isinstance(frame, EndFrame | CancelFrame | StopFrame):
+            self.finish(frame)
+
+    def _record_bot(self, frame: OutputAudioRawFrame, recording: Recording) -> None:
+        now = self._now()
+        if self._bot_began is not None:
+            self._bot_lag = min(max(now - self._bot_began, 0.0), seconds(frame))
+            self._bot_began = None
+        recording.add("assistant", frame, now, now - self._bot_lag)
+
+    def _now(self) -> float:
+        return self.get_clock().get_time() / 1e9
+
+
+def seconds(frame: AudioRawFrame) -> float:
+    """How long a frame plays."""
+    return frame.num_frames / frame.sample_rate

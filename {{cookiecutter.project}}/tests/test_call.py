@@ -1,0 +1,399 @@
+"""What is said of a call, decided from events alone."""
+
+from typing import Any
+
+import pytest
+
+from roark.call import CallRecord, Rank
+
+START = 1_790_000_000_000_000_000
+
+
+def ms(offset: float) -> int:
+    """Epoch ns of a moment `offset` ms into the call."""
+    return START + int(offset * 1e6)
+
+
+def event(name: str, at_ms: float, /, **fields: Any) -> dict[str, Any]:
+    return {"event": name, "at": ms(at_ms), **fields}
+
+
+OPENING = [
+    event("call", 0, call_id="call-1", agent_id="agent", agent_name="Ada"),
+    event("started", 0),
+    event("anchor", 0, ms=0.0),
+]
+CHUNK = event("chunk", 3500, index=0, ms=3000.0, sample_rate=8000, num_channels=2)
+
+
+def user(start: float, stop: float, *texts: str, decided: float | None = None) -> list[dict]:
+    """A user turn between two instants of the audio, with the detector's delays."""
+    decided = stop + 300 if decided is None else decided
+    return [
+        event("vad", start + 200, edge="start", secs=0.2),
+        event("user-turn", start + 200, edge="start"),
+        event("vad", stop + 200, edge="stop", secs=0.2),
+        *(event("transcript", stop + 250, text=text) for text in texts),
+        event("user-turn", decided, edge="stop"),
+    ]
+
+
+def spoken(start: float, *words: tuple[str, float], context: str = "c") -> list[dict]:
+    """Words of a voice with timestamps: each is (text, ms into the speech)."""
+    return [
+        event("say", start - 50, context=context, segment=1, text=" ".join(w for w, _ in words)),
+        event("bot", start, edge="start"),
+        *(
+            event("words", start, context=context, segment=1, text=text, due=ms(start + at))
+            for text, at in words
+        ),
+        event("voiced", start + 10, context=context, seconds=words[-1][1] / 1000 + 0.5),
+        event("voice-done", start + 10, context=context),
+    ]
+
+
+def record_of(*events: dict, end: float = 20_000, recorded: bool = True) -> CallRecord:
+    middle = [*OPENING, *([CHUNK] if recorded else [])]
+    record = CallRecord.replay([*middle, *events])
+    record.close("client-disconnected", at=ms(end))
+    return record
+
+
+def texts(record: CallRecord) -> list[tuple[str, str]]:
+    return [(turn["role"], turn["text"]) for turn in record.as_dict()["turns"]]
+
+
+def test_a_greeting_is_the_first_turn_and_the_agent_spoke_first():
+    record = record_of(
+        *spoken(500, ("Hello", 0), ("there.", 300)),
+        event("bot", 1300, edge="stop"),
+        *user(2000, 3000, "I want a table."),
+    )
+    assert texts(record) == [("assistant", "Hello there."), ("user", "I want a table.")]
+    assert record.call_ended()["agentSpokeFirst"] is True
+
+
+def test_edges_are_corrected_for_the_delays_of_the_voice_detector():
+    body = record_of(*user(2000, 3000, "Hi.")).call_ended()
+    [turn] = body["transcript"]
+    assert (turn["audioOffsetMs"], turn["endAudioOffsetMs"]) == (2000, 3000)
+
+
+def test_edges_near_the_audios_own_are_the_audios():
+    record = record_of(
+        *user(2000, 3000, "Hi."),
+        event("sound", 3000, role="user", edge="start", ms=1930.0),
+        event("sound", 3500, role="user", edge="end", ms=3080.0),
+    )
+    [turn] = record.as_dict()["turns"]
+    assert (turn["start_ms"], turn["end_ms"]) == (1930, 3080)
+
+
+def test_noise_far_from_the_detectors_edges_moves_nothing():
+    record = record_of(
+        event("sound", 1000, role="user", edge="start", ms=400.0),
+        *user(2000, 3000, "Hi."),
+        event("sound", 9000, role="user", edge="end", ms=9000.0),
+    )
+    [turn] = record.as_dict()["turns"]
+    assert (turn["start_ms"], turn["end_ms"]) == (2000, 3000)
+
+
+def test_a_bot_turn_runs_from_its_first_to_its_last_audible_sample():
+    record = record_of(
+        *spoken(500, ("Hello", 0), ("there.", 700)),
+        event("bot", 2300, edge="stop"),
+        event("sound", 900, role="assistant", edge="start", ms=640.0),
+        event("sound", 1500, role="assistant", edge="end", ms=1000.0),
+        event("sound", 1800, role="assistant", edge="start", ms=1300.0),
+        event("sound", 2500, role="assistant", edge="end", ms=1710.0),
+    )
+    [turn] = record.as_dict()["turns"]
+    assert (turn["start_ms"], turn["end_ms"]) == (640, 1710)
+
+
+def test_finals_of_one_turn_are_joined_with_single_spaces():
+    assert texts(record_of(*user(0, 1000, "One,", " two ", "three."))) == [
+        ("user", "One, two three.")
+    ]
+
+
+def test_two_user_turns_without_a_reply_between_stay_two():
+    record = record_of(*user(0, 1000, "One."), *user(3000, 4000, "Two."))
+    assert texts(record) == [("user", "One."), ("user", "Two.")]
+
+
+def test_a_pause_within_a_turn_does_not_split_it():
+    record = record_of(
+        event("vad", 200, edge="start", secs=0.2),
+        event("user-turn", 200, edge="start"),
+        event("vad", 1200, edge="stop", secs=0.2),
+        event("transcript", 1300, text="I would"),
+        event("vad", 1900, edge="start", secs=0.2),
+        event("vad", 3200, edge="stop", secs=0.2),
+        event("transcript", 3300, text="like tea."),
+        event("user-turn", 3400, edge="stop"),
+    )
+    [turn] = record.as_dict()["turns"]
+    assert (turn["text"], turn["start_ms"], turn["end_ms"]) == ("I would like tea.", 0, 3000)
+
+
+def test_a_transcript_that_comes_after_the_bot_started_joins_the_turn_it_belongs_to():
+    record = record_of(
+        *user(0, 1000, "I want"),
+        *spoken(1600, ("Sure.", 0)),
+        event("transcript", 1900, text="a pizza."),
+        event("bot", 2400, edge="stop"),
+    )
+    assert texts(record) == [("user", "I want a pizza."), ("assistant", "Sure.")]
+
+
+def test_a_transcript_too_soon_for_the_speech_under_way_belongs_to_the_turn_before():
+    record = record_of(
+        *user(0, 1000, "I want"),
+        *spoken(1600, ("Sure.", 0)),
+        event("vad", 2200, edge="start", secs=0.1),
+        event("user-turn", 2200, edge="start"),
+        event("transcript", 2210, text="a pizza."),
+        event("transcript", 3200, text="Wait."),
+    )
+    assert texts(record)[0] == ("user", "I want a pizza.")
+    assert texts(record)[-1] == ("user", "Wait.")
+
+
+def test_an_interrupted_turn_ends_with_the_last_word_heard():
+    record = record_of(
+        *spoken(1000, ("We", 0), ("are", 300), ("open", 600), ("until", 900), ("nine.", 1200)),
+        event("interruption", 1700),
+        event("bot", 1710, edge="stop"),
+    )
+    [turn] = record.as_dict()["turns"]
+    assert turn["text"] == "We are open"
+    assert turn["interrupted_ms"] == 1700
+    assert turn["estimated_cut"] is False
+
+
+def test_words_of_an_interrupted_answer_do_not_reach_the_next_one():
+    record = record_of(
+        *spoken(1000, ("We", 0), ("are", 300), ("open.", 900), context="a"),
+        event("interruption", 1500),
+        event("bot", 1510, edge="stop"),
+        *spoken(4000, ("Yes?", 0), context="b"),
+        event("bot", 4600, edge="stop"),
+    )
+    assert texts(record) == [("assistant", "We are"), ("assistant", "Yes?")]
+
+
+@pytest.mark.parametrize(
+    ("heard_ms", "expected"),
+    [
+        (100, None),
+        (1000, "one two three"),
+        (1990, "one two three four five six seven"),
+        (2100, "all"),
+    ],
+)
+def test_without_word_timestamps_the_cut_is_estimated_from_the_audio_played(heard_ms, expected):
+    sentence = "one two three four five six seven"
+    record = record_of(
+        event("say", 900, context="c", segment=7, text=sentence),
+        event("bot", 1000, edge="start"),
+        event("voiced", 1050, context="c", seconds=2.0),
+        event("words", 1050, context="c", segment=7, text=sentence),
+        event("interruption", 1000 + heard_ms),
+    )
+    turns = record.as_dict()["turns"]
+    if expected is None:
+        assert turns == []
+    elif expected == "all":
+        assert (turns[0]["text"], turns[0]["estimated_cut"]) == (sentence, False)
+    else:
+        assert turns[0]["estimated_cut"] is True
+        assert sentence.startswith(turns[0]["text"])
+        assert abs(len(turns[0]["text"]) / len(sentence) - heard_ms / 2000) < 0.2
+
+
+def test_the_second_sentence_is_cut_after_the_first_was_heard_whole():
+    record = record_of(
+        event("say", 900, context="c", segment=1, text="We are open today."),
+        event("bot", 1000, edge="start"),
+        event("voiced", 1050, context="c", seconds=1.0),
+        event("words", 1050, context="c", segment=1, text="We are open today."),
+        event("say", 1060, context="c", segment=2, text="Come in any time you like."),
+        event("voiced", 1100, context="c", seconds=1.0),
+        event("words", 1100, context="c", segment=2, text="Come in any time you like."),
+        event("interruption", 2500),
+    )
+    [turn] = record.as_dict()["turns"]
+    assert turn["text"].startswith("We are open today. Come in")
+    assert not turn["text"].endswith("like.")
+
+
+def test_speech_to_speech_deltas_keep_their_own_spacing():
+    record = record_of(
+        event("bot", 1000, edge="start"),
+        *(event("words", 1000, context=None, text=t, spaced=True) for t in ("Hel", "lo", " you")),
+        event("voice-done", 1500, context=None),
+        event("bot", 2000, edge="stop"),
+    )
+    assert texts(record) == [("assistant", "Hello you")]
+
+
+def test_without_an_output_transport_the_words_are_as_generated():
+    record = record_of(
+        event("words", 1000, context="a", text="Hello"),
+        event("words", 1000, context="a", text="there."),
+        *user(2000, 3000, "Hi."),
+        recorded=False,
+    )
+    assert texts(record) == [("assistant", "Hello there."), ("user", "Hi.")]
+
+
+def test_a_call_that_ends_while_the_bot_speaks_keeps_what_was_heard():
+    record = record_of(*spoken(1000, ("We", 0), ("are", 300), ("open.", 900)), end=1500)
+    assert texts(record) == [("assistant", "We are")]
+
+
+def test_two_speeches_in_a_row_keep_their_own_words():
+    record = record_of(
+        *spoken(1000, ("One", 0), ("moment.", 200), context="a"),
+        *spoken(1010, ("Done.", 900), context="b"),
+        event("bot", 1800, edge="stop"),
+        event("bot", 1850, edge="start"),
+        event("bot", 2500, edge="stop"),
+    )
+    assert texts(record) == [("assistant", "One moment."), ("assistant", "Done.")]
+
+
+def test_every_tool_call_is_told_once_with_its_result():
+    call = event("tool", 1000, id="t1", name="book", arguments='{"seats":2}')
+    result = event("tool-result", 1500, id="t1", name="book", content='{"ok":true}')
+    body = record_of(call, call, result, result).call_ended()
+    assert [(tool["kind"], tool["audioOffsetMs"]) for tool in body["toolCalls"]] == [
+        ("tool_call", 1000),
+        ("tool_result", 1500),
+    ]
+    assert body["toolCalls"][0]["arguments"] == '{"seats":2}'
+    assert body["toolCalls"][1]["content"] == '{"ok":true}'
+
+
+@pytest.mark.parametrize(
+    ("ending", "status", "content"),
+    [
+        ({"event": "tool-cancel", "id": "t1", "timed_out": True}, "timed-out", "timed out"),
+        ({"event": "tool-cancel", "id": "t1", "timed_out": False}, "cancelled", "cancelled"),
+        (
+            {"event": "tool-result", "id": "t1", "content": "sorry", "error": "ValueError: no"},
+            "failed",
+            "ValueError: no",
+        ),
+    ],
+)
+def test_failed_and_cancelled_tools_appear_with_their_error(ending, status, content):
+    record = record_of(
+        event("tool", 1000, id="t1", name="book", arguments="{}"), ending | {"at": ms(1500)}
+    )
+    assert record.as_dict()["tools"][0]["status"] == status
+    result = record.call_ended()["toolCalls"][1]
+    assert (result["kind"], result["content"]) == ("tool_result", f'{{"error":"{content}"}}')
+
+
+def test_an_intermediate_result_does_not_pass_for_the_final_one():
+    record = record_of(
+        event("tool", 1000, id="t1", name="search", arguments="{}"),
+        event("tool-update", 1200, id="t1", content="half way"),
+    )
+    assert [tool["kind"] for tool in record.call_ended()["toolCalls"]] == ["tool_call"]
+    assert record.as_dict()["tools"][0]["updates"] == [{"content": "half way", "at_ms": 1200.0}]
+
+
+def test_latency_runs_from_the_callers_last_sound_to_the_bots_first_and_has_parts():
+    record = record_of(
+        *user(1000, 2000, "Hi.", decided=2400),
+        event("metric", 2700, kind="ttfb", service="llm", value=0.3, model="gpt"),
+        event("metric", 2900, kind="ttfb", service="tts", value=0.2, model="sonic"),
+        *spoken(3000, ("Hello.", 0)),
+        event("bot", 3600, edge="stop"),
+    )
+    latency = record.as_dict()["turns"][1]["latency"]
+    assert latency == {
+        "total_ms": 1000.0,
+        "end_of_turn_ms": 400.0,
+        "stt_ms": 250.0,
+        "llm_ms": 300.0,
+        "tts_ms": 200.0,
+    }
+    assert record.as_dict()["models"] == {"llm": ["gpt"], "tts": ["sonic"]}
+
+
+def test_usage_is_summed_over_the_call():
+    record = record_of(
+        *(event("metric", 10, kind="prompt_tokens", service="llm", value=v) for v in (10, 5)),
+        event("metric", 10, kind="stt_seconds", service="stt", value=2.5),
+    )
+    assert record.as_dict()["usage"] == {"prompt_tokens": 15, "stt_seconds": 2.5}
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ([("client-disconnected", Rank.SAID), ("signal", Rank.SAID)], "client-disconnected"),
+        ([("cancelled", Rank.FALLBACK), ("idle-timeout", Rank.ASSUMED)], "idle-timeout"),
+        ([("client-disconnected", Rank.ASSUMED), ("agent-ended", Rank.SAID)], "agent-ended"),
+        ([("a reason of my own", Rank.SAID)], "a reason of my own"),
+        ([], "client-disconnected"),
+    ],
+)
+def test_the_first_to_know_why_the_call_ends_is_believed(said, reason):
+    endings = [event("ending", 10, reason=name, rank=int(rank)) for name, rank in said]
+    assert record_of(*endings).call_ended()["callEndedReason"] == reason
+
+
+def test_without_a_recording_nothing_is_said_of_one():
+    body = record_of(*user(0, 1000, "Hi."), recorded=False).call_ended()
+    assert not {"recordingSampleRate", "recordingNumChannels"} & body.keys()
+    assert "audioOffsetMs" not in body["transcript"][0]
+
+
+def test_optional_fields_are_left_out_and_never_null():
+    record = CallRecord.replay([event("call", 0, call_id="x", agent_id="a")])
+    record.close("error", at=ms(5))
+    assert record.call_ended() == {
+        "event": "call-ended",
+        "pipecatCallId": "x",
+        "eventTimestamp": "2026-09-21T14:13:20.005+00:00",
+        "callStartedAt": None,
+        "callEndedAt": "2026-09-21T14:13:20.005+00:00",
+        "callEndedReason": "error",
+    }
+
+
+def test_a_replay_after_a_killed_process_says_what_was_known_so_far():
+    events = [*OPENING, CHUNK, *user(0, 1000, "Hi."), *spoken(1500, ("He", 0), ("llo", 900))]
+    live = CallRecord()
+    for item in events:
+        live.apply(item)
+    replayed = CallRecord.replay(events)
+    for record in (live, replayed):
+        record.close("process-died", at=ms(2000))
+    assert live.as_dict() == replayed.as_dict()
+    assert live.call_ended() == replayed.call_ended()
+    assert texts(replayed) == [("user", "Hi."), ("assistant", "He")]
+
+
+def test_with_a_recorder_that_lost_audio_markers_follow_its_anchors():
+    record = record_of(
+        event("anchor", 10_000, ms=8000.0),
+        *user(5000, 6000, "Hi."),
+    )
+    [turn] = record.as_dict()["turns"]
+    assert (turn["start_ms"], turn["end_ms"]) == (4000.0, 4800.0)
+
+
+def test_a_redacted_text_is_all_that_is_given_out():
+    record = CallRecord(redact=lambda text: text.replace("4111", "[card]"))
+    for item in [*OPENING, *user(0, 1000, "It is 4111.")]:
+        record.apply(item)
+    record.close("client-disconnected")
+    assert "4111" not in str(record.as_dict()) + str(record.call_ended())
+    assert record.unwritten_texts() == [(0, "It is [card].")]

@@ -1,0 +1,332 @@
+"""The observer in a running pipeline: what it tells, when, and that nothing stops it."""
+
+import asyncio
+import json
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from pipecat.frames.frames import (
+    BotStartedSpeakingFrame,
+    EndFrame,
+    ErrorFrame,
+    Frame,
+    FunctionCallInProgressFrame,
+    FunctionCallResultFrame,
+    FunctionCallResultProperties,
+    InputAudioRawFrame,
+    OutputAudioRawFrame,
+    StartFrame,
+    TranscriptionFrame,
+    UserStartedSpeakingFrame,
+    UserStoppedSpeakingFrame,
+)
+from pipecat.observers.base_observer import FramePushed
+from pipecat.pipeline.pipeline import Pipeline
+from pipecat.pipeline.worker import PipelineParams, PipelineWorker
+from pipecat.processors.audio.audio_buffer_processor import AudioBufferProcessor
+from pipecat.processors.frame_processor import FrameDirection, FrameProcessor
+from pipecat.workers.runner import WorkerRunner
+
+from roark.observer import RoarkObserver, call_id_of
+
+pytestmark = pytest.mark.anyio
+
+
+class KeptCall:
+    """A call folder that keeps everything in memory, in the order it came."""
+
+    def __init__(self) -> None:
+        self.order: list[str] = []
+        self.started_body: dict[str, Any] = {}
+        self.events: list[dict[str, Any]] = []
+        self.chunks: dict[int, bytes] = {}
+        self.ended_body: dict[str, Any] = {}
+        self.record: dict[str, Any] = {}
+
+    def started(self, body: dict[str, Any]) -> None:
+        self.order.append("started")
+        self.started_body = body
+
+    def journal(self, event: dict[str, Any]) -> None:
+        self.events.append(json.loads(json.dumps(event)))
+
+    def chunk(self, index: int, pcm: bytes, sample_rate: int, num_channels: int) -> None:
+        self.order.append(f"chunk {index}")
+        self.chunks[index] = pcm
+
+    def ended(self, body: dict[str, Any], record: dict[str, Any]) -> None:
+        self.order.append("ended")
+        self.ended_body = body
+        self.record = record
+
+    async def flush(self, timeout: float) -> None:
+        self.order.append("flushed")
+
+    @property
+    def recording(self) -> bytes:
+        return b"".join(self.chunks[index] for index in sorted(self.chunks))
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch) -> KeptCall:
+    # Frames that are handed over by hand have no pipeline whose end could be waited for.
+    monkeypatch.setattr("roark.observer.GRACE_SECONDS", 0.01)
+    return KeptCall()
+
+
+def observer_of(call: KeptCall, **arguments: Any) -> RoarkObserver:
+    return RoarkObserver(api_key="key", agent_id="agent", folder=call, **arguments)
+
+
+async def run(
+    observer: RoarkObserver, frames: Sequence[Frame], *, record: bool = True
+) -> PipelineWorker:
+    """Run frames through a real pipeline, to its end."""
+    processors = [FramePasser(), *([observer.audio_processor] if record else [])]
+    worker = PipelineWorker(
+        Pipeline(processors),
+        params=PipelineParams(audio_out_sample_rate=8000),
+        observers=[observer],
+        enable_rtvi=False,
+    )
+    runner = WorkerRunner(handle_sigint=False)
+    await runner.add_workers(worker)
+    await worker.queue_frames([*frames, EndFrame()])
+    await asyncio.wait_for(runner.run(), 10)
+    return worker
+
+
+class FramePasser(FrameProcessor):
+    """A processor that only passes frames on."""
+
+    async def process_frame(self, frame: Frame, direction: FrameDirection) -> None:
+        await super().process_frame(frame, direction)
+        await self.push_frame(frame, direction)
+
+
+def transcription(text: str) -> TranscriptionFrame:
+    return TranscriptionFrame(text, "", "2026-01-01T00:00:00Z")
+
+
+CONVERSATION = [
+    UserStartedSpeakingFrame(),
+    transcription("Hello."),
+    UserStoppedSpeakingFrame(),
+    BotStartedSpeakingFrame(),
+]
+
+
+async def test_a_call_is_told_in_order_start_audio_end(call):
+    observer = observer_of(call)
+    audio = InputAudioRawFrame(b"\1\1" * 160, 8000, 1)
+    await run(observer, [audio, transcription("Hello.")])
+    await observer.aflush()
+    assert call.order[0] == "started"
+    assert call.order[1:3] == ["chunk 0", "ended"]
+    assert call.started_body["pipecatCallId"] == observer.pipecat_call_id
+    assert call.ended_body["callEndedReason"] == "agent-ended"
+    assert call.ended_body["transcript"][0]["content"] == "Hello."
+    assert call.ended_body["recordingSampleRate"] == 8000
+
+
+async def test_the_observer_sees_the_start_frame_of_a_running_pipeline(call):
+    await run(observer_of(call), [])
+    assert "started" in [event["event"] for event in call.events]
+
+
+async def test_without_the_recorder_in_the_pipeline_there_are_no_recording_fields(call):
+    observer = observer_of(call)
+    await run(observer, [InputAudioRawFrame(b"\1\1" * 160, 8000, 1)], record=False)
+    await observer.aflush()
+    assert not {"recordingSampleRate", "recordingNumChannels"} & call.ended_body.keys()
+    assert call.chunks == {}
+
+
+async def test_the_journal_replays_to_the_record(call):
+    from roark.call import CallRecord
+
+    observer = observer_of(call)
+    await run(observer, [*CONVERSATION])
+    await observer.aflush()
+    assert CallRecord.replay(call.events).call_ended() == call.ended_body
+
+
+async def test_flushing_twice_tells_the_end_once(call):
+    observer = observer_of(call)
+    await run(observer, [])
+    await observer.aflush()
+    await observer.aflush(reason="signal")
+    assert call.order.count("ended") == 1
+
+
+async def test_a_pipeline_that_nobody_flushes_is_told_all_the_same(call):
+    await run(observer_of(call), [transcription("Hello.")])
+    assert "ended" in call.order
+
+
+async def test_a_call_that_never_started_is_told_with_its_reason(call):
+    observer = observer_of(call)
+    observer.note_ending("error", "no room")
+    await observer.aflush()
+    assert call.order == ["started", "ended", "flushed"]
+    assert call.ended_body["callEndedReason"] == "error"
+    assert call.record["ending"] == {"reason": "error", "detail": "no room"}
+
+
+def pushed(frame: Frame, at_ms: float = 0, source: Any = None, up: bool = False) -> FramePushed:
+    direction = FrameDirection.UPSTREAM if up else FrameDirection.DOWNSTREAM
+    return FramePushed(source, source, frame, direction, int(at_ms * 1e6))
+
+
+async def test_a_handler_that_fails_does_not_cost_the_next_frame(call):
+    observer = observer_of(call)
+    await observer.on_push_frame(pushed(StartFrame()))
+    await observer.on_push_frame(pushed(TranscriptionFrame(None, "", "")))  # pyright: ignore
+    await observer.on_push_frame(pushed(transcription("Hello.")))
+    await observer.on_push_frame(pushed(EndFrame()))
+    await observer.aflush()
+    assert call.ended_body["transcript"][0]["content"] == "Hello."
+
+
+async def test_times_are_those_of_the_push_and_not_of_the_handling(call):
+    observer = observer_of(call)
+    await observer.on_push_frame(pushed(StartFrame()))
+    await observer.on_push_frame(pushed(UserStartedSpeakingFrame(), 1000))
+    await observer.on_push_frame(pushed(transcription("Hello."), 1500))
+    await observer.on_push_frame(pushed(UserStoppedSpeakingFrame(), 2000))
+    await observer.on_push_frame(pushed(EndFrame(), 2500))
+    await observer.aflush()
+    [turn] = call.record["turns"]
+    assert (turn["start_ms"], turn["end_ms"]) == (1000.0, 2000.0)
+
+
+async def test_a_frame_sent_both_ways_counts_once(call):
+    down = FunctionCallInProgressFrame("book", "t1", {"seats": 2})
+    up = FunctionCallInProgressFrame("book", "t1", {"seats": 2})
+    down.broadcast_sibling_id, up.broadcast_sibling_id = up.id, down.id
+    observer = observer_of(call)
+    await observer.on_push_frame(pushed(down))
+    await observer.on_push_frame(pushed(up, up=True))
+    assert [event["event"] for event in call.events] == ["call", "tool"]
+
+
+@pytest.mark.parametrize(
+    ("result", "content"),
+    [
+        ({"ok": True, "at": [1, 2]}, '{"ok":true,"at":[1,2]}'),
+        ("done", "done"),
+        (None, ""),
+        (7, "7"),
+        (True, "True"),
+    ],
+)
+async def test_results_take_roarks_form(call, result, content):
+    observer = observer_of(call)
+    await observer.on_push_frame(pushed(FunctionCallInProgressFrame("book", "t1", None)))
+    await observer.on_push_frame(pushed(FunctionCallResultFrame("book", "t1", None, result)))
+    await observer.aflush()
+    told, answer = call.ended_body["toolCalls"]
+    assert (told["arguments"], answer["content"]) == ("{}", content)
+
+
+async def test_an_intermediate_result_is_an_update(call):
+    observer = observer_of(call)
+    await observer.on_push_frame(pushed(FunctionCallInProgressFrame("search", "t1", {})))
+    half = FunctionCallResultFrame(
+        "search", "t1", {}, "half", properties=FunctionCallResultProperties(is_final=False)
+    )
+    await observer.on_push_frame(pushed(half))
+    await observer.aflush()
+    assert len(call.ended_body["toolCalls"]) == 1
+
+
+async def test_a_frame_type_of_ones_own_is_handled_like_its_parent(call):
+    class MyTranscription(TranscriptionFrame):
+        pass
+
+    observer = observer_of(call)
+    await observer.on_push_frame(pushed(MyTranscription("Hello.", "", "")))
+    assert [event["event"] for event in call.events] == ["call", "transcript"]
+
+
+async def test_an_error_is_kept_with_the_processor_it_came_from(call):
+    observer = observer_of(call)
+    await observer.on_push_frame(pushed(ErrorFrame("no key"), source="STT#0"))
+    await observer.aflush()
+    [error] = call.record["errors"]
+    assert (error["processor"], error["message"]) == ("STT#0", "no key")
+
+
+CONNECTION = SimpleNamespace(pc_id="SmallWebRTCConnection#0-1")
+
+
+@pytest.mark.parametrize(
+    ("runner_args", "expected"),
+    [
+        (SimpleNamespace(webrtc_connection=CONNECTION, session_id="s"), CONNECTION.pc_id),
+        ({"webrtc_connection": {"pc_id": "pc"}, "session_id": "s"}, "pc"),
+        (SimpleNamespace(session_id="s"), "s"),
+        ({"session_id": "s"}, "s"),
+    ],
+)
+def test_the_call_id_is_the_peers_or_the_sessions(runner_args, expected):
+    assert call_id_of(runner_args) == expected
+
+
+def test_without_either_every_call_gets_an_id_of_its_own():
+    assert call_id_of(None) != call_id_of(object())
+
+
+async def test_an_explicit_call_id_comes_first(call):
+    assert (
+        observer_of(call, pipecat_call_id="x", runner_args={"session_id": "s"}).pipecat_call_id
+        == "x"
+    )
+
+
+async def test_phone_numbers_are_read_when_the_call_starts(call):
+    runner_args = SimpleNamespace(session_id="s", call_data=None)
+    observer = observer_of(call, runner_args=runner_args)
+    runner_args.call_data = SimpleNamespace(
+        call_id="CA1", stream_id="MZ1", from_number="+1", to_number=None
+    )
+    await observer.on_push_frame(pushed(StartFrame()))
+    await observer.on_push_frame(pushed(EndFrame()))
+    await observer.aflush()
+    assert call.record["phone"] == {"call_id": "CA1", "stream_id": "MZ1", "from_number": "+1"}
+
+
+async def test_what_is_redacted_is_neither_written_nor_sent(call):
+    observer = observer_of(call, redact=lambda text: text.replace("4111", "[card]"))
+    await observer.on_push_frame(pushed(StartFrame()))
+    await observer.on_push_frame(pushed(UserStartedSpeakingFrame()))
+    await observer.on_push_frame(pushed(transcription("My card is 4111.")))
+    await observer.on_push_frame(pushed(UserStoppedSpeakingFrame()))
+    tool = FunctionCallInProgressFrame("pay", "t1", {"card": 4111, "to": "4111"})
+    await observer.on_push_frame(pushed(tool))
+    await observer.on_push_frame(pushed(EndFrame()))
+    await observer.aflush()
+    everything = json.dumps([call.events, call.ended_body, call.record])
+    assert "4111" not in everything
+    assert call.ended_body["transcript"][0]["content"] == "My card is [card]."
+    assert call.ended_body["toolCalls"][0]["arguments"] == '{"card":"[card]","to":"[card]"}'
+
+    from roark.call import CallRecord
+
+    killed = CallRecord.replay(call.events[:-1])
+    killed.close("process-died")
+    assert killed.call_ended()["transcript"][0]["content"] == "My card is [card]."
+
+
+async def test_a_recorder_of_ones_own_is_used_as_given(call):
+    processor = AudioBufferProcessor(num_channels=2, buffer_size=1600, auto_start_recording=True)
+    observer = observer_of(call, audio_buffer_processor=processor)
+    assert observer.audio_processor is processor
+    frames = [OutputAudioRawFrame(b"\1\1" * 160, 8000, 1) for _ in range(20)]
+    await run(observer, frames)
+    await observer.aflush()
+    assert sorted(call.chunks) == list(range(len(call.chunks)))
+    assert len(call.recording) == 20 * 160 * 4
+    assert call.ended_body["recordingNumChannels"] == 2
