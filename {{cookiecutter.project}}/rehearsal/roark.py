@@ -395,7 +395,7 @@ class RoarkReceiver:
     def _reset(self, request: web.Request) -> None:
         if request.transport is not None:
             request.transport.abort()
-        raise ConnectionResetError("rehearsed cut")
+        raise web.HTTPServiceUnavailable(reason="never sent: the connection is gone")
 
     def _once(self, before: Any, now: Any, what: str) -> Any:
         if before is not None and before != now:

@@ -5,6 +5,7 @@ that aiohttp made for the whole process when it was imported.
 """
 
 import json
+import os
 import random
 import re
 from collections.abc import Callable
@@ -172,7 +173,10 @@ class RoarkClient:
         except TimeoutError:
             raise Unreachable(f"no answer in {seconds:g} s") from None
         except aiohttp.ClientConnectorError as error:
-            raise Unreachable(error.os_error.strerror or type(error.os_error).__name__) from None
+            number = error.os_error.errno or 0
+            # Resolver errors are negative, and not in the table of the system.
+            said = os.strerror(number) if number > 0 else error.os_error.strerror
+            raise Unreachable(said or type(error).__name__) from None
         except (aiohttp.ClientError, OSError, ValueError, RuntimeError) as error:
             # The text of these may hold the URL.
             raise Unreachable(type(error).__name__) from None

@@ -96,6 +96,14 @@ class Lock:
         self._file = file
         return True
 
+    @property
+    def is_taken(self) -> bool:
+        """Whether somebody has the lock."""
+        if self._file is None and self._path.exists() and self.acquire():
+            self.release()
+            return False
+        return self._path.exists()
+
     def release(self, *, for_good: bool = False) -> None:
         """Lets go; `for_good` when nobody will need to lock this folder again."""
         if self._file is None:

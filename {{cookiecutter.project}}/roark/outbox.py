@@ -26,6 +26,7 @@ import os
 import random
 import threading
 import time
+import traceback
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -197,7 +198,7 @@ class Outbox:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         reconstruct: Reconstruct | None = None,
     ) -> None:
-        self.directory = directory
+        self.directory = directory.absolute()
         self.client = client
         self.memory = _Memory(memory_bytes)
         self.backoff = backoff or Backoff()
@@ -296,8 +297,8 @@ class Outbox:
     ) -> None:
         try:
             action(*args)
-        except Exception:
-            logger.exception(f"Roark: call {folder.call_id}: could not be kept")
+        except Exception as error:
+            logger.error(f"Roark: call {folder.call_id}: could not be kept: {_where(error)}")
         self._account(folder, reserved)
         self._say_disk_error(folder)
         if folder.steps_left and folder.path not in self._turned_away:
@@ -436,8 +437,8 @@ class Outbox:
             try:
                 is_anything_left = await self._deliver_each(lambda *_: None)
                 await self._trim()
-            except Exception:
-                logger.exception("Roark: the calls that were left could not be looked at")
+            except Exception as error:
+                logger.error(f"Roark: the calls that were left: {_where(error)}")
                 is_anything_left = True
             if is_anything_left:
                 fruitless += 1
@@ -498,8 +499,8 @@ class Outbox:
         at = folder.last_change
         try:
             started, ended, record = self._reconstruct(folder.journal(), int(at.timestamp() * 1e9))
-        except Exception:
-            logger.exception(f"Roark: call {folder.call_id}: its journal cannot be replayed")
+        except Exception as error:
+            logger.error(f"Roark: call {folder.call_id}: its journal: {_where(error)}")
             moment = at.isoformat()
             started = None
             record = ended = {
@@ -588,8 +589,8 @@ class _Delivery:
                 await self._changed.wait()
         except _NotNow:
             pass
-        except Exception:
-            logger.exception(f"Roark: call {self.folder.call_id}: its delivery failed")
+        except Exception as error:
+            logger.error(f"Roark: call {self.folder.call_id}: its delivery: {_where(error)}")
         finally:
             self._is_stopping = True
             for upload in self._uploads.values():
@@ -624,7 +625,7 @@ class _Delivery:
             if error is not None:
                 self._is_stopping = True
                 if not isinstance(error, _NotNow):
-                    logger.opt(exception=error).error(f"Roark: {chunk_step(index)} failed")
+                    logger.error(f"Roark: {chunk_step(index)}: {_where(error)}")
             self._changed.set()
 
         upload = asyncio.get_running_loop().create_task(self._upload(index))
@@ -769,6 +770,12 @@ def replay(
     record = CallRecord.replay(events)
     record.close("process-died", None, at)
     return record.call_started(), record.call_ended(), record.as_dict()
+
+
+def _where(error: BaseException) -> str:
+    """What went wrong and where; a traceback may show keys and what callers said."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} in {Path(place.filename).name}:{place.lineno}"
 
 
 def _number(name: str, default: float) -> float:

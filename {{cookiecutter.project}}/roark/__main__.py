@@ -1,0 +1,167 @@
+"""python -m roark: what is kept of calls, and getting the rest of it to Roark.
+
+    python -m roark calls            every call in CALLS_DIR and what of it Roark does not have
+    python -m roark deliver          deliver that now; exit 1 if anything is left, 2 without a key
+    python -m roark report [CALL]    a page about a call (default: all of them) to look at
+
+Settings come from the environment or .env: CALLS_DIR, ROARK_API_KEY, ROARK_BASE_URL.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from dotenv import find_dotenv, load_dotenv
+from loguru import logger
+
+from roark.client import RoarkClient
+from roark.folder import Folder, call_folders
+from roark.outbox import Flushed, Outbox
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m roark", description="What is kept of calls")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("calls", help="list the calls on disk and what is undelivered")
+    commands.add_parser("deliver", help="deliver what is undelivered")
+    report = commands.add_parser("report", help="write a page about a call, or about all")
+    report.add_argument("call", nargs="?", help="a call's id or the name of its folder")
+    chosen = parser.parse_args(arguments)
+
+    load_dotenv(find_dotenv(usecwd=True))
+    directory = Path(os.environ.get("CALLS_DIR", "").strip() or "calls")
+    match chosen.command:
+        case "calls":
+            return list_calls(directory)
+        case "deliver":
+            return deliver(directory)
+        case _:
+            return write_report(directory, chosen.call)
+
+
+def list_calls(directory: Path) -> int:
+    """Prints one line per call, oldest first."""
+    folders = [Folder.load(path) for path in call_folders(directory)]
+    if not folders:
+        print(f"No calls in {directory}.")
+        return 0
+    rows = [("STARTED", "LENGTH", "SIZE", "ENDED", "ROARK", "CALL")]
+    rows += [
+        (
+            _started(folder),
+            _length(folder),
+            f"{sum(file.stat().st_size for file in os.scandir(folder.path)) / 1e6:.1f} MB",
+            _ending(folder),
+            _state(folder),
+            folder.call_id,
+        )
+        for folder in folders
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
+    undelivered = sum(map(_is_due, folders))
+    print(f"{_count(len(folders), 'call')} in {directory}, {undelivered} undelivered.")
+    return 0
+
+
+def deliver(directory: Path) -> int:
+    """Delivers what earlier processes left, once, with a line per call."""
+    api_key = os.environ.get("ROARK_API_KEY", "").strip()
+    if not api_key:
+        print("ROARK_API_KEY is not set: there is nobody to deliver to.", file=sys.stderr)
+        return 2
+    base_url = os.environ.get("ROARK_BASE_URL", "").strip() or None
+    client = RoarkClient(api_key=api_key, base_url=base_url)
+    outbox = Outbox(directory, client, delivers_leftovers=False)
+    logger.remove()
+    logger.add(sys.stderr, level="WARNING", format="{message}", diagnose=False)
+
+    def progress(folder: Folder, flushed: Flushed | None) -> None:
+        if flushed is None:
+            outcome = "in use by another process"
+        elif folder.destination is None:
+            outcome = "kept only; it was made without a key"
+        elif folder.destination != client.base_url:
+            outcome = f"left: meant for {folder.destination}, not for {client.base_url}"
+        elif flushed.left:
+            outcome = f"{_count(flushed.left, 'request')} left, {flushed.delivered} delivered"
+        else:
+            outcome = f"delivered, {_count(flushed.delivered, 'request')}"
+            if flushed.given_up:
+                outcome += f", {flushed.given_up} given up"
+        print(f"{folder.path.name}: {outcome}", flush=True)
+
+    try:
+        outbox.deliver_leftovers(progress).result()
+    except KeyboardInterrupt:
+        print("Stopped; what is left stays on disk.", file=sys.stderr)
+    finally:
+        outbox.close()
+    left = sum(_is_due(Folder.load(path)) for path in call_folders(directory))
+    print(f"{_count(left, 'call')} left in {directory}." if left else "Nothing is left to deliver.")
+    return 1 if left else 0
+
+
+def write_report(directory: Path, call: str | None) -> int:
+    """Writes the page and prints where it is."""
+    try:
+        report = importlib.import_module("roark.report")
+    except ModuleNotFoundError:
+        print("roark/report.py is missing.", file=sys.stderr)
+        return 2
+    return report.main(directory, call)
+
+
+def _is_due(folder: Folder) -> bool:
+    """Whether Roark should have more of it; a call that lasts is not over."""
+    if folder.ended is None:
+        return folder.destination is not None and not folder.lock.is_taken
+    return bool(folder.steps_left)
+
+
+def _state(folder: Folder) -> str:
+    if folder.ended is None:
+        return "live" if folder.lock.is_taken else "process died"
+    if folder.destination is None:
+        return "kept"
+    if folder.steps_left:
+        return f"{len(folder.steps_left)} to deliver"
+    if folder.steps_given_up:
+        return f"delivered, {len(folder.steps_given_up)} given up"
+    return "delivered"
+
+
+def _started(folder: Folder) -> str:
+    moment = datetime.strptime(folder.path.name.split("-")[0] + "+0000", "%Y%m%dT%H%M%S%z")
+    return f"{moment.astimezone():%Y-%m-%d %H:%M:%S}"
+
+
+def _length(folder: Folder) -> str:
+    seconds = folder.recording_seconds
+    body = json.loads(folder.ended or b"{}")
+    if not seconds and body.get("callStartedAt"):
+        lasted = datetime.fromisoformat(body["callEndedAt"]) - datetime.fromisoformat(
+            body["callStartedAt"]
+        )
+        seconds = lasted.total_seconds()
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}" if seconds else "-"
+
+
+def _ending(folder: Folder) -> str:
+    return json.loads(folder.ended or b"{}").get("callEndedReason", "-")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
