@@ -219,6 +219,7 @@ def _report(stage: _Stage, call_id: str, answered_after: float | None = None) ->
     """Print a call: what was said, what Roark has of it, and where it is kept."""
     call = stage.roark.calls[call_id]
     _tell("")
+    _tell("The conversation, by the time in the recording:")
     for line in conversation(call.ended or {}, answered_after):
         _tell(line)
     has = ["call-started"] * (call.started is not None)

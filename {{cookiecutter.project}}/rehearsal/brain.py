@@ -23,10 +23,7 @@ OPENAI_MODEL = "gpt-4.1"
 _LOOK_FOR_OLLAMA_SECONDS = 1.0
 _ANSWER_SECONDS = 60.0
 
-_WHAT_I_AM = (
-    "I am a scripted answerer on your own machine, not a language model. "
-    "I repeat what I understood, so that you can judge the hearing and the speaking."
-)
+_WHAT_I_AM = "I am a scripted answerer, not a language model. I repeat what I understood."
 _GOODBYE = re.compile(r"\b(good ?bye|bye|hang up|that'?s all|that is all)\b", re.IGNORECASE)
 _WHO = re.compile(
     r"\b(who|what) are you\b|\byour name\b|\bare you (an? )?(real|human|robot|bot|machine)\b",
@@ -92,7 +89,7 @@ class ScriptedAnswerer:
         said = _last_said(messages)
         end_call = next((tool for tool in tools if tool["function"]["name"] == "end_call"), None)
         if not said and not any(message.get("role") == "assistant" for message in messages):
-            yield TextDelta(f"Hello, this is a rehearsal. {_WHAT_I_AM} Say goodbye to hang up.")
+            yield TextDelta(f"Hello. {_WHAT_I_AM} Say goodbye to hang up.")
         elif not said:
             yield TextDelta("Are you still there? Say anything and I repeat it.")
         elif _GOODBYE.search(said) and end_call is not None:

@@ -25,6 +25,9 @@ FRAME_SECONDS = 0.02
 LOUD_RMS = 200.0
 """Root mean square of PCM16 above which there is sound; -44 dBFS, well over codec noise."""
 
+_OF_LOUDEST = 0.1
+"""A recorded voice ends where it falls 20 dB below its loudest; what follows is breath and room."""
+
 _WINDOW_SECONDS = 0.01
 _PAUSE_SECONDS = 0.3
 """Silence after which a sound counts as the bot beginning to speak anew."""
@@ -162,7 +165,7 @@ class Caller(ABC):
         self._said.append((self._next_frame + len(self._to_say), sent))
         await self._unless_ended(sent)
         began = self._began + first * FRAME_SECONDS
-        loud = _loud_windows(speech, self._sample_rate) or [0.0]
+        loud = _loud_windows(speech, self._sample_rate, of_loudest=_OF_LOUDEST) or [0.0]
         utterance = Utterance(began + loud[0], began + loud[-1] + _WINDOW_SECONDS)
         self.sent.append(utterance)
         return utterance
@@ -268,10 +271,11 @@ def is_loud(pcm: bytes, rms: float = LOUD_RMS) -> bool:
     return bool(samples.size and np.sqrt(np.mean(samples**2)) > rms)
 
 
-def _loud_windows(pcm: bytes, sample_rate: int) -> list[float]:
+def _loud_windows(pcm: bytes, sample_rate: int, *, of_loudest: float = 0.0) -> list[float]:
     """Return the offsets, seconds, of the 10 ms windows that hold sound."""
     samples = np.frombuffer(pcm, dtype="<i2").astype(np.float64)
     size = round(sample_rate * _WINDOW_SECONDS)
-    padded: NDArray[np.float64] = np.pad(samples, (0, -len(samples) % size)).reshape(-1, size)
-    loud = np.flatnonzero(np.sqrt(np.mean(padded**2, axis=1)) > LOUD_RMS)
+    windows = np.pad(samples, (0, -len(samples) % size)).reshape(-1, size)
+    rms: NDArray[np.float64] = np.sqrt(np.mean(windows**2, axis=1))
+    loud = np.flatnonzero(rms > max(LOUD_RMS, of_loudest * rms.max(initial=0.0)))
     return [float(index) * _WINDOW_SECONDS for index in loud]

@@ -265,6 +265,13 @@ async def test_a_phone_call_sounds_as_twilio_sends_it() -> None:
     assert said.end - said.start == pytest.approx(0.5, abs=0.02)
 
 
+async def test_a_recorded_voice_ends_before_the_breath_after_it() -> None:
+    breath = (np.frombuffer(tone(0.4, 8000), "<i2") // 20).astype("<i2").tobytes()
+    async with line(Recorded()) as url, TwilioCaller(url) as caller:
+        said = await caller.say(tone(0.3, 8000) + breath, 8000)
+    assert said.end - said.start == pytest.approx(0.3, abs=0.02)
+
+
 async def test_a_phone_is_never_silent_and_never_early() -> None:
     received = Recorded()
     async with line(received) as url, TwilioCaller(url) as caller:
