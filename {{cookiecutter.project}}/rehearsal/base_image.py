@@ -212,9 +212,10 @@ class DrainingServer(uvicorn.Server):
 
 
 def listen() -> socket.socket:
-    """Return a socket on a free port of 127.0.0.1."""
+    """Return a socket on a free port of 127.0.0.1; who connects waits until it is served."""
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
+    listening.listen()
     return listening
 
 
