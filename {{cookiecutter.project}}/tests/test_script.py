@@ -21,7 +21,7 @@ greeting = "This is the clinic."
 hears = ["Please cancel it.", "Thank you."]
 
 [[answers]]
-heard = "cancel"
+heard = "Cancel"
 says = "One moment."
 calls = [{ name = "cancel", arguments = { id = 7 } }, { name = "notify" }]
 
