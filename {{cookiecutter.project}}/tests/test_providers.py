@@ -659,7 +659,7 @@ async def test_waiting_for_what_does_not_happen_ends_and_says_what_did() -> None
             await providers.log.until(lambda: False, within_s=0.01)
 
 
-async def test_ports_follow_the_first_one_and_a_taken_port_is_named() -> None:
+async def test_a_taken_port_is_named() -> None:
     async with serve(ScriptedEngine()) as first:
         with pytest.raises(OSError, match=f"port {first.deepgram.port} of 127.0.0.1"):
             async with serve(ScriptedEngine(), port=first.deepgram.port):
