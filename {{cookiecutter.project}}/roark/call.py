@@ -92,6 +92,7 @@ class Turn:
     estimated: bool = False
     released_at: int | None = None
     announced: bool = False
+    detected: bool = False
     answers: Turn | None = None
     latency: dict[str, float] = field(default_factory=dict)
     redacted: str | None = None
@@ -413,11 +414,16 @@ class CallRecord:
 
     def _on_vad(self, at: int, event: Event) -> None:
         self._speech_edges_seen = True
-        edge_at = at - int(float(event.get("secs") or 0) * 1e9)
+        delay = int(float(event.get("secs") or 0) * 1e9)
+        edge_at = at - delay
         if event["edge"] == "start":
             self._user_audible = True
             if self._user is None or self._user.released_at is not None:
-                self._open_user_turn(edge_at)
+                self._open_user_turn(edge_at).detected = True
+            elif not self._user.detected:
+                # The turn's own frame came first: this one, its cause, was held up in a queue.
+                self._user.detected = True
+                self._user.start_at = min(self._user.start_at, at) - delay
         else:
             self._user_audible = False
             if self._user:

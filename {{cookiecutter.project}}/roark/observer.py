@@ -335,7 +335,8 @@ class RoarkObserver(BaseObserver):
             due = at
         elif frame.pts and self._origin is not None:
             due = self._origin + frame.pts
-        self._emit_voiced(at)
+        if due is None:
+            self._emit_voiced(at)
         self._emit(
             "words",
             at,
@@ -442,8 +443,8 @@ class RoarkObserver(BaseObserver):
     def _on_sound(self, role: str, edge: str, ms: float) -> None:
         self._emit("sound", self._now(), role=role, edge=edge, ms=ms)
 
-    def _on_recording_ended(self, frame: Frame | None) -> None:
-        self._ended_at = self._now()
+    def _on_recording_ended(self, frame: Frame | None, at_ns: int) -> None:
+        self._ended_at = (self._origin or 0) + at_ns
         if frame is not None:
             self._note_terminal(frame)
         self._finish_when_over()

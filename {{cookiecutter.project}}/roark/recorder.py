@@ -289,7 +289,7 @@ class CallRecorder(FrameProcessor):
         on_chunk: Chunk,
         on_sound: Sound | None = None,
         on_started: Callable[[], None] | None = None,
-        on_ended: Callable[[Frame | None], None] | None = None,
+        on_ended: Callable[[Frame | None, int], None] | None = None,
         **kwargs,
     ) -> None:
         """All callbacks are called on the event loop and must not block.
@@ -298,7 +298,8 @@ class CallRecorder(FrameProcessor):
             on_chunk: Gets index, interleaved stereo PCM16, sample rate and 2 (channels).
             on_sound: Gets "user" or "assistant", "start" or "end", position in ms.
             on_started: Called when the recording begins; its sample 0 is the clock's zero.
-            on_ended: Called after the last chunk, with the terminal frame if there was one.
+            on_ended: Called after the last chunk, with the terminal frame if there was one and
+                the pipeline's time (ns) at which the recording ends.
         """
         super().__init__(**kwargs)
         self._on_chunk = on_chunk
@@ -311,11 +312,6 @@ class CallRecorder(FrameProcessor):
         self._failed = False
         self._bot_began: float | None = None
         self._bot_lag = 0.0
-
-    @property
-    def recorded_ms(self) -> float:
-        """How much of the recording has been given out, in ms."""
-        return self._recording.seconds * 1000 if self._recording else 0.0
 
     async def setup(self, setup: FrameProcessorSetup) -> None:
         """Adopt the pipeline's output rate."""
@@ -339,29 +335,29 @@ class CallRecorder(FrameProcessor):
         self.finish()
 
     def finish(self, frame: Frame | None = None) -> None:
-        """End the recording now; idempotent."""
-        if self._ended:
+        """End the recording now; idempotent. Without a recording nobody is told."""
+        recording, self._recording, self._ended = self._recording, None, True
+        if recording is None:
             return
-        self._ended = True
+        now = self.get_clock().get_time()
         try:
-            if self._recording:
-                self._recording.finish(self._now())
+            recording.finish(now / 1e9)
         finally:
             if self._on_ended:
-                self._on_ended(frame)
+                self._on_ended(frame, now)
 
     def _record(self, frame: Frame) -> None:
         if isinstance(frame, InputAudioRawFrame):
-            if self._recording and not self._ended:
+            if self._recording:
                 now = self._now()
                 self._recording.add("user", frame, now, now - seconds(frame))
         elif isinstance(frame, OutputAudioRawFrame):
-            if self._recording and not self._ended:
+            if self._recording:
                 self._record_bot(frame, self._recording)
         elif isinstance(frame, BotStartedSpeakingFrame):
             self._bot_began = self._now()
         elif isinstance(frame, StartFrame):
-            if self._recording is None:
+            if self._recording is None and not self._ended:
                 self._recording = Recording(self._sample_rate, self._on_chunk, self._on_sound)
                 if self._on_started:
                     self._on_started()

@@ -79,6 +79,16 @@ def test_edges_are_corrected_for_the_delays_of_the_voice_detector():
     assert (turn["audioOffsetMs"], turn["endAudioOffsetMs"]) == (2000, 3000)
 
 
+def test_a_detector_that_is_told_late_is_corrected_by_the_turn_it_caused():
+    record = record_of(
+        event("user-turn", 2200, edge="start"),
+        event("vad", 2500, edge="start", secs=0.2),
+        event("vad", 3200, edge="stop", secs=0.2),
+        event("transcript", 3300, text="Hi."),
+    )
+    assert record.as_dict()["turns"][0]["start_ms"] == 2000
+
+
 def test_edges_near_the_audios_own_are_the_audios():
     record = record_of(
         *user(2000, 3000, "Hi."),

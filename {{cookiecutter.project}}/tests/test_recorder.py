@@ -219,9 +219,11 @@ class Studio:
 
     def __init__(self, tape: Tape) -> None:
         self.clock = HandClock()
-        self.ended: list[Frame | None] = []
+        self.ended: list[tuple[Frame | None, int]] = []
         self.recorder = CallRecorder(
-            on_chunk=tape.chunk, on_sound=tape.sound, on_ended=self.ended.append
+            on_chunk=tape.chunk,
+            on_sound=tape.sound,
+            on_ended=lambda frame, at_ns: self.ended.append((frame, at_ns)),
         )
 
     async def hear(self, at: float, frame: Frame) -> None:
@@ -262,7 +264,7 @@ async def test_the_last_chunk_comes_with_every_kind_of_end(studio, tape, frame):
     await studio.hear(0.02, caller())
     await studio.hear(1.0, frame)
     assert tape.seconds == 1.0
-    assert studio.ended == [frame]
+    assert studio.ended == [(frame, 1_000_000_000)]
 
 
 @pytest.mark.anyio
@@ -279,4 +281,4 @@ async def test_what_comes_after_the_end_is_not_recorded(studio, tape):
 async def test_a_pipeline_that_never_started_records_nothing(studio, tape):
     await studio.recorder.cleanup()
     assert tape.chunks == []
-    assert studio.ended == [None]
+    assert studio.ended == []
