@@ -7,10 +7,11 @@ beyond this machine: keys, tokens, addresses, proxies.
 import asyncio
 import os
 import re
+import signal
 import socket
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -74,6 +75,10 @@ class BotProcess:
         await self._process.wait()
         raise self._gone()
 
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        self._process.send_signal(number)
+
     async def stop(self) -> None:
         """Ask it to end, so that it can deliver its calls; kill it if it does not."""
         with suppress(ProcessLookupError):
@@ -97,7 +102,7 @@ class BotProcess:
 
 @asynccontextmanager
 async def run_bot(
-    transport: str, port: int, environment: Mapping[str, str]
+    transport: str, port: int, environment: Mapping[str, str], options: Sequence[str] = ()
 ) -> AsyncIterator[BotProcess]:
     """Run the bot for `transport` on `port` and wait until it answers; end it afterwards.
 
@@ -107,12 +112,13 @@ async def run_bot(
         transport: "webrtc" or "twilio".
         port: Where it is to listen, on 127.0.0.1.
         environment: What points it at the rehearsal, on top of the user's own settings.
+        options: Further arguments of `bot.py`.
 
     Raises:
         BotFailed: It did not start.
     """
     descriptor, name = tempfile.mkstemp(prefix="rehearsal-bot-", suffix=".log")
-    command = ["-m", "rehearsal.launch_bot", "bot.py", "-t", transport]
+    command = ["-m", "rehearsal.launch_bot", "bot.py", "-t", transport, *options]
     with os.fdopen(descriptor, "wb") as log:
         process = await asyncio.create_subprocess_exec(
             sys.executable,

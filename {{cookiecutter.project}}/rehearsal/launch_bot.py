@@ -4,7 +4,8 @@
 
 Three things keep the bot on this machine without its being told: `.env`, which would bring the
 real keys and addresses back over the rehearsal's environment, is not read; WebRTC offers 127.0.0.1
-alone; and when the rehearsal dies, however it dies, the bot ends too.
+alone; and when the rehearsal dies, however it dies, the bot ends too. Its server gets one page
+more, /rehearsal, for talking to it in a browser without any part loaded from elsewhere.
 """
 
 import os
@@ -12,6 +13,7 @@ import runpy
 import signal
 import sys
 import threading
+from pathlib import Path
 
 import dotenv
 
@@ -26,7 +28,18 @@ def main() -> None:
         from rehearsal.loopback_ice import keep_ice_on_loopback
 
         keep_ice_on_loopback()
+        _serve_page()
     runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def _serve_page() -> None:
+    """Add /rehearsal beside Pipecat's own page, which loads a part of itself from the internet."""
+    from fastapi.responses import FileResponse
+    from pipecat.runner.run import app
+
+    @app.get("/rehearsal", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(Path(__file__).with_name("page.html"))
 
 
 def _end_with_the_rehearsal() -> None:

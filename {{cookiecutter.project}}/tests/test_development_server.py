@@ -1,0 +1,163 @@
+"""`python bot.py`: Pipecat's development server with this bot, in a process of its own."""
+
+import re
+import shutil
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from rehearsal.bot_process import BotProcess, free_port, run_bot
+from rehearsal.providers import serve as serve_providers
+from rehearsal.roark import ReceivedCall, RoarkReceiver
+from rehearsal.script import Script, ScriptedEngine
+from rehearsal.twilio_caller import TwilioCaller
+from rehearsal.webrtc_caller import WebRTCCaller
+
+# Each starts a process and holds calls in real time.
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
+
+SECONDS = 30.0
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+CHROMIUM_ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--use-fake-ui-for-media-stream",
+    "--use-fake-device-for-media-stream",
+    "--autoplay-policy=no-user-gesture-required",
+]
+
+
+@asynccontextmanager
+async def development_server(
+    transport: str, tmp_path: Path, *options: str
+) -> AsyncIterator[tuple[BotProcess, RoarkReceiver]]:
+    """Run `python bot.py -t TRANSPORT`, pointed at providers and a Roark of this machine."""
+    engine = ScriptedEngine(Script(greeting="Hello there."))
+    async with serve_providers(engine) as providers, RoarkReceiver() as roark:
+        world = {
+            **providers.environment,
+            "ROARK_BASE_URL": roark.url,
+            "ROARK_API_KEY": "rehearsal",
+            "CALLS_DIR": str(tmp_path / "calls"),
+        }
+        async with run_bot(transport, free_port(), world, options=options) as bot:
+            yield bot, roark
+
+
+async def delivered(roark: RoarkReceiver) -> ReceivedCall:
+    """Return the one call, once Roark has all of it."""
+    await roark.until(lambda: any(call.whole for call in roark.calls.values()), timeout=SECONDS)
+    (call,) = roark.calls.values()
+    return call
+
+
+async def test_the_server_has_pipecats_routes_and_takes_calls_on_each(tmp_path: Path) -> None:
+    async with development_server("webrtc", tmp_path) as (bot, roark):
+        async with aiohttp.ClientSession() as browser:
+            async with browser.get(f"{bot.url}/client/") as page:
+                assert page.status == 200
+                assert "<script" in await page.text()
+            async with browser.post(f"{bot.url}/start", json={"transport": "webrtc"}) as started:
+                assert (await started.json())["sessionId"]
+        async with WebRTCCaller(bot.url) as caller:
+            await caller.hear(within=SECONDS)
+        async with TwilioCaller(bot.url.replace("http", "ws", 1) + "/ws") as caller:
+            await caller.hear(within=SECONDS)
+        await roark.until(lambda: len(roark.calls) == 2, timeout=SECONDS)
+        await roark.until(lambda: all(call.whole for call in roark.calls.values()), timeout=SECONDS)
+
+
+async def test_twiml_sends_the_call_to_the_public_host(tmp_path: Path) -> None:
+    async with (
+        development_server("twilio", tmp_path, "-x", "bot.example.com") as (bot, _roark),
+        aiohttp.ClientSession() as twilio,
+        twilio.post(bot.url) as answer,
+    ):
+        assert answer.content_type == "application/xml"
+        assert '<Stream url="wss://bot.example.com/ws">' in await answer.text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("transport", ["webrtc", "twilio"])
+async def test_a_signal_closes_and_delivers_the_call_in_progress(
+    tmp_path: Path, transport: str, number: signal.Signals
+) -> None:
+    async with development_server(transport, tmp_path) as (bot, roark):
+        caller = (
+            WebRTCCaller(bot.url)
+            if transport == "webrtc"
+            else TwilioCaller(bot.url.replace("http", "ws", 1) + "/ws")
+        )
+        async with caller:
+            await caller.hear(within=SECONDS)
+            bot.send_signal(number)
+            call = await delivered(roark)
+        assert call.ended
+        assert call.ended["callEndedReason"] == "signal"
+        assert call.ended["transcript"]
+
+
+async def test_a_browser_calls_the_bot_and_hears_it(tmp_path: Path) -> None:
+    """Debian's chromium, its microphone fed with the recorded human voice."""
+    playwright = pytest.importorskip(
+        "playwright.async_api", reason="drives the browser: pip install playwright"
+    )
+    if not CHROMIUM:
+        pytest.skip("no chromium on this machine")
+    voice = shutil.copy(Path(__file__).parent.parent / "rehearsal" / "made-amiable.wav", tmp_path)
+    async with (
+        development_server("webrtc", tmp_path) as (bot, roark),
+        playwright.async_playwright() as driver,
+    ):
+        browser = await driver.chromium.launch(
+            executable_path=CHROMIUM,
+            args=[*CHROMIUM_ARGUMENTS, f"--use-file-for-fake-audio-capture={voice}"],
+        )
+        context = await browser.new_context(permissions=["microphone"])
+        page = await context.new_page()
+        asked_for: list[str] = []
+        page.on("request", lambda request: asked_for.append(request.url))
+        await page.goto(f"{bot.url}/rehearsal")
+        await page.get_by_role("button", name="Call").click()
+        await page.get_by_text("Connected").wait_for(timeout=SECONDS * 1000)
+        await page.locator("li.bot").first.wait_for(timeout=SECONDS * 1000)
+        assert await loudness_heard(page) > 0.01
+        await page.locator("li.caller").first.wait_for(timeout=SECONDS * 1000)
+        await page.screenshot(path=tmp_path / "call.png")
+        await page.get_by_role("button", name="Hang up").click()
+        call = await delivered(roark)
+        await browser.close()
+    assert call.ended
+    roles = {turn["role"] for turn in call.ended["transcript"]}
+    assert roles == {"assistant", "user"}
+    assert all(re.match(r"http://127\.0\.0\.1:", url) for url in asked_for), asked_for
+
+
+async def loudness_heard(page: Any) -> float:
+    """Return the greatest amplitude (0 to 1) of the bot's voice over some seconds of listening."""
+    return await page.evaluate(
+        """async () => {
+            const context = new AudioContext();
+            const analyser = context.createAnalyser();
+            const voice = document.getElementById("voice").srcObject;
+            context.createMediaStreamSource(voice).connect(analyser);
+            const samples = new Float32Array(analyser.fftSize);
+            let loudest = 0;
+            for (let tries = 0; tries < 200 && loudest < 0.02; tries++) {
+                await new Promise((resolve) => setTimeout(resolve, 50));
+                analyser.getFloatTimeDomainData(samples);
+                loudest = Math.max(loudest, ...samples.map(Math.abs));
+            }
+            return loudest;
+        }"""
+    )
