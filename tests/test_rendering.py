@@ -178,3 +178,16 @@ def test_the_default_rendering_passes_its_own_tests_in_its_own_fresh_environment
         "uv", "run", "--locked", "python", "-c", "import sys;print(sys.prefix)"
     )
     assert Path(environment.stdout.strip()) == project.path / ".venv"
+
+
+@pytest.mark.slow
+def test_the_rendering_farthest_from_the_default_passes_its_own_tests(bake: Bake) -> None:
+    project = bake(
+        project="another-bot",
+        purpose='Say "hello" \\ {{ and }} """goodbye""".',
+        transport="twilio",
+        region="ap-south",
+        record_audio=False,
+    )
+
+    succeed(project.tool("pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider"))
