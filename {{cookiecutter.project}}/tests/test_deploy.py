@@ -12,11 +12,13 @@ import tomllib
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from typer.main import get_command
 
 import deploy
 
@@ -405,6 +407,30 @@ class TestCheck:
         assert deploy.main(["check"], project) == 1
         report = capsys.readouterr().out
         assert what in report and mend in report
+
+
+COMMAND = re.compile(r"pipecat cloud (?=[a-z])([^`\"\n#]+)")
+
+
+@pytest.mark.parametrize(
+    "command",
+    sorted(
+        {
+            command.strip()
+            for name in ("DEPLOY.md", "deploy.py", "pcc-deploy.toml", ".github/workflows/ci.yml")
+            for command in COMMAND.findall((PROJECT / name).read_text())
+        }
+    ),
+)
+def test_every_documented_command_exists(command: str) -> None:
+    """Group, command and options, in the tool as it is installed here."""
+    (plugin,) = importlib.metadata.entry_points(group="pipecat_cli.extensions", name="cloud")
+    found: Any = get_command(plugin.load())
+    words = command.split()
+    while hasattr(found, "commands"):
+        found = found.commands[words.pop(0)]
+    known = {option for parameter in found.params for option in parameter.opts}
+    assert {word for word in words if word.startswith("-")} <= known
 
 
 def test_the_workflow_tests_every_push_and_deploys_only_when_told_to() -> None:
