@@ -169,6 +169,16 @@ def test_nothing_is_generated_over_a_project_that_exists(
     assert secret.read_text() == "KEY=1"
 
 
+def test_a_folder_that_only_holds_a_git_repository_may_be_filled(
+    command_line: CommandLine, template: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "my-voice-bot" / ".git").mkdir(parents=True)
+
+    succeed(command_line("--no-input", "--overwrite-if-exists", template, "--output-dir", tmp_path))
+
+    assert (tmp_path / "my-voice-bot" / "bot.py").is_file()
+
+
 def imported_names(node: ast.AST) -> list[str]:
     """Return the absolute modules an import statement names; nothing for any other node."""
     if isinstance(node, ast.Import):
