@@ -10,7 +10,7 @@ Every event has `event` (its name) and `at` (epoch nanoseconds of the moment it 
     started
     anchor        ms: the recording had reached this position at `at`
     chunk         index, ms (recorded so far), sample_rate, num_channels
-    sound         role, edge, ms: somebody became audible, or fell silent, in the recording
+    sound         role, start_ms, end_ms: a stretch of sound in the recording
     vad           edge, secs: the voice detector decided `secs` after the fact
     user-turn     edge
     transcript    text, spaced, user_id?, language?
@@ -190,7 +190,7 @@ class CallRecord:
         self._ending: tuple[int, str, str | None] | None = None
         self._anchors: list[tuple[int, float]] = []
         self._recording: dict[str, Any] | None = None
-        self._sounds: dict[str, list[list[float]]] = {"user": [], "assistant": []}
+        self._sounds: dict[str, list[tuple[float, float]]] = {"user": [], "assistant": []}
         self._turns: list[Turn] = []
         self._user: Turn | None = None
         self._user_audible = False
@@ -362,11 +362,7 @@ class CallRecord:
         }
 
     def _on_sound(self, at: int, event: Event) -> None:
-        runs = self._sounds[event["role"]]
-        if event["edge"] == "start":
-            runs.append([event["ms"], event["ms"]])
-        elif runs:
-            runs[-1][1] = event["ms"]
+        self._sounds[event["role"]].append((event["start_ms"], event["end_ms"]))
 
     def _ms(self, at: int) -> float:
         """Where in the recording (or, without one, in the call) a moment is, in ms."""
@@ -388,26 +384,14 @@ class CallRecord:
         """A turn's first and last sample: what the detectors said, set right by the audio."""
         start = self._ms(turn.start_at)
         end = max(start, self._ms(turn.end_at or self._last_at))
-        runs = self._sounds[turn.role]
+        sounds = self._sounds[turn.role]
         if turn.role == "assistant":
-            inside = [r for r in runs if r[0] < end + BOT_EDGE_MS and r[1] > start - BOT_EDGE_MS]
+            inside = [s for s in sounds if s[0] < end + BOT_EDGE_MS and s[1] > start - BOT_EDGE_MS]
             if inside:
                 start, end = inside[0][0], max(inside[-1][1], inside[0][0])
         else:
-            start = (
-                min(
-                    (r[0] for r in runs),
-                    key=lambda ms: abs(ms - start),
-                    default=start,
-                )
-                if any(abs(r[0] - start) <= USER_EDGE_MS for r in runs)
-                else start
-            )
-            end = (
-                min((r[1] for r in runs), key=lambda ms: abs(ms - end), default=end)
-                if any(abs(r[1] - end) <= USER_EDGE_MS for r in runs)
-                else end
-            )
+            start = nearest(start, [sound[0] for sound in sounds], USER_EDGE_MS)
+            end = nearest(end, [sound[1] for sound in sounds], USER_EDGE_MS)
         return start, max(start, end)
 
     # The caller

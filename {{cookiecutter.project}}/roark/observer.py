@@ -440,8 +440,8 @@ class RoarkObserver(BaseObserver):
             num_channels=num_channels,
         )
 
-    def _on_sound(self, role: str, edge: str, ms: float) -> None:
-        self._emit("sound", self._now(), role=role, edge=edge, ms=ms)
+    def _on_sound(self, role: str, start_ms: float, end_ms: float) -> None:
+        self._emit("sound", self._now(), role=role, start_ms=start_ms, end_ms=end_ms)
 
     def _on_recording_ended(self, frame: Frame | None, at_ns: int) -> None:
         self._ended_at = (self._origin or 0) + at_ns

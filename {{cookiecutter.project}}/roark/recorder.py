@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +40,7 @@ from pipecat.processors.frame_processor import FrameDirection, FrameProcessor, F
 
 Samples = npt.NDArray[np.int16]
 Chunk = Callable[[int, bytes, int, int], None]
-Sound = Callable[[str, str, float], None]
+Sound = Callable[[str, float, float], None]
 
 # A killed process loses at most CHUNK_SECONDS + HOLD_SECONDS of audio, at any sample rate.
 CHUNK_SECONDS = 3.0
@@ -53,80 +54,79 @@ GAP_SECONDS = 0.015
 AHEAD_SECONDS = 0.04
 
 WINDOW_SECONDS = 0.01
-# -45 dBFS, well below soft speech and above a codec's silence.
+# Root mean square of PCM16: -45 dBFS, below soft speech and above a codec's silence.
 AUDIBLE_LEVEL = 184.0
-# A noisy line raises the level that counts as audible, to -30 dBFS at most.
-NOISE_FACTOR = 2.5
-MAX_AUDIBLE_LEVEL = 1036.0
-NOISE_WINDOWS = 1000
-# Speech has to last this many windows to begin, and be gone this many to end.
-ONSET_WINDOWS = 3
+# Speech begins and ends where it is this far below its loudest: around a caller's are breath and
+# room (-20 dB), a voice made by machine fades into nothing (-30 dB).
+OF_LOUDEST = {"user": 0.1, "assistant": 0.03}
+# How long a loud sound sets the measure for those after it.
+LOUDEST_HALVES_IN_SECONDS = 5.0
+# Speech has to last this many windows to count, and be gone this many to have ended.
+SPEECH_WINDOWS = 3
 PAUSE_WINDOWS = 20
 
 
-class SoundEdges:
-    """Tells when a track becomes audible and when it falls silent, on a 10 ms grid."""
+class Sounds:
+    """Finds the stretches of sound on a track, on a 10 ms grid."""
 
-    def __init__(self, sample_rate: int, on_edge: Callable[[str, float], None]) -> None:
-        """`on_edge` gets "start" or "end" and the position in ms."""
+    def __init__(
+        self, sample_rate: int, of_loudest: float, on_sound: Callable[[float, float], None]
+    ) -> None:
+        """`on_sound` gets where a sound began and ended, in ms, when it is over."""
         self._window = max(1, round(sample_rate * WINDOW_SECONDS))
-        self._on_edge = on_edge
+        self._of_loudest = of_loudest
+        self._on_sound = on_sound
         self._rest = np.zeros(0, np.int16)
         self._position = 0
-        self._levels: deque[float] = deque(maxlen=NOISE_WINDOWS)
-        self._threshold = AUDIBLE_LEVEL
-        self._loud = 0
+        self._loudest = 0.0
+        self._decay = 0.5 ** (WINDOW_SECONDS / LOUDEST_HALVES_IN_SECONDS)
+        self._levels: list[float] = []
         self._quiet = 0
-        self._audible = False
 
     def feed(self, samples: Samples) -> None:
         samples = np.concatenate((self._rest, samples))
         count = len(samples) // self._window
         self._rest = samples[count * self._window :]
-        if not count:
-            return
         windows = samples[: count * self._window].reshape(count, self._window)
         levels = np.sqrt(np.mean(np.square(windows, dtype=np.float32), axis=1))
         for level in levels.tolist():
             self._step(level)
-        self._learn(levels)
 
     def finish(self) -> None:
-        """Say where the last sound ended."""
-        if self._audible:
-            self._on_edge("end", self._ms(self._position - self._quiet))
-            self._audible = False
+        """Tell of the sound that the end of the track cut off."""
+        if self._levels:
+            self._end()
 
     def _step(self, level: float) -> None:
         self._position += 1
-        if level >= self._threshold:
-            self._loud += 1
+        self._loudest = max(level, self._loudest * self._decay)
+        if level >= max(AUDIBLE_LEVEL, self._of_loudest * self._loudest):
             self._quiet = 0
-            if not self._audible and self._loud == ONSET_WINDOWS:
-                self._audible = True
-                self._on_edge("start", self._ms(self._position - ONSET_WINDOWS))
         else:
-            self._loud = 0
             self._quiet += 1
-            if self._audible and self._quiet == PAUSE_WINDOWS:
-                self._audible = False
-                self._on_edge("end", self._ms(self._position - PAUSE_WINDOWS))
+        if self._levels or not self._quiet:
+            self._levels.append(level)
+            if self._quiet == PAUSE_WINDOWS:
+                self._end()
 
-    def _learn(self, levels: npt.NDArray[np.float32]) -> None:
-        # Digital silence (a gap, a muted microphone) says nothing about the line's noise.
-        self._levels.extend(levels[levels > 1.0].tolist())
-        if len(self._levels) >= 10:
-            noise = float(np.percentile(self._levels, 5))
-            self._threshold = min(max(AUDIBLE_LEVEL, NOISE_FACTOR * noise), MAX_AUDIBLE_LEVEL)
+    def _end(self) -> None:
+        levels, self._levels = self._levels, []
+        # Known only now: how loud the sound got. What led up to it was not yet speech.
+        enough = max(AUDIBLE_LEVEL, self._of_loudest * max(levels))
+        speech = [index for index, level in enumerate(levels) if level >= enough]
+        if len(speech) >= SPEECH_WINDOWS:
+            began = self._position - len(levels)
+            self._on_sound(self._ms(began + speech[0]), self._ms(began + speech[-1] + 1))
 
-    def _ms(self, windows: int) -> float:
+    @staticmethod
+    def _ms(windows: int) -> float:
         return round(windows * WINDOW_SECONDS * 1000, 1)
 
 
 class Track:
     """One speaker's audio on the call's timeline, resampled to the recording's rate."""
 
-    def __init__(self, sample_rate: int, on_edge: Callable[[str, float], None]) -> None:
+    def __init__(self, sample_rate: int, sounds: Sounds) -> None:
         self._rate = sample_rate
         self._native_rate = 0
         self._resampler: soxr.ResampleStream | None = None
@@ -135,7 +135,7 @@ class Track:
         self._cursor = 0
         self._done: deque[Samples] = deque()
         self._done_samples = 0
-        self._edges = SoundEdges(sample_rate, on_edge)
+        self._sounds = sounds
 
     @property
     def ready(self) -> int:
@@ -188,7 +188,7 @@ class Track:
         short = length - self._done_samples
         if short > 0:
             self._emit(np.zeros(short, np.int16))
-        self._edges.finish()
+        self._sounds.finish()
 
     def take(self, count: int) -> Samples:
         """Remove and return the next `count` samples."""
@@ -219,20 +219,20 @@ class Track:
         if len(samples):
             self._done.append(samples)
             self._done_samples += len(samples)
-            self._edges.feed(samples)
+            self._sounds.feed(samples)
 
 
 class Recording:
     """Two tracks cut into chunks of interleaved stereo PCM16; times in seconds of the call."""
 
     def __init__(self, sample_rate: int, on_chunk: Chunk, on_sound: Sound) -> None:
-        """`on_chunk` gets index, PCM, rate, channels; `on_sound` role, "start"|"end", ms."""
+        """`on_chunk` gets index, PCM, rate, channels; `on_sound` role, start ms, end ms."""
         self.sample_rate = sample_rate
         self.seconds = 0.0
         self._on_chunk = on_chunk
         self._tracks = {
-            role: Track(sample_rate, lambda edge, ms, role=role: on_sound(role, edge, ms))
-            for role in ("user", "assistant")
+            role: Track(sample_rate, Sounds(sample_rate, share, partial(on_sound, role)))
+            for role, share in OF_LOUDEST.items()
         }
         self._chunk_samples = round(CHUNK_SECONDS * sample_rate)
         self._samples = 0
@@ -296,14 +296,14 @@ class CallRecorder(FrameProcessor):
 
         Args:
             on_chunk: Gets index, interleaved stereo PCM16, sample rate and 2 (channels).
-            on_sound: Gets "user" or "assistant", "start" or "end", position in ms.
+            on_sound: Gets "user" or "assistant", and where a sound began and ended, in ms.
             on_started: Called when the recording begins; its sample 0 is the clock's zero.
             on_ended: Called after the last chunk, with the terminal frame if there was one and
                 the pipeline's time (ns) at which the recording ends.
         """
         super().__init__(**kwargs)
         self._on_chunk = on_chunk
-        self._on_sound = on_sound or (lambda role, edge, ms: None)
+        self._on_sound = on_sound or (lambda role, start_ms, end_ms: None)
         self._on_started = on_started
         self._on_ended = on_ended
         self._sample_rate = 0

@@ -92,8 +92,7 @@ def test_a_detector_that_is_told_late_is_corrected_by_the_turn_it_caused():
 def test_edges_near_the_audios_own_are_the_audios():
     record = record_of(
         *user(2000, 3000, "Hi."),
-        event("sound", 3000, role="user", edge="start", ms=1930.0),
-        event("sound", 3500, role="user", edge="end", ms=3080.0),
+        event("sound", 3500, role="user", start_ms=1930.0, end_ms=3080.0),
     )
     [turn] = record.as_dict()["turns"]
     assert (turn["start_ms"], turn["end_ms"]) == (1930, 3080)
@@ -101,9 +100,8 @@ def test_edges_near_the_audios_own_are_the_audios():
 
 def test_noise_far_from_the_detectors_edges_moves_nothing():
     record = record_of(
-        event("sound", 1000, role="user", edge="start", ms=400.0),
         *user(2000, 3000, "Hi."),
-        event("sound", 9000, role="user", edge="end", ms=9000.0),
+        event("sound", 9000, role="user", start_ms=400.0, end_ms=9000.0),
     )
     [turn] = record.as_dict()["turns"]
     assert (turn["start_ms"], turn["end_ms"]) == (2000, 3000)
@@ -113,10 +111,8 @@ def test_a_bot_turn_runs_from_its_first_to_its_last_audible_sample():
     record = record_of(
         *spoken(500, ("Hello", 0), ("there.", 700)),
         event("bot", 2300, edge="stop"),
-        event("sound", 900, role="assistant", edge="start", ms=640.0),
-        event("sound", 1500, role="assistant", edge="end", ms=1000.0),
-        event("sound", 1800, role="assistant", edge="start", ms=1300.0),
-        event("sound", 2500, role="assistant", edge="end", ms=1710.0),
+        event("sound", 1500, role="assistant", start_ms=640.0, end_ms=1000.0),
+        event("sound", 2500, role="assistant", start_ms=1300.0, end_ms=1710.0),
     )
     [turn] = record.as_dict()["turns"]
     assert (turn["start_ms"], turn["end_ms"]) == (640, 1710)

@@ -31,14 +31,14 @@ class Tape:
     def __init__(self) -> None:
         self.chunks: list[np.ndarray] = []
         self.indexes: list[int] = []
-        self.sounds: list[tuple[str, str, float]] = []
+        self.sounds: list[tuple[str, float, float]] = []
 
     def chunk(self, index: int, pcm: bytes, sample_rate: int, channels: int) -> None:
         self.indexes.append(index)
         self.chunks.append(np.frombuffer(pcm, np.int16).reshape(-1, channels))
 
-    def sound(self, role: str, edge: str, ms: float) -> None:
-        self.sounds.append((role, edge, ms))
+    def sound(self, role: str, start_ms: float, end_ms: float) -> None:
+        self.sounds.append((role, start_ms, end_ms))
 
     @property
     def audio(self) -> np.ndarray:
@@ -113,7 +113,7 @@ def test_at_any_rate_no_more_than_five_seconds_are_at_risk(rate):
         nonlocal given_out
         given_out += len(pcm) // 4
 
-    recording = Recording(rate, chunk, lambda role, edge, ms: None)
+    recording = Recording(rate, chunk, lambda role, start_ms, end_ms: None)
     for at in sends(20.0):
         feed(recording, at, caller(rate=rate))
         risk = max(risk, at - given_out / rate)
@@ -183,17 +183,22 @@ def test_audio_at_another_rate_lands_at_the_same_time(recording, tape):
     assert tape.seconds == 3.0
 
 
-def test_edges_of_sound_are_told_on_the_recordings_own_time(recording, tape):
+def test_sounds_are_told_on_the_recordings_own_time(recording, tape):
     for at in sends(4.0):
         feed(recording, at, caller(loud=1.0 < at <= 2.0 or 3.0 < at))
     recording.finish(4.0)
-    assert [(role, edge) for role, edge, _ in tape.sounds] == [
-        ("user", "start"),
-        ("user", "end"),
-        ("user", "start"),
-        ("user", "end"),
-    ]
-    assert np.allclose([ms for *_, ms in tape.sounds], [1000, 2000, 3000, 4000], atol=11)
+    assert [role for role, *_ in tape.sounds] == ["user", "user"]
+    assert np.allclose([sound[1:] for sound in tape.sounds], [(1000, 2000), (3000, 4000)], atol=11)
+
+
+def test_breath_and_room_around_speech_are_not_speech(recording, tape):
+    noise = np.random.default_rng(1)
+    for at in sends(4.0):
+        level = 4000 if 1.0 < at <= 2.0 else 250
+        pcm = noise.normal(0, level, 160).astype(np.int16).tobytes()
+        feed(recording, at, InputAudioRawFrame(pcm, RATE, 1))
+    recording.finish(4.0)
+    assert any(np.allclose(sound[1:], (1000, 2000), atol=21) for sound in tape.sounds)
 
 
 def test_without_audio_there_is_no_recording(recording, tape):
