@@ -177,20 +177,24 @@ class TestDockerfile:
                     assert "deploy" not in [alias.name for alias in node.names]
 
 
-PLANTED = [
-    ".env", ".env.local", "prod.env", "roark/.env", "key.pem", "tls/server.key", "id_rsa",
-    "google-credentials.json", ".aws/credentials", ".git/config", "calls/abc/chunk-00000.pcm",
-    "recordings/call.wav", "roark/calls/x/call.json", "voice.mp3", "bot.log", "rehearsal/x.py",
-    "tests/test_x.py", "evals/x.yaml", ".venv/lib/x.py", "__pycache__/bot.pyc", "deploy.py",
-]  # fmt: skip
+SECRET = [
+    *(".env", ".env.local", "prod.env", ".envrc", "server.pem", "server.key", "a.p12", "a.pfx"),
+    *("id_rsa", "id_ed25519", "google-credentials.json", ".netrc", ".aws/credentials"),
+    *(".ssh/config", ".git/config", "calls/abc/chunk-00000.pcm", "calls/abc/call.json"),
+    *("recordings/call.webm", "call.wav", "call.mp3", "call.flac", "call.pcm", "bot.log"),
+]
+DEVELOPMENT = [
+    *("rehearsal/x.py", "tests/test_x.py", "evals/x.yaml", "deploy.py", ".venv/lib/x.py"),
+    *("__pycache__/bot.pyc", "roark/__pycache__/call.pyc", ".github/workflows/ci.yml"),
+]
 
 
 class TestBuildContext:
     """What `pipecat cloud deploy` uploads, packed by its own code."""
 
-    @pytest.mark.parametrize("name", PLANTED)
+    @pytest.mark.parametrize("name", SECRET + [f"roark/{name}" for name in SECRET] + DEVELOPMENT)
     def test_it_never_holds(self, project: Path, name: str) -> None:
-        """Secrets, what callers said, development."""
+        """Secrets and what callers said, at any depth; development."""
         (project / name).parent.mkdir(parents=True, exist_ok=True)
         (project / name).write_text("secret")
         assert name not in context_names(project)
