@@ -33,10 +33,12 @@ def main() -> None:
 
 
 def _serve_page() -> None:
-    """Add /rehearsal beside Pipecat's own page, which loads a part of itself from the internet."""
+    """Add a page beside Pipecat's own (/client), which loads a script from the internet."""
     from fastapi.responses import FileResponse
     from pipecat.runner.run import app
 
+    # Routes added first answer first: without this one, `/` leads to Pipecat's page.
+    @app.get("/", include_in_schema=False)
     @app.get("/rehearsal", include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(Path(__file__).with_name("page.html"))

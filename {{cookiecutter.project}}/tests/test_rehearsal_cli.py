@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
+import aiohttp
 import numpy as np
 import pytest
 
@@ -116,6 +117,11 @@ async def until_silent(port: int, within: float = 30.0) -> None:
     async with asyncio.timeout(within):
         while is_listening(port):
             await asyncio.sleep(0.05)
+
+
+async def page_at(url: str) -> str:
+    async with aiohttp.ClientSession(raise_for_status=True) as http, http.get(url) as response:
+        return await response.text()
 
 
 def write_wav(path: Path, *, channels: int = 1) -> Path:
@@ -298,7 +304,8 @@ async def test_nothing_is_left_running_when_a_rehearsal_ends(
         async with started("--port", str(taken), "--engine", "scripted", project=project) as talk:
             port = int((await talk.line(r"http://localhost:(\d+)"))[1])
             assert f"Port {taken} is in use; taking {port}." in talk.output
-            assert is_listening(port)
+            page = await page_at(f"http://127.0.0.1:{port}/")
+            assert "Call the bot" in page and "://" not in page
             talk.process.send_signal(how)
             assert await talk.finish() == (0 if how is signal.SIGINT else -how)
         await until_silent(port)
