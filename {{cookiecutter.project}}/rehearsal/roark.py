@@ -149,12 +149,14 @@ class RoarkReceiver:
         self.requests: list[Request] = []
         self.problems: list[str] = []
         self.port = port
+        self.uploads_at_once = 0
         self._api_key = api_key
         self._wrap_data = wrap_data
         self._faults: list[Fault] = []
         self._urls: dict[str, tuple[str, int]] = {}
         self._expired_urls: set[str] = set()
         self._bodies_by_key: dict[str, bytes] = {}
+        self._uploading = 0
         self._changed = asyncio.Condition()
         self._stopping = asyncio.Event()
         self._runner: web.AppRunner | None = None
@@ -323,6 +325,19 @@ class RoarkReceiver:
             self.problems.append(f"put: content-type {request.headers.get('content-type')!r}")
         if token in self._expired_urls:
             return web.Response(status=403, text="<Error><Code>AccessDenied</Code></Error>")
+        self._uploading += 1
+        self.uploads_at_once = max(self.uploads_at_once, self._uploading)
+        try:
+            answer = await self._store_chunk(request, call_id, index)
+        finally:
+            self._uploading -= 1
+        if answer.status == 403:
+            self._expired_urls.add(token)
+        return answer
+
+    async def _store_chunk(
+        self, request: web.Request, call_id: str, index: int
+    ) -> web.StreamResponse:
         body = await self._read(request, step="put", chunk=index)
 
         def store(call: ReceivedCall) -> dict[str, Any]:
@@ -331,10 +346,7 @@ class RoarkReceiver:
             )
             return {}
 
-        answer = await self._answer(request, "put", call_id, index, body, store)
-        if answer.status == 403:
-            self._expired_urls.add(token)
-        return answer
+        return await self._answer(request, "put", call_id, index, body, store)
 
     async def _read(
         self, request: web.Request, *, step: Step | None, chunk: int | None = None

@@ -10,8 +10,10 @@
         delivery.jsonl      to whom the call goes, and what of it is there
 
 A file is written beside its place, synced and renamed: it is whole or it is not there. The two
-.jsonl grow line by line; a torn last line is ignored. The lock is taken by whoever writes or
-delivers the folder, and freed by the operating system when that process dies.
+.jsonl grow line by line; a torn last line is ignored. The recording and the delivery log are
+synced before a chunk is removed on their word, and at the end: a power cut in between costs at
+most a request sent again. The lock is taken by whoever writes or delivers the folder, and freed
+by the operating system when that process dies.
 """
 
 import errno
@@ -41,6 +43,8 @@ JOURNAL = "journal.jsonl"
 RECORD = "call.json"
 RECORDING = "recording.wav"
 
+# Chunks that are done with are removed in batches: each batch costs two syncs.
+TIDY_CHUNKS = 8
 # A journal that the disk does not take may wait this long in memory.
 JOURNAL_BACKLOG_BYTES = 1_000_000
 
@@ -250,6 +254,7 @@ class Folder:
         """Keeps the call record and the body of call-ended; closes the call."""
         if not self._ending_is_final:
             self.ended = body
+        self.settle_disk()
         self.sync_journal()
         self._write(RECORD, record)
         self._write(f"{ENDED}.json", self.ended or body)
@@ -259,8 +264,7 @@ class Folder:
         if len(self._journal_backlog) + len(line) <= JOURNAL_BACKLOG_BYTES:
             self._journal_backlog += line
             self._journal_is_dirty = True
-        if self.create():
-            self._try(self._append_journal)
+        self._append_journal()
 
     def sync_journal(self) -> None:
         """Makes the journal survive a power cut."""
@@ -297,6 +301,7 @@ class Folder:
         """Writes what is still in memory, extends the recording, removes what is done with."""
         for name, content in list(self._unwritten.items()):
             self._write(name, content)
+        self._append_journal()
         for index in sorted(self.held):
             path, pcm = self._chunk_path(index), self.held[index]
             if self.create() and self._try(lambda path=path, pcm=pcm: _replace(path, pcm)):
@@ -348,8 +353,14 @@ class Folder:
 
     def _read(self) -> None:
         self._delivery_backlog = b""
+        try:
+            recorded = (self.path / RECORDING).stat().st_size - WAV_HEADER_BYTES
+        except FileNotFoundError:
+            recorded = 0
         for fact in read_lines(self.path / DELIVERY):
-            self._apply(fact)
+            # After a power cut the log may be ahead of the recording; the chunks are still there.
+            if "recorded" not in fact or fact.get("bytes", 0) <= recorded:
+                self._apply(fact)
         for name in os.listdir(self.path):
             if found := re.fullmatch(r"chunk-(\d+)\.pcm", name):
                 index = int(found.group(1))
@@ -366,6 +377,7 @@ class Folder:
             raise BlockingIOError(errno.EAGAIN, "the folder is locked by another process")
         self.path.mkdir(parents=True, exist_ok=True)
         self._append_delivery()
+        _sync(self.path / DELIVERY)
         _sync_directory(self.path)
         _sync_directory(self.path.parent)
         self._is_on_disk = True
@@ -407,13 +419,16 @@ class Folder:
             self._waiting.discard(index)
 
     def _append_journal(self) -> None:
-        _append(self.path / JOURNAL, self._journal_backlog)
-        self._journal_backlog = b""
+        def append() -> None:
+            _append(self.path / JOURNAL, self._journal_backlog)
+            self._journal_backlog = b""
+
+        if self._journal_backlog and self.create():
+            self._try(append)
 
     def _append_delivery(self) -> None:
         _append(self.path / DELIVERY, self._delivery_backlog)
         self._delivery_backlog = b""
-        _sync(self.path / DELIVERY)
 
     def _next_is_here(self) -> bool:
         return self._recorded in self._silence or self._recorded in self._files
@@ -432,20 +447,21 @@ class Folder:
                 wav.write(pcm)
                 wav.seek(0)
                 wav.write(_wav_header(size, *self._format))
-                wav.flush()
-                os.fsync(wav.fileno())
             self._note(recorded=index, bytes=size)
 
     def _tidy(self) -> None:
         """Removes chunk files whose audio is in the recording and at Roark."""
-        if self._delivery_backlog:
-            return
-        for index in sorted(self._files):
-            if index < self._recorded and (self.destination is None or index not in self._waiting):
-                self._chunk_path(index).unlink(missing_ok=True)
-                self._files.discard(index)
         if self.destination is None:
-            self._waiting.clear()
+            self._waiting = {index for index in self._waiting if index >= self._recorded}
+        needless = {i for i in self._files if i < self._recorded and i not in self._waiting}
+        is_due = len(needless) >= TIDY_CHUNKS or (self.ended is not None and not self._waiting)
+        if not needless or not is_due or self._delivery_backlog:
+            return
+        _sync(self.path / RECORDING)
+        _sync(self.path / DELIVERY)
+        for index in sorted(needless):
+            self._chunk_path(index).unlink(missing_ok=True)
+            self._files.discard(index)
 
     def _chunk_path(self, index: int) -> Path:
         return self.path / f"{chunk_step(index)}.pcm"

@@ -217,6 +217,7 @@ class Outbox:
         self._trimmed_at = 0.0
         self._held: dict[Path, int] = {}
         self._flushes: set[asyncio.Task[None]] = set()
+        self._flushed: dict[Path, Flushed] = {}
         self._last_deadline = 0.0
         self._syncing: set[Path] = set()
         self._said: set[str] = set()
@@ -262,9 +263,11 @@ class Outbox:
     def close(self) -> None:
         """Ends the thread; flushes that are under way have until their deadlines."""
         atexit.unregister(self.close)
+        if self._loop.is_closed():
+            return
         patience = max(0.0, self._last_deadline - time.monotonic()) + DRAIN_SECONDS
-        # RuntimeError: closed already. TimeoutError: the disk hangs.
-        with suppress(RuntimeError, TimeoutError):
+        # TimeoutError: the disk hangs.
+        with suppress(TimeoutError):
             asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(patience)
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(DRAIN_SECONDS)
@@ -394,6 +397,9 @@ class Outbox:
             waiter.set_result(result)
 
     def _log_flush(self, folder: Folder, result: Flushed, seconds: float) -> None:
+        if self._flushed.get(folder.path) == result:
+            return
+        self._flushed[folder.path] = result
         call = f"Roark: call {folder.call_id}"
         kept = f"{folder.recording_seconds:.1f} s of audio in {folder.path}"
         if self.client is None:
