@@ -81,8 +81,6 @@ def deliver(directory: Path) -> int:
     base_url = os.environ.get("ROARK_BASE_URL", "").strip() or None
     client = RoarkClient(api_key=api_key, base_url=base_url)
     outbox = Outbox(directory, client, delivers_leftovers=False)
-    logger.remove()
-    logger.add(sys.stderr, level="WARNING", format="{message}", diagnose=False)
 
     def progress(folder: Folder, flushed: Flushed | None) -> None:
         if flushed is None:
@@ -164,4 +162,6 @@ def _count(number: int, noun: str) -> str:
 
 
 if __name__ == "__main__":
+    logger.remove()
+    logger.add(sys.stderr, level="WARNING", format="{message}", diagnose=False)
     sys.exit(main())

@@ -368,8 +368,8 @@ class Folder:
                 self._chunks.add(index)
                 if not self.is_settled(chunk_step(index)):
                     self._waiting.add(index)
-        self.started = _read(self.path / f"{STARTED}.json")
-        self.ended = _read(self.path / f"{ENDED}.json")
+        self.started = _read_body(self.path / f"{STARTED}.json")
+        self.ended = _read_body(self.path / f"{ENDED}.json")
         self._is_on_disk = True
 
     def _create(self) -> None:
@@ -504,6 +504,15 @@ def _read(path: Path) -> bytes | None:
     try:
         return path.read_bytes()
     except FileNotFoundError:
+        return None
+
+
+def _read_body(path: Path) -> bytes | None:
+    """The body of a request; None when it is not there, or spoilt and to be made again."""
+    content = _read(path)
+    try:
+        return content if isinstance(json.loads(content or b""), dict) else None
+    except ValueError:
         return None
 
 
