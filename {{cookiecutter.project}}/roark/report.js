@@ -68,29 +68,36 @@
     }
   }
 
+  /** How loud a side is over a stretch of the call, 0 to 1: half its average, half its peak. */
+  function levelOf(wave, fromMs, untilMs) {
+    const first = Math.floor(fromMs / call.bucket_ms);
+    const heard = wave.subarray(first, Math.max(Math.ceil(untilMs / call.bucket_ms), first + 1));
+    if (!heard.length) return 0;
+    const average = heard.reduce((sum, peak) => sum + peak, 0) / heard.length;
+    return (average + Math.max(...heard)) / 2 / 255;
+  }
+
   function drawLane(pen, ink, side, width) {
     const turns = call.turns.filter((turn) => turn.side === side);
     const [top, height] = [laneTop(side), laneHeight()];
     const name = side ? "bot" : "caller";
-    pen.fillStyle = ink(`${name}-tint`);
+    // Without a sound to draw on them the turns are the picture.
+    const band = waves.length ? height - 2 : height / 2;
+    pen.fillStyle = ink(waves.length ? `${name}-tint` : name);
     for (const turn of turns) {
       pen.beginPath();
       const left = x(turn.start_ms);
-      pen.roundRect(left, top + 1, Math.max(x(turn.end_ms) - left, 3), height - 2, 7);
+      pen.roundRect(left, top + (height - band) / 2, Math.max(x(turn.end_ms) - left, 3), band, 7);
       pen.fill();
     }
     const wave = waves[side] || waves[0];
     for (let px = 0; wave && px < width; px += 3) {
       const at = view.start + (px / width) * view.span;
       const until = at + (3 / width) * view.span;
-      let loudest = 0;
-      const last = Math.max(until / call.bucket_ms, at / call.bucket_ms + 1);
-      for (let i = Math.floor(at / call.bucket_ms); i < last; i++) {
-        if (wave[i] > loudest) loudest = wave[i];
-      }
+      const level = levelOf(wave, at, until);
       const spoken = turns.some((turn) => turn.start_ms < until && turn.end_ms > at);
-      const size = Math.max((loudest / 255) * (height - 16), 1);
-      pen.fillStyle = ink(spoken ? name : "turn");
+      const size = Math.max(level * (height - 14), 1);
+      pen.fillStyle = ink(spoken || level > 0.1 ? name : "rest");
       pen.beginPath();
       pen.roundRect(px, top + (height - size) / 2, 2, size, 1);
       pen.fill();
@@ -132,7 +139,9 @@
   // The position
 
   function place() {
-    cursor.style.transform = `translateX(${x(position)}px)`;
+    const at = x(position);
+    cursor.hidden = at < 0 || at > timeline.clientWidth;
+    cursor.style.transform = `translateX(${at}px)`;
     const text = `${clock(position)} of ${clock(call.length_ms)}`;
     if (byId("time").textContent !== text) {
       byId("time").textContent = text;
@@ -271,6 +280,18 @@
     return view.start + ((event.clientX - box.left) / box.width) * view.span;
   };
 
+  function whatIsAt(ms, y) {
+    if (Math.abs(y - laneHeight() - STRIP / 2) < STRIP / 2) {
+      const near = call.marks.find((mark) => Math.abs(x(mark.at_ms) - x(ms)) < 8);
+      return near ? near.name.slice(0, 80) : "";
+    }
+    const side = y > laneHeight() ? 1 : 0;
+    const over = call.turns.findIndex(
+      (turn) => turn.side === side && turn.start_ms <= ms && ms <= turn.end_ms,
+    );
+    return over < 0 ? "" : turnItems[over].querySelector("p").textContent.slice(0, 80);
+  }
+
   timeline.addEventListener("pointerdown", (event) => {
     if (event.button) return;
     timeline.setPointerCapture(event.pointerId);
@@ -279,15 +300,10 @@
   timeline.addEventListener("pointermove", (event) => {
     const ms = msAt(event);
     if (timeline.hasPointerCapture(event.pointerId)) seek(ms);
-    const y = event.clientY - timeline.getBoundingClientRect().top;
-    const side = y > laneHeight() + STRIP / 2 ? 1 : 0;
-    const over = call.turns.findIndex(
-      (turn) => turn.side === side && turn.start_ms <= ms && ms <= turn.end_ms,
-    );
-    const said = over < 0 ? "" : ` ${turnItems[over].querySelector("p").textContent.slice(0, 80)}`;
-    tip.textContent = clock(Math.max(ms, 0)) + said;
+    const box = timeline.getBoundingClientRect();
+    tip.textContent = `${clock(Math.max(ms, 0))} ${whatIsAt(ms, event.clientY - box.top)}`;
     tip.hidden = event.pointerType === "touch";
-    const left = event.clientX - timeline.getBoundingClientRect().left + 10;
+    const left = event.clientX - box.left + 10;
     tip.style.left = `${Math.max(Math.min(left, timeline.clientWidth - tip.offsetWidth), 0)}px`;
   });
   timeline.addEventListener("pointerleave", () => { tip.hidden = true; });
@@ -310,7 +326,7 @@
     if (place && !String(getSelection())) seek(Number(place.dataset.ms), true);
   });
 
-  const isTyping = (event) => event.target.closest("summary, a, pre, .tool-button");
+  const isTyping = (event) => event.target.closest("summary, a, pre, .small");
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     if (event.key === " ") {

@@ -66,11 +66,17 @@ NAMES = {"user": "Caller", "assistant": "Bot"}
 
 # In the order in which a caller waits for them: name in the record, colour, label, explanation.
 PARTS = (
-    ("stt_ms", "stt", "Hearing", "from the caller's last sound to the last words recognised"),
+    (
+        "stt_ms",
+        "stt",
+        "Speech to text",
+        "from the caller's last sound to the last words recognised",
+    ),
     ("end_of_turn_ms", "turn", "End of turn", "until the caller's turn was taken to be over"),
-    ("llm_ms", "llm", "LLM", "to its first token"),
-    ("tts_ms", "tts", "Voice", "to its first byte"),
-    ("rest_ms", "rest", "Rest", "tools, putting sentences together, the way to the caller"),
+    ("llm_ms", "llm", "LLM first token", "from then to the first token"),
+    ("tools_ms", "tools", "Tools", "while any of them ran"),
+    ("tts_ms", "tts", "Voice first byte", "from its first sentence to its first byte"),
+    ("rest_ms", "rest", "Rest", "further LLM requests, sentences being put together, the way out"),
 )
 
 
@@ -196,7 +202,7 @@ class Call:
             notices.append(
                 "This call is still going on; here is what was written down so far."
                 if going_on
-                else "Nobody closed this call: its process died, and the next start will close it."
+                else "This call is not closed yet: that happens at the next start of the bot."
             )
         sound = None
         if with_sound:
@@ -222,8 +228,7 @@ class Call:
 
     @property
     def agent(self) -> str:
-        agent = self.record.get("agent")
-        agent = agent if isinstance(agent, dict) else {}
+        agent = _row(self.record, "agent")
         return _text(agent, "name") or _text(agent, "id") or "a bot"
 
     @property
@@ -238,8 +243,7 @@ class Call:
     @property
     def ending(self) -> tuple[str, str]:
         """The reason and its sentence."""
-        ending = self.record.get("ending")
-        ending = ending if isinstance(ending, dict) else {}
+        ending = _row(self.record, "ending")
         reason = _text(ending, "reason") or "unknown"
         return reason, _text(ending, "detail") or ENDINGS.get(reason, "")
 
@@ -250,8 +254,10 @@ class Call:
         placed: list[tuple[float | None, Row]] = []
         for error in _rows(self.record, "errors"):
             at = _time(error, "at")
-            known = at is not None and zero is not None
-            placed.append((max(at.timestamp() * 1000 - zero, 0.0) if known else None, error))
+            position = None
+            if at is not None and zero is not None:
+                position = max(at.timestamp() * 1000 - zero, 0.0)
+            placed.append((position, error))
         return placed
 
     def _recording_zero(self) -> float | None:
@@ -266,8 +272,7 @@ class Call:
         """(turn of the bot, milliseconds the caller had waited for it)."""
         found = []
         for turn in self.turns:
-            latency = turn.get("latency")
-            total = _number(latency, "total_ms") if isinstance(latency, dict) else None
+            total = _number(_row(turn, "latency"), "total_ms")
             if turn["role"] == "assistant" and total is not None and total > 0:
                 found.append((turn, total))
         return found
@@ -324,6 +329,11 @@ def _rows(record: Row, name: str) -> list[Row]:
     return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
 
+def _row(record: Row, name: str) -> Row:
+    row = record.get(name)
+    return row if isinstance(row, dict) else {}
+
+
 def _number(row: Row, name: str) -> float | None:
     value = row.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -368,7 +378,7 @@ def _waves(sound: Sound, bucket_ms: float) -> list[str]:
         block = np.abs(sound.samples[begin:end, :2].astype(np.int32))
         peaks[first : first + len(stretch)] = np.maximum.reduceat(block, stretch - begin)
     loudest = np.maximum(peaks.max(axis=0), QUIET_LEVEL)
-    drawn = np.round((peaks / loudest) ** 0.7 * 255).astype(np.uint8)
+    drawn = np.round((peaks / loudest) ** 0.8 * 255).astype(np.uint8)
     return [_base64(drawn[:, side].tobytes()) for side in range(drawn.shape[1])]
 
 
@@ -424,15 +434,19 @@ def _call_page(call: Call) -> str:
             for turn in call.turns
         ],
         "waits": [
-            {"from_ms": _start_ms(turn) - total, "parts": _parts(turn, total)}
+            {"from_ms": _start_ms(turn) - total, "parts": _parts(call, turn, total)}
             for turn, total in call.responses
         ],
         "marks": [
-            {"at_ms": at, "bad": bool(tool.get("error"))}
+            {"at_ms": at, "bad": bool(tool.get("error")), "name": _text(tool, "name")}
             for tool in call.tools
             if (at := _number(tool, "at_ms")) is not None
         ]
-        + [{"at_ms": at, "bad": True} for at, _ in call.errors if at is not None],
+        + [
+            {"at_ms": at, "bad": True, "name": _text(error, "message")}
+            for at, error in call.errors
+            if at is not None
+        ],
     }
     packed = _packed(call.sound, rate) if call.sound and rate else ""
     body = f"""
@@ -499,27 +513,30 @@ def _facts(call: Call) -> Iterator[tuple[str, str]]:
 
 
 PLAYER = """<section class="card player" aria-label="Recording">
+<div class="stage">
+<div class="lanes" aria-hidden="true">
+<span class="caller">Caller</span><i></i><span class="bot">Bot</span><i></i>
+</div>
 <div id="timeline" role="slider" tabindex="0" aria-label="Position in the call"
  aria-valuemin="0" aria-valuemax="{seconds}" aria-valuenow="0">
 <canvas role="img" aria-label="The call over time: caller above, bot below"></canvas>
-<span class="lane who" style="top: 5px">Caller</span>
-<span class="lane bot" style="bottom: 25px"><span class="who">Bot</span></span>
 <div id="cursor"></div>
 <div id="tip" hidden></div>
 </div>
+</div>
 <div class="controls">
-<button id="play" aria-label="Play" disabled>
+<button id="play" aria-label="Play" disabled{hidden}>
 <svg class="start" viewBox="0 0 16 16" aria-hidden="true"><path d="M3 1l12 7-12 7z"/></svg>
 <svg class="pause" viewBox="0 0 16 16" aria-hidden="true"><path d="M2 1h4v14H2zM10 1h4v14h-4z"/>
 </svg>
 </button>
 <span id="time" aria-hidden="true"></span>
-<span id="note">{note}</span>
+<span id="note" role="status">{note}</span>
 <span class="space"></span>
-<span class="keys muted">{keys}</span>
-<button id="speed" class="tool-button" aria-label="Speed" disabled>1\u00d7</button>
-<button id="wider" class="tool-button" aria-label="Show more of the call">\u2212</button>
-<button id="closer" class="tool-button" aria-label="Show less of the call, larger">+</button>
+<span class="keys muted"{hidden}>{keys}</span>
+<button id="speed" class="small" aria-label="Speed" disabled{hidden}>1\u00d7</button>
+<button id="wider" class="small" aria-label="Show more of the call">\u2212</button>
+<button id="closer" class="small" aria-label="Show less of the call, larger">+</button>
 </div>
 <audio id="recording" preload="auto"></audio>
 </section>"""
@@ -539,7 +556,8 @@ def _player(call: Call, sound: Row | None, rate: int | None) -> str:
     else:
         note = ""
     seconds = (call.sound.length_ms if call.sound else call.duration_ms) / 1000
-    return PLAYER.format(note=note, seconds=round(seconds), keys=KEYS if sound else "")
+    hidden = "" if sound else " hidden"
+    return PLAYER.format(note=note, seconds=round(seconds), keys=KEYS, hidden=hidden)
 
 
 def _transcript(call: Call) -> str:
@@ -565,8 +583,7 @@ def _turn(turn: Row, several_speakers: bool) -> str:
     about = []
     if several_speakers and _text(turn, "user_id"):
         about.append(f"<span>{_text_span(_text(turn, 'user_id'))}</span>")
-    latency = turn.get("latency")
-    total = _number(latency, "total_ms") if isinstance(latency, dict) else None
+    total = _number(_row(turn, "latency"), "total_ms")
     if total is not None and role == "assistant":
         waited = f"after {_seconds(total)}" if total > 0 else "before the caller had finished"
         about.append(f"<span>{waited}</span>")
@@ -589,20 +606,19 @@ def _turn(turn: Row, several_speakers: bool) -> str:
 
 def _tool(tool: Row) -> str:
     error, duration = _text(tool, "error"), _number(tool, "duration_ms")
-    state = _text(tool, "status")
     took = f", {_seconds(duration)}" if duration is not None else ""
+    tone = "wrong" if error else "muted"
+    result = _text(tool, "result")
     parts = [("Arguments", _pretty(_text(tool, "arguments")))]
     parts += [("Update", _pretty(_text(row, "content"))) for row in _rows(tool, "updates")]
-    if error:
-        parts.append(("Error", error))
-    if tool.get("result") is not None and _text(tool, "result") != error:
-        parts.append(("Result", _pretty(_text(tool, "result"))))
+    parts += [("Error", error)] if error else []
+    parts += [("Result", _pretty(result))] if result and result != error else []
     shown = "".join(f'<h3>{name}</h3><pre dir="auto">{_h(text)}</pre>' for name, text in parts)
-    return f"""<li class="aside"><details class="{"failed" if error else ""}"{
-        " open" if error else ""
-    }>
-<summary><code>{_h(_text(tool, "name"))}</code> <span class="{"wrong" if error else "muted"}">\
-{_h(state)}{took}</span></summary>
+    brief = f'<span class="brief wrong" dir="auto">{_h(_shortened(error))}</span>' if error else ""
+    return f"""<li class="aside"><details class="{"failed" if error else ""}">
+<summary><code>{_h(_text(tool, "name"))}</code>\
+<code class="muted">{_h(_brief(_text(tool, "arguments")))}</code>
+<span class="{tone}">{_h(_text(tool, "status"))}{took}</span>{brief}</summary>
 {shown}
 </details></li>"""
 
@@ -616,20 +632,33 @@ def _error(at: float | None, error: Row) -> str:
 <span class="muted">{origin}</span><p dir="auto">{_h(_text(error, "message"))}</p></div></li>"""
 
 
-def _parts(turn: Row, total: float) -> list[tuple[str, float]]:
+def _parts(call: Call, turn: Row, total: float) -> list[tuple[str, float]]:
     """(colour, ms) one after the other, the rest last; they add up to at least `total`."""
-    latency = turn.get("latency") or {}
+    latency = _row(turn, "latency")
     known = {name: max(_number(latency, name) or 0.0, 0.0) for name, *_ in PARTS}
     # Hearing happens while the end of the turn is awaited: what is left of it comes after.
     known["end_of_turn_ms"] = max(known["end_of_turn_ms"] - known["stt_ms"], 0.0)
+    known["tools_ms"] = _tools_ms(call, _start_ms(turn) - total, _start_ms(turn))
     known["rest_ms"] = max(total - sum(known.values()), 0.0)
     return [(colour, known[name]) for name, colour, *_ in PARTS if known[name] > 0]
+
+
+def _tools_ms(call: Call, begin: float, end: float) -> float:
+    """For how long of a stretch of the call at least one tool ran."""
+    busy, done = 0.0, begin
+    for tool in sorted(call.tools, key=lambda tool: _number(tool, "at_ms") or 0.0):
+        at, duration = _number(tool, "at_ms"), _number(tool, "duration_ms")
+        if at is not None and duration is not None:
+            until = min(at + duration, end)
+            busy += max(until - max(at, done), 0.0)
+            done = max(done, until)
+    return busy
 
 
 def _responses_card(call: Call) -> str:
     if not call.responses:
         return ""
-    rows = [(turn, total, _parts(turn, total)) for turn, total in call.responses]
+    rows = [(turn, total, _parts(call, turn, total)) for turn, total in call.responses]
     longest = max(sum(ms for _, ms in parts) for *_, parts in rows)
     labels = {colour: label for _, colour, label, _ in PARTS}
     used = {colour for *_, parts in rows for colour, _ in parts}
@@ -658,24 +687,33 @@ def _responses_card(call: Call) -> str:
 <ol class="bars">{"".join(bars)}</ol></section>"""
 
 
+USAGE = {
+    "prompt_tokens": "Tokens read",
+    "cached_tokens": "of these cached",
+    "completion_tokens": "Tokens written",
+    "tts_characters": "Characters spoken",
+    "stt_seconds": "Seconds heard",
+}
+SERVICES = {"stt": "Ears", "llm": "Brain", "tts": "Voice"}
+
+
 def _usage_card(call: Call) -> str:
-    usage = call.record.get("usage")
-    usage = usage if isinstance(usage, dict) else {}
+    usage = _row(call.record, "usage")
     pairs = [
-        (name.replace("_", " ").capitalize(), _h(f"{value:,.10g}"))
-        for name in usage
+        (USAGE.get(name, name), f"{value:,.10g}")
+        for name in [*USAGE, *sorted(usage.keys() - USAGE.keys())]
         if (value := _number(usage, name)) is not None
     ]
-    models = call.record.get("models")
-    for service, names in (models if isinstance(models, dict) else {}).items():
-        shown = ", ".join(map(str, names)) if isinstance(names, list) else str(names)
-        pairs.append((f"{str(service).upper()} model", _text_span(shown)))
+    models = _row(call.record, "models")
+    for service in [*SERVICES, *sorted(models.keys() - SERVICES.keys())]:
+        if isinstance(names := models.get(service), list):
+            shown = ", ".join(map(str, names))
+            pairs.append((SERVICES.get(service, service), _text_span(shown)))
     return _pairs_card("Usage", pairs)
 
 
 def _details_card(call: Call) -> str:
-    phone = call.record.get("phone")
-    phone = phone if isinstance(phone, dict) else {}
+    phone = _row(call.record, "phone")
     labels = {
         "from_number": "From",
         "to_number": "To",
@@ -685,8 +723,7 @@ def _details_card(call: Call) -> str:
     pairs = [
         (label, _text_span(_text(phone, name))) for name, label in labels.items() if phone.get(name)
     ]
-    agent = call.record.get("agent")
-    agent = agent if isinstance(agent, dict) else {}
+    agent = _row(call.record, "agent")
     pairs += [
         (label, _text_span(text))
         for label, text in (
@@ -716,16 +753,16 @@ def _index_row(call: Call) -> str:
     tone = "good" if reason in GOOD_ENDINGS else "bad" if reason in BAD_ENDINGS else ""
     totals = [total for _, total in call.responses]
     response = _seconds(statistics.median(totals)) if totals else ""
-    when = _day(call.started_at) if call.started_at else call.folder.name
+    when = f"{_day(call.started_at, '%d %b %Y')}" if call.started_at else call.folder.name
     return f"""<tr>
-<td><a href="{_h(call.folder.name)}/{PAGE}">{_h(when)}</a></td>
+<td class="when"><a href="{_h(call.folder.name)}/{PAGE}">{_h(when)}</a></td>
 <td class="agent">{_text_span(call.agent)}</td>
 <td class="picture">{_strip(call)}</td>
-<td class="number">{_clock(call.duration_ms)}</td>
+<td class="number duration">{_clock(call.duration_ms)}</td>
 <td class="number turns">{len(call.turns)}</td>
 <td class="number response">{response}</td>
-<td><span class="badge {tone}" title="{_h(sentence)}">{_h(reason)}</span></td>
-<td>{_delivery(call.folder)}</td>
+<td class="end"><span class="badge {tone}" title="{_h(sentence)}">{_h(reason)}</span></td>
+<td class="delivery">{_delivery(call.folder)}</td>
 </tr>"""
 
 
@@ -831,6 +868,20 @@ def _pretty(text: str) -> str:
     return text
 
 
+def _brief(arguments: str) -> str:
+    """A tool's arguments as they are written in a call, shortened."""
+    with suppress(ValueError):
+        values = json.loads(arguments)
+        if isinstance(values, dict):
+            pairs = [f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in values.items()]
+            return _shortened(f"({', '.join(pairs)})")
+    return _shortened(f"({arguments})")
+
+
+def _shortened(text: str, length: int = 120) -> str:
+    return text if len(text) <= length else text[: length - 1] + "\u2026"
+
+
 def _clock(ms: float) -> str:
     seconds = int(max(ms, 0) // 1000)
     hours, minutes = seconds // 3600, seconds // 60 % 60
@@ -841,5 +892,6 @@ def _seconds(ms: float) -> str:
     return f"{ms / 1000:.2f} s" if ms >= 1000 else f"{ms:.0f} ms"
 
 
-def _day(at: datetime) -> str:
-    return f"{at:%d %B %Y, %H:%M}".lstrip("0") + (" UTC" if not at.utcoffset() else "")
+def _day(at: datetime, form: str = "%d %B %Y") -> str:
+    zone = "" if at.utcoffset() else " UTC"
+    return f"{at:{form}, %H:%M}".lstrip("0") + zone
