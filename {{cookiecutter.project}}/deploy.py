@@ -114,13 +114,29 @@ def lay_out_image(context: Path, app: Path, dockerfile: Path) -> None:
             if not found and not re.search(r"[*?[]", source):
                 raise FileNotFoundError(source)
             for path in found:
-                if path.is_dir():
-                    shutil.copytree(path, app / destination, dirs_exist_ok=True)
-                elif destination.endswith("/"):
-                    (app / destination).mkdir(parents=True, exist_ok=True)
-                    shutil.copy(path, app / destination / path.name)
+                inside = app / destination / (path.name if path.is_file() else "")
+                inside.parent.mkdir(parents=True, exist_ok=True)
+                if path.is_file():
+                    shutil.copy(path, inside)
                 else:
-                    shutil.copy(path, app / destination)
+                    shutil.copytree(path, inside, dirs_exist_ok=True)
+
+
+def mentioned(source: str) -> Iterator[str]:
+    """Yield what Python source names: imported modules as file and folder, file-like strings."""
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import(names=names):
+                modules = [alias.name for alias in names]
+            case ast.ImportFrom(module=str(module), level=0):
+                modules = [module]
+            case ast.Constant(value=str(text)) if re.fullmatch(r"[\w-]+\.(?!py$)\w+", text):
+                yield text
+                continue
+            case _:
+                continue
+        for top in (module.partition(".")[0] for module in modules):
+            yield from (f"{top}.py", top)
 
 
 def needed(project: Path) -> set[str]:
@@ -131,26 +147,12 @@ def needed(project: Path) -> set[str]:
     """
     found, waiting = set[str](), ["bot.py"]
     while waiting:
-        name = waiting.pop()
-        if name in found:
-            continue
-        found.add(name)
+        found.add(name := waiting.pop())
         path = project / name
-        for source in [path] if path.suffix == ".py" else sorted(path.rglob("*.py")):
-            for node in ast.walk(ast.parse(source.read_text())):
-                if isinstance(node, ast.Import):
-                    modules = [alias.name for alias in node.names]
-                elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                    modules = [node.module]
-                else:
-                    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                        if re.fullmatch(r"[\w-]+\.\w+", node.value):
-                            if (project / node.value).is_file() and node.value not in DEVELOPMENT:
-                                found.add(node.value)
-                    continue
-                for module in modules:
-                    top = module.partition(".")[0]
-                    waiting += [n for n in (f"{top}.py", top) if (project / n).exists()]
+        sources = [path] if path.suffix == ".py" else path.rglob("*.py")
+        for other in {word for source in sources for word in mentioned(source.read_text())}:
+            if other not in found and (project / other).exists():
+                waiting.append(other)
     return found
 
 
@@ -300,14 +302,12 @@ def check_start(project: Path, env_file: Path) -> Iterator[Finding]:
             yield Finding(f"import bot took over {START_SECONDS} s", "keep work out of imports")
             return
     if answer.returncode:
-        yield Finding(
-            answer.stderr.strip().splitlines()[-1], "see the whole of it: python -c 'import bot'"
-        )
+        last = answer.stderr.strip().splitlines()[-1:] or [f"status {answer.returncode}"]
+        yield Finding(f"import bot: {last[0]}", "see the whole of it: python -c 'import bot'")
         return
     ready = json.loads(answer.stdout.splitlines()[-1])
     if not (ready if isinstance(ready, bool) else ready.get("ready")):
-        reason = ready if isinstance(ready, bool) else {**ready, "ready": False}
-        yield Finding(f"readyz() says {json.dumps(reason)}", f"fill it in in {env_file.name}")
+        yield Finding(f"readyz() says {json.dumps(ready)}", f"fill it in in {env_file.name}")
 
 
 def check(project: Path, env_file: Path) -> bool:
@@ -322,7 +322,10 @@ def check(project: Path, env_file: Path) -> bool:
     }
     good, started = True, time.monotonic()
     for subject, run in checks.items():
-        findings = list(run())
+        try:
+            findings = list(run())
+        except FileNotFoundError as error:
+            findings = [Finding(f"there is no {error.filename or error}", "put it back")]
         if not findings:
             print(f"{subject:16} ok")
         for finding in findings:

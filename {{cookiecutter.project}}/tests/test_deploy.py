@@ -365,6 +365,11 @@ BREAKAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "does not fit pyproject.toml",
         "uv lock",
     ),
+    "no Dockerfile": (
+        lambda project: (project / "Dockerfile").unlink(),
+        "there is no ",
+        "put it back",
+    ),
     "no .env": (
         lambda project: (project / ".env").unlink(),
         ".env does not exist",
