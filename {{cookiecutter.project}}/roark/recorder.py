@@ -10,6 +10,9 @@ placed by when it got here, which is late by whatever held it up on the way, and
 - Frames that follow one another closely are joined without a seam; jitter makes no clicks.
 - Time in which no audio came is silence: a muted caller, packets that went missing.
 
+The last frame of a speech has none behind it. If the caller's frames of the same moment were late,
+the whole process stood still, and the bot's frame was as late as they.
+
 The bot's frames come from the output transport as they are played, some transports at the start
 of a frame (websocket), some near its end (WebRTC). `BotStartedSpeakingFrame` is pushed just before
 the first one plays; how far behind it that frame arrives is how late this transport is.
@@ -50,6 +53,8 @@ SETTLE_SECONDS = 0.5
 HOLD_SECONDS = 1.5
 # Less than this is jitter; more is audio that never came.
 GAP_SECONDS = 0.015
+# How many late frames are remembered: as many as a burst may have.
+LATE_FRAMES = 100
 # A sender whose clock is fast gets ahead of ours: beyond this its quiet frames are left out.
 AHEAD_SECONDS = 0.04
 
@@ -135,6 +140,8 @@ class Track:
         self._cursor = 0
         self._done: deque[Samples] = deque()
         self._done_samples = 0
+        # (arrived, by how much too late) of the latest frames that were.
+        self._late: deque[tuple[float, float]] = deque(maxlen=LATE_FRAMES)
         self._sounds = sounds
 
     @property
@@ -153,8 +160,11 @@ class Track:
             samples = np.asarray(soxr.resample(samples, rate, self._native_rate), np.int16)
         self._pending.append((arrived, start, samples))
 
-    def settle(self, until: float) -> None:
-        """Place every frame that arrived before `until` s, in the light of all that came since."""
+    def settle(self, until: float, was_late: Callable[[float], float] | None = None) -> None:
+        """Place every frame that arrived before `until` s, in the light of all that came since.
+
+        `was_late` tells how late, in s, whatever arrived at a moment was.
+        """
         if not self._pending or self._pending[0][0] > until:
             return
         frames = list(self._pending)
@@ -164,11 +174,17 @@ class Track:
             _, start, samples = frames[index]
             latest = min(start, latest - len(samples) / self._native_rate)
             starts[index] = latest
-        for (arrived, _, samples), start in zip(frames, starts, strict=True):
+        for (arrived, earliest, samples), start in zip(frames, starts, strict=True):
             if arrived > until:
                 break
             self._pending.popleft()
-            self._place(samples, start)
+            if earliest - start > GAP_SECONDS:
+                self._late.append((arrived, earliest - start))
+            self._place(samples, start - (was_late(arrived) if was_late else 0.0))
+
+    def was_late(self, arrived: float) -> float:
+        """How late, in s, the frames were that arrived at that moment."""
+        return max((late for at, late in self._late if abs(at - arrived) < GAP_SECONDS), default=0)
 
     def silence_until(self, position: float) -> None:
         """Fill up to `position` s, or to where the first waiting frame may begin."""
@@ -180,8 +196,7 @@ class Track:
             self._write(np.zeros(missing, np.int16))
 
     def finish(self, length: int, end: float) -> None:
-        """Place what is left and make the track `length` samples long at the recording's rate."""
-        self.settle(float("inf"))
+        """Make the settled track `length` samples long at the recording's rate."""
         self.silence_until(end)
         if self._resampler:
             self._emit(self._resampler.resample_chunk(np.zeros(0, np.int16), last=True))
@@ -258,17 +273,24 @@ class Recording:
         if not self._heard_anything:
             return
         total = round(end * self.sample_rate)
+        self._settle(float("inf"))
         for track in self._tracks.values():
             track.finish(max(0, total - self._samples), end)
         while self._samples < total:
             self._cut(min(self._chunk_samples, total - self._samples))
 
     def _advance(self, now: float) -> None:
+        self._settle(now - SETTLE_SECONDS)
         for track in self._tracks.values():
-            track.settle(now - SETTLE_SECONDS)
             track.silence_until(now - HOLD_SECONDS)
         while min(track.ready for track in self._tracks.values()) >= self._chunk_samples:
             self._cut(self._chunk_samples)
+
+    def _settle(self, until: float) -> None:
+        user, bot = self._tracks["user"], self._tracks["assistant"]
+        user.settle(until)
+        # A loop that stood still held up both; only the caller sends without a pause, and so tells.
+        bot.settle(until, user.was_late)
 
     def _cut(self, count: int) -> None:
         stereo = np.empty((count, 2), np.int16)

@@ -151,6 +151,19 @@ def test_a_burst_after_a_stall_goes_back_to_where_it_belongs(recording, tape):
     assert end == pytest.approx(2.48, abs=0.021)
 
 
+def test_the_last_frame_of_a_speech_that_a_stall_held_up_is_not_cut_off(recording, tape):
+    stall = (1.9, 2.2)
+    for at in sends(4.0):
+        feed(recording, stall[1] if stall[0] < at <= stall[1] else at, caller(loud=False))
+        if 1.0 < at <= 2.0 and round(at * 50) % 2 == 0:
+            arrived = stall[1] if at > stall[0] else at
+            recording.add("assistant", caller(0.04), arrived, arrived - 0.04)
+    recording.finish(4.0)
+    [(start, end)] = tape.loud(1)
+    assert start == pytest.approx(1.0, abs=0.011)
+    assert end == pytest.approx(2.0, abs=0.011)
+
+
 def test_jitter_leaves_no_seams(recording, tape):
     jitter = np.random.default_rng(7).uniform(0, 0.015, 500)
     phase = np.arange(160 * 500) * 2 * np.pi * 440 / RATE
