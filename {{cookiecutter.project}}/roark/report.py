@@ -123,7 +123,7 @@ def main(calls_dir: Path, wanted: str | None) -> int:
 
 def call_folders(calls_dir: Path) -> list[Path]:
     """The folders that hold a call, newest first; a half-written one counts."""
-    found = [path for path in calls_dir.iterdir() if path.is_dir() and _holds_a_call(path)]
+    found = [path for path in calls_dir.glob("*/") if path.is_dir() and _holds_a_call(path)]
     return sorted(found, key=lambda path: path.name, reverse=True)
 
 

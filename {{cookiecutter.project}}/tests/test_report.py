@@ -1,0 +1,672 @@
+"""Pages about calls: right, whole, safe with any text, and a player that works in a browser."""
+
+import base64
+import json
+import os
+import re
+import shutil
+import wave
+import zlib
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from roark import report
+from roark.call import CallRecord
+from roark.folder import Folder, Lock
+
+START = 1_795_269_909_000_000_000
+RATE = 16000
+# (who, text, first ms, last ms): the sound is a tone exactly there.
+CONVERSATION = (
+    ("assistant", "Hello, how can I help?", 500, 1500),
+    ("user", "Is Dr. Alvarez in today?", 2000, 3000),
+    ("assistant", "She is, until four.", 4000, 5000),
+    ("user", "Thank you, goodbye.", 5500, 6500),
+)
+LENGTH_MS = 8000
+HOSTILE = (
+    "</script><script>window.harmed = true</script>",
+    '"><img src=x onerror="window.harmed = true"> \' ` ${window.harmed = true} {{ x }}',
+    "<!-- ]]> --!> <style>* { display: none }</style> &lt;b&gt; &amp;",
+    "\u202eesrever \u2066 \u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627 \u202a",
+    "\U0001f9b7\U0001f468\u200d\U0001f469\u200d\U0001f467 Z\u0351\u036b\u0343algo",
+    "A" * 10_000,
+)
+
+
+def event(name: str, at_ms: float, /, **fields: Any) -> dict[str, Any]:
+    return {"event": name, "at": START + int(at_ms * 1e6), **fields}
+
+
+def events(conversation=CONVERSATION, *more: dict[str, Any]) -> list[dict[str, Any]]:
+    """What an observer writes down of a call."""
+    happened = [
+        event("call", 0, call_id="call#1", agent_id="maple", agent_name="Maple Dental"),
+        event("started", 0),
+        event("anchor", 0, ms=0.0),
+        event("chunk", LENGTH_MS, index=0, ms=LENGTH_MS, sample_rate=RATE, num_channels=2),
+    ]
+    for number, (role, text, start, end) in enumerate(conversation):
+        if role == "user":
+            happened += [
+                event("vad", start + 100, edge="start", secs=0.1),
+                event("vad", end + 100, edge="stop", secs=0.1),
+                event("transcript", end + 200, text=text),
+                event("user-turn", end + 300, edge="stop"),
+                event("metric", end + 600, kind="ttfb", service="llm", model="m", value=0.3),
+                event("metric", end + 700, kind="ttfb", service="tts", model="v", value=0.1),
+            ]
+        else:
+            context = f"c{number}"
+            happened += [
+                event("say", start - 10, context=context, segment=1, text=text),
+                event("voiced", start - 10, context=context, segment=1, seconds=1.0),
+                event("voice-done", start - 10, context=context),
+                event("bot", start, edge="start"),
+                event("bot", end, edge="stop"),
+            ]
+    return sorted([*happened, *more], key=lambda one: one["at"])
+
+
+ENDED = (
+    event("ending", LENGTH_MS, reason="client-disconnected"),
+    event("ended", LENGTH_MS),
+)
+
+
+def samples(conversation=CONVERSATION, rate: int = RATE) -> np.ndarray:
+    """A recording: caller left, bot right, a tone while somebody speaks, else silence."""
+    time = np.arange(LENGTH_MS * rate // 1000) / rate
+    sides = np.zeros((len(time), 2))
+    for role, _, start, end in conversation:
+        spoken = (time >= start / 1000) & (time < end / 1000)
+        sides[spoken, int(role == "assistant")] = 0.5 * np.sin(2 * np.pi * 440 * time[spoken])
+    return np.round(sides * 32767).astype("<i2")
+
+
+def write_recording(folder: Path, pcm: np.ndarray, rate: int = RATE) -> None:
+    with wave.open(str(folder / "recording.wav"), "wb") as wav:
+        wav.setnchannels(pcm.shape[1])
+        wav.setsampwidth(2)
+        wav.setframerate(rate)
+        wav.writeframes(pcm.tobytes())
+
+
+def write_record(folder: Path, happened: list[dict[str, Any]]) -> None:
+    (folder / "call.json").write_text(json.dumps(CallRecord.replay(happened).as_dict()))
+
+
+def write_journal(folder: Path, happened: list[dict[str, Any]]) -> None:
+    (folder / "journal.jsonl").write_text("".join(json.dumps(one) + "\n" for one in happened))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The folder of a call, empty."""
+    path = tmp_path / "calls" / "20261121T140509-call-1-9c41d07b"
+    path.mkdir(parents=True)
+    return path
+
+
+@pytest.fixture
+def call(folder: Path) -> Path:
+    """The folder of a finished call with its recording."""
+    write_record(folder, events(CONVERSATION, *ENDED))
+    write_recording(folder, samples())
+    return folder
+
+
+class Page(HTMLParser):
+    """A page as a browser takes it apart: its text, its scripts, its tags."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.scripts: list[str] = []
+        self._raw = ""
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._raw = tag if tag in ("script", "style") else ""
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag):
+        self._raw = ""
+
+    def handle_data(self, data):
+        if self._raw == "script":
+            self.scripts[-1] += data
+        elif not self._raw:
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return json.loads(self.scripts[0])
+
+    @property
+    def sound(self) -> np.ndarray:
+        """The samples in the page, one column per side."""
+        packed = zlib.decompress(base64.b64decode(self.scripts[1]))
+        level = (np.frombuffer(packed, np.uint8).astype(float) - 128) / 127
+        linear = np.sign(level) * (256 ** np.abs(level) - 1) / 255 * 32767
+        return linear.reshape(self.data["sound"]["sides"], -1).T
+
+
+def test_a_page_tells_who_said_what_when_and_how_the_call_ended(call: Path):
+    page = Page(report.write_report(call))
+    assert "Call with Maple Dental" in page.text
+    assert "21 November 2026, 14:05 UTC" in page.text
+    assert "client-disconnected The caller hung up or the connection was lost." in page.text
+    for _, text, *_ in CONVERSATION:
+        assert text in page.text
+    places = [attrs["data-ms"] for tag, attrs in page.tags if attrs.get("class") == "said"]
+    assert places == ["500", "2000", "4000", "5500"]
+
+
+def test_the_picture_has_the_turns_and_the_sound_where_they_are(call: Path):
+    data = Page(report.write_report(call)).data
+    assert [(turn["side"], turn["start_ms"], turn["end_ms"]) for turn in data["turns"]] == [
+        (1, 500, 1500),
+        (0, 2000, 3000),
+        (1, 4000, 5000),
+        (0, 5500, 6500),
+    ]
+    assert data["length_ms"] == LENGTH_MS
+    for side, role in enumerate(("user", "assistant")):
+        drawn = np.frombuffer(base64.b64decode(data["waves"][side]), np.uint8)
+        at = np.arange(len(drawn)) * data["bucket_ms"]
+        spoken = np.zeros(len(drawn), bool)
+        for who, _, start, end in CONVERSATION:
+            spoken |= (who == role) & (at >= start) & (at < end)
+        assert (drawn[spoken] > 200).all()
+        assert (drawn[~spoken] == 0).all()
+
+
+def test_the_sound_in_the_page_is_the_recording(call: Path):
+    page = Page(report.write_report(call))
+    heard, recorded = page.sound, samples().astype(float)
+    assert page.data["sound"] == {"rate": RATE, "sides": 2}
+    assert heard.shape == recorded.shape
+    assert (heard[recorded == 0] == 0).all()
+    noise = np.mean((heard - recorded) ** 2) / np.mean(recorded**2)
+    assert 10 * np.log10(noise) < -30
+
+
+@pytest.mark.parametrize(
+    ("budget", "sound"),
+    [
+        (10**9, {"rate": 24000, "sides": 2}),
+        (200_000, {"rate": 12000, "sides": 2}),
+        (130_000, {"rate": 8000, "sides": 2}),
+        (100_000, {"file": "recording.wav"}),
+    ],
+)
+def test_a_longer_call_is_in_the_page_at_a_lower_rate_or_played_from_the_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, budget: int, sound: dict[str, Any]
+):
+    monkeypatch.setattr(report, "SOUND_BYTES", budget)
+    write_record(folder, events(CONVERSATION, *ENDED))
+    write_recording(folder, samples(rate=48000), 48000)
+    page = Page(report.write_report(folder))
+    assert page.data["sound"] == sound
+    if "rate" in sound:
+        assert len(page.sound) == LENGTH_MS * sound["rate"] // 1000
+    else:
+        assert page.scripts[1] == ""
+        assert "played from recording.wav beside it" in page.text
+
+
+def test_the_parts_of_a_wait_are_disjoint_and_add_up(folder: Path):
+    tools = (
+        event("tool", 3650, id="t", name="look_up", arguments='{"who":"Alvarez"}'),
+        event("tool-result", 3850, id="t", content="in"),
+    )
+    write_record(folder, events(CONVERSATION, *tools, *ENDED))
+    page = Page(report.write_report(folder))
+    [wait] = page.data["waits"]
+    assert wait["from_ms"] == 3000
+    assert dict(wait["parts"]) == pytest.approx(
+        {"stt": 200, "turn": 100, "llm": 300, "tools": 200, "tts": 100, "rest": 100}
+    )
+    labels = [attrs["aria-label"] for _, attrs in page.tags if attrs.get("class") == "bar"]
+    assert labels == [
+        "Speech to text 200 ms, End of turn 100 ms, LLM first token 300 ms, Tools 200 ms, "
+        "Voice first byte 100 ms, Rest 100 ms"
+    ]
+
+
+def test_tools_errors_nodes_interruptions_and_usage_are_there(folder: Path):
+    more = (
+        event("node", 100, name="booking"),
+        event("tool", 3100, id="a", name="find", arguments='{"day":"today"}'),
+        event("tool-result", 3400, id="a", content='{"free":["11:40"]}'),
+        event("tool", 3500, id="b", name="book", arguments="not json"),
+        event("tool-result", 3600, id="b", content="", error="HTTP 503"),
+        event("interruption", 4500),
+        event("error", 6000, processor="Voice", message="out of credits", category="quota"),
+        event("metric", 6100, kind="prompt_tokens", service="llm", model="gpt", value=1234),
+        event("phone", 0, from_number="+1 555 0142"),
+    )
+    write_record(folder, events(CONVERSATION, *more, *ENDED))
+    page = Page(report.write_report(folder))
+    for expected in (
+        "booking",
+        'find (day="today") completed, 300 ms',
+        '{ "free": [ "11:40" ] }',
+        "book (not json) failed, 100 ms HTTP 503",
+        "Error Voice, quota out of credits",
+        "interrupted at 0:04",
+        "text estimated",
+        "Tokens read 1,234",
+        "gpt",
+        "From +1 555 0142",
+    ):
+        assert expected in page.text
+    assert [mark["bad"] for mark in page.data["marks"]] == [False, True, True]
+
+
+def test_hostile_text_stays_text_wherever_it_stands(folder: Path):
+    turns = tuple(
+        ("user", text, 1000 * number, 1000 * number + 500) for number, text in enumerate(HOSTILE)
+    )
+    more = [event("call", 0, call_id=HOSTILE[1], agent_id=HOSTILE[0], agent_prompt=HOSTILE[2])]
+    for number, text in enumerate(HOSTILE):
+        more += [
+            event("tool", 100, id=str(number), name=text, arguments=json.dumps({text: text})),
+            event("tool-result", 200, id=str(number), content=text, error=text),
+            event("error", 300, processor=text, message=text, category=text),
+            event("node", 400 + number, name=text),
+            event("phone", 500, from_number=text),
+            event("metric", 600, kind=text, service=text, model=text, value=1),
+        ]
+    more += [event("ending", 7000, reason=HOSTILE[0], detail=HOSTILE[1]), event("ended", 7000)]
+    write_record(folder, events(turns, *more))
+    page = Page(report.write_report(folder))
+    assert len(page.scripts) == 3
+    assert not [tag for tag, _ in page.tags if tag in ("img", "b")]
+    assert [tag for tag, _ in page.tags].count("style") == 1
+    assert not [name for _, attrs in page.tags for name in attrs if name.startswith("on")]
+    for text in HOSTILE:
+        assert page.texts.count(text) >= 5
+    index = Page(report.write_index(folder.parent))
+    assert not index.scripts
+
+
+def test_characters_that_no_page_can_hold_are_left_out(folder: Path):
+    write_record(folder, events((("user", "a\x00b\x1b\ud800c", 100, 900),), *ENDED))
+    assert "ab?c" in Page(report.write_report(folder)).text
+
+
+def test_a_call_without_a_recording_has_all_the_rest(folder: Path):
+    write_record(folder, events(CONVERSATION, *ENDED))
+    page = Page(report.write_report(folder))
+    assert "There is no recording of this call." in page.text
+    assert page.data["sound"] is None
+    assert len(page.data["turns"]) == 4
+
+
+def test_a_call_whose_process_died_is_told_from_its_journal_and_its_chunks(folder: Path):
+    write_journal(folder, events(CONVERSATION[:3]))
+    with open(folder / "journal.jsonl", "a") as journal:
+        journal.write('{"event":"trans')
+    first, second = np.array_split(samples(), 2)
+    (folder / "chunk-00000.pcm").write_bytes(first.tobytes())
+    (folder / "chunk-00001.pcm").write_bytes(second.tobytes()[:-1])
+    page = Page(report.write_report(folder))
+    assert "process-died" in page.text
+    assert "This call is not closed yet" in page.text
+    assert "She is, until four." in page.text
+    assert len(page.sound) == len(samples()) - 1
+
+
+def test_a_call_that_goes_on_is_not_called_dead(folder: Path):
+    write_journal(folder, events(CONVERSATION[:3]))
+    lock = Lock(folder)
+    assert lock.acquire()
+    try:
+        text = Page(report.write_report(folder)).text
+    finally:
+        lock.release()
+    assert "This call is still going on" in text
+    assert "process-died" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("call.json", b"", "This call is not closed yet"),
+        ("call.json", b'{"turns": [{"ro', "This call is not closed yet"),
+        ("call.json", b"[1, 2]", "This call is not closed yet"),
+        ("call.json", b"{}", "Nothing was said."),
+        ("call.json", b'{"turns": 3, "tools": [1], "ending": "x", "usage": []}', "Nothing was"),
+        ("call.json", b'{"turns": [{"role": "user", "start_ms": NaN}]}', "Nothing was said."),
+        ("call.json", b'{"started_at": "soon", "duration_ms": "long"}', "Nothing was said."),
+        ("recording.wav", b"", "The recording cannot be read"),
+        ("recording.wav", b"RIFF\x00\x00\x00\x00WAVEfmt ", "The recording cannot be read"),
+        ("journal.jsonl", b'\x00\xff\n{"event":"call"}\n7\n', "Maple Dental"),
+    ],
+)
+def test_a_damaged_file_costs_a_sentence_and_not_the_page(
+    call: Path, name: str, content: bytes, sentence: str
+):
+    (call / name).write_bytes(content)
+    assert sentence in Page(report.write_report(call)).text
+
+
+def test_a_recording_cut_in_the_middle_is_played_as_far_as_it_goes(call: Path):
+    whole = (call / "recording.wav").read_bytes()
+    (call / "recording.wav").write_bytes(whole[: len(whole) // 2 + 1])
+    assert Page(report.write_report(call)).data["length_ms"] == pytest.approx(LENGTH_MS / 2, abs=1)
+
+
+def test_the_index_lists_newest_first_with_what_roark_has(tmp_path: Path):
+    states: dict[str, str] = {}
+    for day, state in enumerate(("kept here", "delivered", "undelivered", "1 given up"), 11):
+        path = tmp_path / f"202611{day}T140509-call-{day}-00000000"
+        destination = None if state == "kept here" else "https://api.roark.ai"
+        kept = Folder(path, call_id=f"call-{day}", destination=destination)
+        record = CallRecord.replay(events(CONVERSATION, *ENDED))
+        kept.keep_started(json.dumps(record.call_started()).encode())
+        kept.keep_ended(
+            json.dumps(record.call_ended()).encode(), json.dumps(record.as_dict()).encode()
+        )
+        if state == "delivered":
+            kept.note_delivered("call-started")
+            kept.note_delivered("call-ended")
+        if state == "1 given up":
+            kept.note_delivered("call-started")
+            kept.note_given_up("call-ended", "400")
+        kept.release()
+        states[path.name] = state
+    (tmp_path / "notes").mkdir()
+    page = Page(report.write_index(tmp_path))
+    links = [attrs["href"] or "" for tag, attrs in page.tags if tag == "a"]
+    assert links == [f"{name}/report.html" for name in sorted(states, reverse=True)]
+    assert all((tmp_path / link).exists() for link in links)
+    assert "4 calls, newest first" in page.text
+    said = re.findall(r"client-disconnected ([a-z0-9 ,]*[a-z])", page.text)
+    assert said == ["delivered, 1 given up", "undelivered", "delivered", "kept here"]
+
+
+def test_the_index_writes_again_only_the_pages_that_are_older_than_their_call(call: Path):
+    report.write_index(call.parent)
+    page = call / "report.html"
+    page.write_text("as it was")
+    report.write_index(call.parent)
+    assert page.read_text() == "as it was"
+    later = page.stat().st_mtime + 10
+    os.utime(call / "call.json", (later, later))
+    report.write_index(call.parent)
+    assert "Maple Dental" in page.read_text()
+
+
+def test_the_command_writes_a_page_by_part_of_its_name(call: Path, capsys):
+    assert report.main(call.parent, "9c41") == 0
+    assert capsys.readouterr().out.strip() == (call / "report.html").as_uri()
+    assert report.main(call.parent, None) == 0
+    assert capsys.readouterr().out.strip() == (call.parent / "index.html").as_uri()
+
+
+@pytest.mark.parametrize(
+    ("directory", "wanted", "sentence"),
+    [
+        ("calls", "nobody", "There is no call 'nobody' in"),
+        ("calls", "2026", "'2026' is a part of 2 calls' names"),
+        ("nowhere", None, "is not a directory"),
+        ("nowhere", "2026", "There is no call '2026' in"),
+    ],
+)
+def test_the_command_says_what_it_cannot_find_in_one_sentence(
+    call: Path, capsys, directory: str, wanted: str | None, sentence: str
+):
+    shutil.copytree(call, call.with_name("20261122T140509-call-2-00000000"))
+    assert report.main(call.parent.with_name(directory), wanted) == 1
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert len(said.splitlines()) == 1
+
+
+# In a browser
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+CHROMIUM_ARGUMENTS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium."""
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed (uv pip install playwright)"
+    )
+    if not CHROMIUM:
+        pytest.skip("chromium is not installed (apt-get install chromium)")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+class Tab:
+    """A page open in the browser; `complaints` and `requests` must stay as they should."""
+
+    def __init__(self, browser: Any, path: Path, **context: Any) -> None:
+        options = {"viewport": {"width": 1200, "height": 900}} | context
+        self.page = browser.new_context(**options).new_page()
+        self.complaints: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("console", lambda message: self.complaints.append(message.text))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.goto(path.as_uri())
+
+    def ready(self) -> "Tab":
+        """Once there is something to play."""
+        return self.until("!document.getElementById('play').disabled")
+
+    def until(self, condition: str) -> "Tab":
+        """Once a condition holds; playwright's own wait is refused by the page's policy."""
+        self.page.evaluate(
+            """condition => new Promise((done, fail) => {
+              setTimeout(() => fail(new Error("not in 10 s: " + condition)), 10000);
+              const look = () => CONDITION ? done() : requestAnimationFrame(look);
+              look();
+            })""".replace("CONDITION", condition),
+            condition,
+        )
+        return self
+
+    def now(self) -> float:
+        return self.page.evaluate("document.getElementById('recording').currentTime")
+
+    def cursor(self) -> float:
+        box = self.page.locator("#cursor").bounding_box()
+        line = self.page.locator("#timeline").bounding_box()
+        return (box["x"] + box["width"] / 2 - line["x"]) / line["width"] * LENGTH_MS / 1000
+
+    def ink(self, seconds: float, side: int) -> int:
+        """How much of the speaker's colour there is at a moment in a lane, in pixels."""
+        return self.page.evaluate(
+            """([at, side]) => {
+              const canvas = document.querySelector("#timeline canvas");
+              const probe = document.createElement("canvas").getContext("2d");
+              probe.fillStyle = getComputedStyle(document.documentElement)
+                .getPropertyValue(side ? "--bot" : "--caller");
+              probe.fillRect(0, 0, 1, 1);
+              const [r, g, b] = probe.getImageData(0, 0, 1, 1).data;
+              const [x, half] = [Math.round(at * canvas.width), Math.round(canvas.height * 0.44)];
+              const lane = canvas.getContext("2d")
+                .getImageData(x - 6, side ? half : 0, 12, half).data;
+              let count = 0;
+              for (let i = 0; i < lane.length; i += 4) {
+                const off = Math.hypot(lane[i] - r, lane[i + 1] - g, lane[i + 2] - b);
+                if (off < 12) count++;
+              }
+              return count;
+            }""",
+            [seconds * 1000 / LENGTH_MS, side],
+        )
+
+
+@pytest.fixture
+def open_page(browser: Any) -> Iterator[Callable[..., Tab]]:
+    """Opens a file in the browser; closed after the test."""
+    tabs: list[Tab] = []
+
+    def open_page(path: Path, **context: Any) -> Tab:
+        tabs.append(Tab(browser, path, **context))
+        return tabs[-1]
+
+    yield open_page
+    for tab in tabs:
+        tab.page.context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_waveform_is_drawn_where_somebody_speaks(open_page, call: Path, scheme):
+    tab = open_page(report.write_report(call), color_scheme=scheme).ready()
+    assert tab.complaints == []
+    for role, _, start, end in CONVERSATION:
+        side = int(role == "assistant")
+        middle = (start + end) / 2000
+        assert tab.ink(middle, side) > 200
+        assert tab.ink(middle, 1 - side) == 0
+    assert tab.ink(7.5, 0) == tab.ink(7.5, 1) == 0
+
+
+def test_a_click_on_a_turn_plays_from_there_and_the_cursor_moves(open_page, call: Path):
+    tab = open_page(report.write_report(call)).ready()
+    tab.page.get_by_text("Is Dr. Alvarez in today?").click()
+    assert tab.now() == pytest.approx(2.0, abs=0.3)
+    tab.until("document.getElementById('recording').currentTime > 2.5")
+    assert tab.page.locator(".turn.now").inner_text().startswith("Is Dr. Alvarez")
+    tab.page.keyboard.press("Space")
+    assert tab.page.evaluate("document.getElementById('recording').paused")
+    assert tab.now() > 2.5
+    assert tab.cursor() == pytest.approx(tab.now(), abs=0.1)
+    assert tab.complaints == []
+
+
+def test_the_keyboard_plays_pauses_and_seeks(open_page, call: Path):
+    tab = open_page(report.write_report(call)).ready()
+    tab.page.keyboard.press("ArrowRight")
+    assert tab.now() == pytest.approx(5.0)
+    tab.page.keyboard.press("ArrowLeft")
+    assert tab.now() == pytest.approx(0.0)
+    tab.page.keyboard.press("Shift+ArrowRight")
+    tab.page.keyboard.press("Shift+ArrowRight")
+    assert tab.now() == pytest.approx(2.0)
+    assert tab.cursor() == pytest.approx(2.0, abs=0.05)
+    tab.page.keyboard.press("Space")
+    tab.until("document.getElementById('recording').currentTime > 2.2")
+    tab.page.keyboard.press("Space")
+    assert tab.page.evaluate("document.getElementById('recording').paused")
+    tab.page.get_by_role("slider", name="Position in the call").focus()
+    tab.page.keyboard.press("End")
+    assert tab.page.get_by_role("slider").get_attribute("aria-valuetext") == "0:08 of 0:08"
+
+
+def test_a_click_on_the_timeline_seeks_also_when_it_shows_a_part(open_page, call: Path):
+    tab = open_page(report.write_report(call)).ready()
+    box = tab.page.locator("#timeline").bounding_box()
+    tab.page.mouse.click(box["x"] + box["width"] / 2, box["y"] + 20)
+    assert tab.now() == pytest.approx(4.0, abs=0.05)
+    tab.page.get_by_role("button", name="Show less of the call, larger").click()
+    tab.page.mouse.click(box["x"] + box["width"] / 4, box["y"] + 20)
+    assert tab.now() == pytest.approx(3.0, abs=0.05)
+    assert tab.page.evaluate("document.getElementById('recording').paused")
+
+
+def test_a_page_asks_nobody_for_anything(open_page, call: Path):
+    tab = open_page(report.write_report(call)).ready()
+    index = open_page(report.write_index(call.parent))
+    asked = [url for url in tab.requests + index.requests if not url.startswith("blob:")]
+    assert asked == [(call / "report.html").as_uri(), (call.parent / "index.html").as_uri()]
+    assert tab.complaints == index.complaints == []
+
+
+def test_a_page_that_was_mailed_without_its_folder_still_plays(open_page, call: Path, tmp_path):
+    mailed = shutil.copy(report.write_report(call), tmp_path / "mailed.html")
+    tab = open_page(Path(mailed)).ready()
+    tab.page.get_by_role("button", name="Play", exact=True).click()
+    tab.until("document.getElementById('recording').currentTime > 0.1")
+
+
+def test_a_long_call_plays_from_the_recording_beside_its_page(
+    open_page, call: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(report, "SOUND_BYTES", 0)
+    page = report.write_report(call)
+    tab = open_page(page).ready()
+    tab.page.get_by_text("She is, until four.").click()
+    tab.until("document.getElementById('recording').currentTime > 4.1")
+    assert tab.requests[1:] == [(call / "recording.wav").as_uri()]
+    alone = open_page(Path(shutil.copy(page, tmp_path / "alone.html")))
+    alone.page.get_by_text("recording.wav is not beside this page").wait_for()
+    assert alone.page.get_by_role("button", name="Play", exact=True).is_disabled()
+
+
+def test_hostile_text_is_shown_and_never_run_nor_wider_than_a_phone(open_page, folder: Path):
+    turns = tuple(
+        ("user", text, 1000 * number, 1000 * number + 500) for number, text in enumerate(HOSTILE)
+    )
+    more = [event("error", 100, processor=text, message=text) for text in HOSTILE]
+    more += [
+        event("tool", 100, id=text, name=text, arguments=json.dumps({text: text}))
+        for text in HOSTILE
+    ]
+    write_record(folder, events(turns, *more, *ENDED))
+    phone = {"width": 390, "height": 844}
+    for path in (report.write_report(folder), report.write_index(folder.parent)):
+        tab = open_page(path, viewport=phone)
+        assert tab.page.evaluate("window.harmed") is None
+        assert tab.page.evaluate("document.documentElement.scrollWidth") <= phone["width"]
+        assert tab.complaints == []
+        if path.name == "report.html":
+            said = tab.page.locator(".said p").all_text_contents()
+            assert said == [turn[1].strip() for turn in turns]
+
+
+def test_a_script_that_got_into_a_page_would_not_run(open_page, call: Path):
+    page = report.write_report(call)
+    text = page.read_text().replace("</main>", "<script>window.harmed = true</script></main>")
+    page.write_text(text.replace("<main>", '<main><img src="x" onerror="window.harmed = true">'))
+    tab = open_page(page).ready()
+    assert tab.page.evaluate("window.harmed") is None
+    assert any("Content Security Policy" in complaint for complaint in tab.complaints)
+
+
+def test_everything_to_press_has_a_name(open_page, call: Path):
+    tab = open_page(report.write_report(call)).ready()
+    nameless = tab.page.evaluate(
+        """[...document.querySelectorAll("button, a, summary, [role]")].filter((element) =>
+             !(element.getAttribute("aria-label") || element.textContent).trim() &&
+             element.getAttribute("role") !== "status").map((element) => element.outerHTML)"""
+    )
+    assert nameless == []
+
+
+def test_without_a_recording_a_click_on_a_turn_moves_the_cursor(open_page, folder: Path):
+    write_record(folder, events(CONVERSATION, *ENDED))
+    tab = open_page(report.write_report(folder))
+    tab.page.get_by_text("She is, until four.").click()
+    length = CallRecord.replay(events(CONVERSATION, *ENDED)).as_dict()["duration_ms"]
+    assert tab.cursor() * length / LENGTH_MS == pytest.approx(4.0, abs=0.05)
+    assert tab.page.locator(".turn.now").count() == 1
+    assert not tab.page.get_by_role("button", name="Play", exact=True).is_visible()
+    assert tab.complaints == []
