@@ -72,8 +72,10 @@ CHARACTERS_PER_SECOND = 15.0
 SOONEST_TRANSCRIPT_NS = 200_000_000
 # A text this long after the last speech was spoken too softly for the voice detector.
 LATEST_TRANSCRIPT_NS = 5_000_000_000
-# How far the detectors' edges are from the audio's own at most.
-USER_EDGE_MS = 400.0
+# How much before and after the sound a voice detector may have put its edge; further off, the sound
+# is another one. A busy machine makes detectors late.
+USER_EARLY_MS = 400.0
+USER_LATE_MS = 1000.0
 BOT_EDGE_MS = 250.0
 
 
@@ -163,12 +165,6 @@ def join(pieces: Iterable[tuple[str, bool]]) -> str:
         elif piece.strip():
             text += ("" if not text or text[-1].isspace() else " ") + piece.strip()
     return text.strip()
-
-
-def nearest(ms: float, edges: list[float], within: float) -> float:
-    """The edge closest to `ms`, or `ms` if none is near enough."""
-    edge = min(edges, key=lambda edge: abs(edge - ms), default=ms)
-    return edge if abs(edge - ms) <= within else ms
 
 
 def iso(at: int) -> str:
@@ -390,8 +386,12 @@ class CallRecord:
             if inside:
                 start, end = inside[0][0], max(inside[-1][1], inside[0][0])
         else:
-            start = nearest(start, [sound[0] for sound in sounds], USER_EDGE_MS)
-            end = nearest(end, [sound[1] for sound in sounds], USER_EDGE_MS)
+            first = next((sound for sound in sounds if sound[1] > start), None)
+            last = next((sound for sound in reversed(sounds) if sound[0] < end), None)
+            if first and -USER_EARLY_MS <= start - first[0] <= USER_LATE_MS:
+                start = first[0]
+            if last and -USER_EARLY_MS <= end - last[1] <= USER_LATE_MS:
+                end = last[1]
         return start, max(start, end)
 
     # The caller

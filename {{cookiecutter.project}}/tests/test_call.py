@@ -98,6 +98,15 @@ def test_edges_near_the_audios_own_are_the_audios():
     assert (turn["start_ms"], turn["end_ms"]) == (1930, 3080)
 
 
+def test_a_detector_that_a_busy_machine_held_up_is_set_right_by_the_audio():
+    record = record_of(
+        *user(2700, 3900, "Hi."),
+        event("sound", 3500, role="user", start_ms=2000.0, end_ms=3200.0),
+    )
+    [turn] = record.as_dict()["turns"]
+    assert (turn["start_ms"], turn["end_ms"]) == (2000, 3200)
+
+
 def test_noise_far_from_the_detectors_edges_moves_nothing():
     record = record_of(
         *user(2000, 3000, "Hi."),
