@@ -28,6 +28,7 @@ from rehearsal.script import Script, ScriptedEngine
 from rehearsal.twilio_caller import TwilioCaller
 from rehearsal.webrtc_caller import WebRTCCaller
 
+RECORDS_AUDIO = "roark.audio_processor" in Path(bot.__file__).read_text(encoding="utf-8")
 SECONDS = 30.0
 """What anything may take on a busy machine before its test gives up."""
 VOICE_HZ = 16000

@@ -13,7 +13,7 @@ from loguru import logger
 from rehearsal.caller import Caller
 from rehearsal.engine import ToolCall
 from rehearsal.script import Answer, Script
-from tests.stage import SECONDS, Stage, set_stage
+from tests.stage import RECORDS_AUDIO, SECONDS, Stage, set_stage
 
 pytestmark = pytest.mark.anyio
 
@@ -71,22 +71,26 @@ async def test_a_call_arrives_complete_when_the_caller_hangs_up(
     ]
     assert call.ended["callEndedReason"] == "client-disconnected"
     assert call.ended["agentSpokeFirst"] is True
-    assert call.ended["recordingSampleRate"] == (8000 if transport == "twilio" else 24000)
-    starts = [turn["audioOffsetMs"] for turn in call.ended["transcript"]]
-    assert starts == sorted(starts)
+    if RECORDS_AUDIO:
+        assert_recording_shows(stage, call.ended)
+        assert call.ended["recordingSampleRate"] == (8000 if transport == "twilio" else 24000)
+    else:
+        assert not call.chunks
+        assert "recordingSampleRate" not in call.ended
 
+
+def assert_recording_shows(stage: Stage, ended: dict[str, Any]) -> None:
+    """The WAV on disk is what Roark got; each turn is heard on its side where it is said to be."""
     samples, rate = stage.recording()
-    assert rate == call.ended["recordingSampleRate"]
-    assert samples.tobytes() == call.recording
-    greeting, question = call.ended["transcript"][:2]
-    while_greeting = samples[
-        greeting["audioOffsetMs"] * rate // 1000 : greeting["endAudioOffsetMs"] * rate // 1000
-    ]
-    while_asking = samples[
-        question["audioOffsetMs"] * rate // 1000 : question["endAudioOffsetMs"] * rate // 1000
-    ]
-    assert is_silent(while_greeting[:, 0]) and not is_silent(while_greeting[:, 1])
-    assert not is_silent(while_asking[:, 0]) and is_silent(while_asking[:, 1])
+    assert rate == ended["recordingSampleRate"]
+    assert samples.tobytes() == stage.received.recording
+    starts = [turn["audioOffsetMs"] for turn in ended["transcript"]]
+    assert starts == sorted(starts)
+    for turn in ended["transcript"]:
+        first, last = (turn[name] * rate // 1000 for name in ("audioOffsetMs", "endAudioOffsetMs"))
+        side = 0 if turn["role"] == "user" else 1
+        assert not is_silent(samples[first:last, side])
+        assert is_silent(samples[first:last, 1 - side])
 
 
 @BOTH_TRANSPORTS
@@ -116,7 +120,8 @@ async def test_the_bot_says_goodbye_and_hangs_up(
         ("tool_call", "end_call", '{"goodbye":"Have a nice day."}', None),
         ("tool_result", None, None, '{"status":"ending"}'),
     ]
-    assert stage.recording()[0].tobytes() == call.recording
+    if RECORDS_AUDIO:
+        assert_recording_shows(stage, call.ended)
     hang_ups = [request for request in stage.providers.log.requests if request.provider == "twilio"]
     assert len(hang_ups) == (1 if transport == "twilio" else 0)
 
@@ -132,9 +137,13 @@ async def test_each_call_runs_at_the_rate_of_its_line(stage: Stage) -> None:
         if request.provider == "deepgram"
     ]
     assert rates == ["8000", "16000"]
-    assert {
-        call.ended["recordingSampleRate"] for call in stage.roark.calls.values() if call.ended
-    } == {8000, 24000}
+    asked_of_the_voice = [
+        message["output_format"]["sample_rate"]
+        for connection in stage.providers.log.connections
+        for message in connection.received
+        if message.get("transcript")
+    ]
+    assert set(asked_of_the_voice) == {8000, 24000}
 
 
 async def test_every_server_the_bot_talks_to_is_this_machine(stage: Stage) -> None:
@@ -173,8 +182,9 @@ async def test_without_a_roark_key_the_call_is_kept_and_nothing_is_sent(
     await stage.over()
     assert not stage.roark.calls
     assert stage.record["ending"]["reason"] == "client-disconnected"
-    samples, rate = stage.recording()
-    assert len(samples) > rate / 2
+    if RECORDS_AUDIO:
+        samples, rate = stage.recording()
+        assert len(samples) > rate / 2
 
 
 async def test_without_twilio_credentials_the_call_works_and_the_log_says_so_once(
