@@ -216,6 +216,12 @@ class Folder:
         return sorted({*self.given_up, *(chunk_step(index) for index in self._lost)})
 
     @property
+    def is_empty(self) -> bool:
+        """Whether nothing is known of the call but its id."""
+        anything = self.started or self.ended or self._chunks or self._lost
+        return not anything and not self.journal()
+
+    @property
     def is_finished(self) -> bool:
         """Closed, and nothing left to deliver or to record."""
         return self.ended is not None and not self.steps_left and not self._next_is_here()
@@ -376,9 +382,9 @@ class Folder:
         if not self.lock.acquire():
             raise BlockingIOError(errno.EAGAIN, "the folder is locked by another process")
         self.path.mkdir(parents=True, exist_ok=True)
-        self._append_delivery()
-        _sync(self.path / DELIVERY)
-        _sync_directory(self.path)
+        # Whole from the start: without its first line nobody knows whom the call is for.
+        _replace(self.path / DELIVERY, self._delivery_backlog)
+        self._delivery_backlog = b""
         _sync_directory(self.path.parent)
         self._is_on_disk = True
 

@@ -444,7 +444,7 @@ class Outbox:
                 is_anything_left = await self._deliver_each(lambda *_: None)
                 await self._trim()
             except Exception as error:
-                logger.error(f"Roark: the calls that were left: {_where(error)}")
+                self.say_once(f"the calls that were left: {_where(error)}")
                 is_anything_left = True
             if is_anything_left:
                 fruitless += 1
@@ -487,6 +487,10 @@ class Outbox:
 
     async def _deliver_left(self, folder: Folder) -> "_Delivery | None":
         """Closes a call whose process died; delivers it when it is meant for our Roark."""
+        if folder.is_empty:
+            # Its process died before it had said anything.
+            folder.remove()
+            return None
         if folder.ended is None:
             self._close_dead(folder)
         folder.settle_disk()
@@ -502,24 +506,24 @@ class Outbox:
         return delivery
 
     def _close_dead(self, folder: Folder) -> None:
+        """Says of a call what its journal holds, and that its process died."""
         at = folder.last_change
+        started = None
         try:
             started, ended, record = self._reconstruct(folder.journal(), int(at.timestamp() * 1e9))
         except Exception as error:
             logger.error(f"Roark: call {folder.call_id}: its journal: {_where(error)}")
-            moment = at.isoformat()
-            started = None
-            record = ended = {
+            ended = record = {
                 "event": ENDED,
-                "pipecatCallId": folder.call_id,
-                "eventTimestamp": moment,
+                "eventTimestamp": at.isoformat(),
                 "callStartedAt": None,
-                "callEndedAt": moment,
+                "callEndedAt": at.isoformat(),
                 "callEndedReason": "process-died",
             }
+        # Whatever the journal lacks, the id is known.
         if folder.started is None and started is not None:
-            folder.keep_started(as_json(started))
-        folder.keep_ended(as_json(ended), as_json(record))
+            folder.keep_started(as_json({**started, "pipecatCallId": folder.call_id}))
+        folder.keep_ended(as_json({**ended, "pipecatCallId": folder.call_id}), as_json(record))
         logger.warning(f"Roark: call {folder.call_id}: its process died; closed from its journal")
 
     async def _trim(self) -> None:

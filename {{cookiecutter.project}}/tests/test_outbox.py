@@ -670,6 +670,21 @@ async def test_a_call_killed_before_it_said_anything_is_closed_too(roark, calls_
 
 
 @pytest.mark.anyio
+async def test_a_call_that_said_nothing_before_its_process_died_leaves_nothing(
+    roark, calls_dir, open_outbox
+):
+    folder = Folder(
+        calls_dir / folder_name("a", datetime.now(UTC)), call_id="a", destination=roark.url
+    )
+    folder.create()
+    folder.lock.release()
+    outbox = open_outbox(roark.url)
+    await asyncio.wrap_future(outbox.deliver_leftovers(lambda *_: None))
+    assert call_folders(calls_dir) == []
+    assert roark.calls == {}
+
+
+@pytest.mark.anyio
 async def test_a_journal_that_cannot_be_replayed_still_ends_the_call(
     roark, calls_dir, open_outbox, log
 ):
