@@ -33,12 +33,15 @@ from rehearsal.call import (
 )
 from rehearsal.engine import Engine
 from rehearsal.local_engine import LocalEngine, LocalEngineError
-from rehearsal.providers import serve
+from rehearsal.providers import Providers, serve
 from rehearsal.roark import RoarkReceiver
 from rehearsal.script import Script, ScriptedEngine
 
 BROWSER_PORT = 7860
 DELIVERY_SECONDS = 15.0
+LOCAL_LEAD_SECONDS = 2.0
+"""How far speech runs ahead of its playing: time for Piper to make the next sentence."""
+
 KEPT = {
     "recording.wav": "Recording (left the caller, right the bot)",
     "call.json": "Record",
@@ -168,7 +171,7 @@ async def _call_it(options: argparse.Namespace) -> int:
 
 
 async def _serve_providers(options: argparse.Namespace) -> int:
-    async with _engine(options) as engine, serve(engine, port=options.port) as providers:
+    async with _engine(options) as engine, _providers(engine, options.port) as providers:
         next_port = options.port + len(providers.servers) if options.port else 0
         async with RoarkReceiver(port=next_port) as roark:
             for name, value in {**providers.environment, **_at_roark(roark)}.items():
@@ -202,9 +205,17 @@ async def _engine(options: argparse.Namespace) -> AsyncIterator[Engine]:
 
 
 @asynccontextmanager
+async def _providers(engine: Engine, port: int = 0) -> AsyncIterator[Providers]:
+    async with serve(engine, port=port) as providers:
+        if isinstance(engine, LocalEngine):
+            providers.cartesia.lead_s = LOCAL_LEAD_SECONDS
+        yield providers
+
+
+@asynccontextmanager
 async def _stage(engine: Engine, transport: str, port: int) -> AsyncIterator[_Stage]:
     calls_dir = Path(os.environ.get("CALLS_DIR", "").strip() or "calls").resolve()
-    async with serve(engine) as providers, RoarkReceiver() as roark:
+    async with _providers(engine) as providers, RoarkReceiver() as roark:
         environment = {**providers.environment, **_at_roark(roark), "CALLS_DIR": str(calls_dir)}
         _tell("Starting the bot.")
         async with run_bot(transport, port, environment) as bot:

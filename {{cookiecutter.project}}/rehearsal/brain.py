@@ -24,7 +24,7 @@ _LOOK_FOR_OLLAMA_SECONDS = 1.0
 _ANSWER_SECONDS = 60.0
 
 _WHAT_I_AM = "I am a scripted answerer, not a language model. I repeat what I understood."
-_GOODBYE = re.compile(r"\b(good ?bye|bye|hang up|that'?s all|that is all)\b", re.IGNORECASE)
+_GOODBYE = re.compile(r"\b(good[ -]?bye|bye|hang up|that'?s all|that is all)\b", re.IGNORECASE)
 _WHO = re.compile(
     r"\b(who|what) are you\b|\byour name\b|\bare you (an? )?(real|human|robot|bot|machine)\b",
     re.IGNORECASE,
@@ -89,7 +89,7 @@ class ScriptedAnswerer:
         said = _last_said(messages)
         end_call = next((tool for tool in tools if tool["function"]["name"] == "end_call"), None)
         if not said and not any(message.get("role") == "assistant" for message in messages):
-            yield TextDelta(f"Hello. {_WHAT_I_AM} Say goodbye to hang up.")
+            yield TextDelta(f"Hello. {_WHAT_I_AM} Say thank you and goodbye to hang up.")
         elif not said:
             yield TextDelta("Are you still there? Say anything and I repeat it.")
         elif _GOODBYE.search(said) and end_call is not None:
@@ -97,7 +97,9 @@ class ScriptedAnswerer:
         elif _WHO.search(said):
             yield TextDelta(_WHAT_I_AM)
         elif _HELP.search(said):
-            yield TextDelta("Say anything and I repeat it. Say goodbye and I hang up.")
+            yield TextDelta(
+                "Say anything and I repeat it. Say thank you and goodbye, and I hang up."
+            )
         else:
             yield TextDelta(f"I understood: {said}")
 

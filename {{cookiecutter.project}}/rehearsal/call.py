@@ -25,8 +25,8 @@ HUMAN_VOICE = Path(__file__).with_name("made-amiable.wav")
 
 GREETING_SECONDS = 20.0
 ANSWER_SECONDS = 30.0
-QUIET_SECONDS = 1.5
-"""A bot that is silent for so long has finished."""
+QUIET_SECONDS = 2.0
+"""A bot that is silent for so long has finished; on a busy machine it pauses between sentences."""
 
 VOICE_HZ = 16000
 
@@ -99,7 +99,7 @@ async def talk(line: str, bot: BotProcess, voice: Voice, tell: Callable[[str], N
             answer = await caller.hear(within=ANSWER_SECONDS)
             tell(f"The bot answers after {answer.start - said.end:.2f} s.")
             await caller.hear_out(quiet=QUIET_SECONDS)
-            tell("The caller hangs up.")
+            tell("The bot hangs up." if caller.ended.is_set() else "The caller hangs up.")
             return answer.start - said.end
     except (aiohttp.ClientError, OSError) as error:
         # What a caller raises when nothing comes, TimeoutError and ConnectionError, are OSErrors.
