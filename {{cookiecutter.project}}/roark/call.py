@@ -16,6 +16,7 @@ Every event has `event` (its name) and `at` (epoch nanoseconds of the moment it 
     transcript    text, spaced, user_id?, language?
     bot           edge: the output transport began or ended speech
     say           context, segment, text: a sentence goes to the voice
+    voice         context: its first audio was made
     voiced        context, seconds: audio the voice made for the sentence in hand
     words         context, segment, text, spaced, due?: spoken words; `due` when they are heard
     voice-done    context
@@ -72,6 +73,8 @@ CHARACTERS_PER_SECOND = 15.0
 SOONEST_TRANSCRIPT_NS = 200_000_000
 # A text this long after the last speech was spoken too softly for the voice detector.
 LATEST_TRANSCRIPT_NS = 5_000_000_000
+# After a pause this long a murmur and what is said next are two turns.
+MURMUR_NS = 1_500_000_000
 # How much before and after the sound a voice detector may have put its edge; further off, the sound
 # is another one. A busy machine makes detectors late.
 USER_EARLY_MS = 400.0
@@ -96,12 +99,20 @@ class Turn:
     announced: bool = False
     detected: bool = False
     answers: Turn | None = None
-    latency: dict[str, float] = field(default_factory=dict)
+    transcribed_at: int | None = None
+    waits: dict[str, float] = field(default_factory=dict)
     redacted: str | None = None
 
     @property
     def text(self) -> str:
         return join(self.pieces)
+
+    def is_over(self, at: int) -> bool:
+        """Whether speech that begins at `at` is another turn of the caller's."""
+        if self.released_at is not None:
+            return True
+        # A murmur that Pipecat never took for a turn ("uh-huh" while the bot speaks).
+        return not self.announced and self.end_at is not None and at - self.end_at > MURMUR_NS
 
 
 @dataclass
@@ -194,8 +205,10 @@ class CallRecord:
         self._bot: Turn | None = None
         self._bot_heard = False
         self._segments: list[Segment] = []
+        self._voices: dict[str | None, int] = {}
+        self._behind: dict[str | None, int] = {}
         self._unanswered: Turn | None = None
-        self._parts: dict[str, float] = {}
+        self._waits: dict[str, float] = {}
         self._tools: dict[str, Tool] = {}
         self._usage: dict[str, float] = {}
         self._models: dict[str, list[str]] = {}
@@ -309,7 +322,8 @@ class CallRecord:
     def unwritten_texts(self) -> list[tuple[int, str]]:
         """(turn, redacted text) of every turn whose text changed since it was last asked for."""
         changed = []
-        for index, turn in enumerate(self._turns):
+        # Only the latest turns still change.
+        for index, turn in list(enumerate(self._turns))[-4:]:
             text = self._shown(turn.text)
             settled = turn.released_at is not None if turn.role == "user" else turn is not self._bot
             if text and text != turn.redacted and (settled or self.ended):
@@ -402,7 +416,7 @@ class CallRecord:
         edge_at = at - delay
         if event["edge"] == "start":
             self._user_audible = True
-            if self._user is None or self._user.released_at is not None:
+            if self._user is None or self._user.is_over(at):
                 self._open_user_turn(edge_at).detected = True
             elif not self._user.detected:
                 # The turn's own frame came first: this one, its cause, was held up in a queue.
@@ -417,7 +431,7 @@ class CallRecord:
         self._speech_edges_seen = True
         user = self._user
         if event["edge"] == "start":
-            if user is None or user.released_at is not None or user.announced:
+            if user is None or user.is_over(at) or user.announced:
                 user = self._open_user_turn(at)
             user.announced = True
         elif user and user.released_at is None:
@@ -425,17 +439,15 @@ class CallRecord:
                 user.end_at = at
             user.released_at = at
             self._unanswered = user
-            self._parts = {"end_of_turn_ms": self._span_ms(user.end_at, at)} | (
-                {"stt_ms": self._parts["stt_ms"]} if "stt_ms" in self._parts else {}
-            )
+            self._waits = {}
 
     def _on_transcript(self, at: int, event: Event) -> None:
         user = self._turn_of_transcript(at)
         user.pieces.append((event["text"], bool(event.get("spaced"))))
         user.user_id = user.user_id or event.get("user_id") or None
         user.language = user.language or event.get("language") or None
-        if user.end_at is not None and user is self._user and user.released_at is None:
-            self._parts["stt_ms"] = self._span_ms(user.end_at, at)
+        if user.released_at is None:
+            user.transcribed_at = at
 
     def _turn_of_transcript(self, at: int) -> Turn:
         user = self._user
@@ -457,7 +469,6 @@ class CallRecord:
         if not self._bot_heard:
             self._unheard_turn()
         self._user = self._append(Turn("user", at, end_at))
-        self._parts = {}
         return self._user
 
     # The bot
@@ -468,14 +479,20 @@ class CallRecord:
             if self._bot:
                 return
             self._bot = self._append(Turn("assistant", at))
+            if self._segments:
+                # A voice times its words from when it is ready, which may be before its turn.
+                context = self._segments[0].context
+                self._behind.setdefault(context, max(0, at - self._voices.get(context, at)))
             if self._user and self._user.released_at is None and not self._user_audible:
                 self._user.released_at = at
             if self._unanswered:
-                self._bot.answers = self._unanswered
-                self._bot.latency = self._parts
-                self._unanswered, self._parts = None, {}
+                self._bot.answers, self._bot.waits = self._unanswered, self._waits
+                self._unanswered, self._waits = None, {}
         elif self._bot:
             self._end_bot_turn(at, self._take(at))
+
+    def _on_voice(self, at: int, event: Event) -> None:
+        self._voices.setdefault(event.get("context"), at)
 
     def _on_say(self, at: int, event: Event) -> None:
         for segment in self._segments:
@@ -543,8 +560,8 @@ class CallRecord:
         taken, self._segments = self._segments[:count], self._segments[count:]
         return [piece for segment in taken for piece in segment.spoken()]
 
-    @staticmethod
-    def _heard(segment: Segment, at: int) -> list[tuple[str, bool]]:
+    def _heard(self, segment: Segment, at: int) -> list[tuple[str, bool]]:
+        at -= self._behind.get(segment.context, 0)
         return [(w.text, w.spaced) for w in segment.words if w.due is None or w.due <= at]
 
     def _cut(self, turn: Turn, at: int) -> list[tuple[str, bool]]:
@@ -552,6 +569,8 @@ class CallRecord:
         pieces: list[tuple[str, bool]] = []
         played = (at - turn.start_at) / 1e9
         for segment in self._segments:
+            if segment.context != self._segments[0].context:
+                break
             seconds = segment.duration()
             if any(word.due is not None for word in segment.words):
                 pieces += self._heard(segment, at)
@@ -660,7 +679,7 @@ class CallRecord:
         if kind == "ttfb":
             part = {"llm": "llm_ms", "tts": "tts_ms"}.get(service)
             if part and value > 0:
-                self._parts.setdefault(part, round(value * 1000, 1))
+                self._waits.setdefault(part, round(value * 1000, 1))
         else:
             self._usage[kind] = self._usage.get(kind, 0.0) + value
 
@@ -700,9 +719,6 @@ class CallRecord:
             if not text:
                 continue
             start, end = edges[id(turn)]
-            latency = dict(turn.latency)
-            if turn.answers:
-                latency = {"total_ms": round(start - edges[id(turn.answers)][1], 1)} | latency
             start_at = turn.start_at + int((start - self._ms(turn.start_at)) * 1e6)
             shown.append(
                 {
@@ -719,10 +735,22 @@ class CallRecord:
                     else None,
                     "estimated_cut": turn.estimated,
                     "node": turn.node,
-                    "latency": latency or None,
+                    "latency": self._latency(turn, start, edges[id(turn.answers)][1])
+                    if turn.answers
+                    else None,
                 }
             )
         return shown
+
+    def _latency(self, turn: Turn, start: float, asked: float) -> dict[str, float]:
+        """How long the caller waited for `turn`, in ms from their last sound, and for what."""
+        latency = {"total_ms": round(start - asked, 1)}
+        question = turn.answers
+        if question and question.released_at:
+            latency["end_of_turn_ms"] = max(0.0, round(self._ms(question.released_at) - asked, 1))
+        if question and question.transcribed_at:
+            latency["stt_ms"] = max(0.0, round(self._ms(question.transcribed_at) - asked, 1))
+        return latency | turn.waits
 
     def _offset(self, name: str, ms: float) -> Event:
         return {name: round(ms)} if self._recording else {}
@@ -753,6 +781,7 @@ class CallRecord:
         "transcript": _on_transcript,
         "bot": _on_bot,
         "say": _on_say,
+        "voice": _on_voice,
         "voiced": _on_voiced,
         "words": _on_words,
         "voice-done": _on_voice_done,

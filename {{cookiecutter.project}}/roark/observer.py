@@ -8,9 +8,11 @@ observer's queue, and a handler that fails costs the frame it failed on and no o
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
@@ -30,6 +32,8 @@ from pipecat.frames.frames import (
     FunctionCallInProgressFrame,
     FunctionCallResultFrame,
     InterruptionFrame,
+    LLMFullResponseStartFrame,
+    LLMSetToolsFrame,
     MetricsFrame,
     StartFrame,
     StopFrame,
@@ -139,7 +143,11 @@ class RoarkObserver(BaseObserver):
         self._waits_for_end = False
         self._deadline: float | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._voice: str | None = None
         self._voiced: dict[str | None, float] = {}
+        self._unusable: str | None = None
+        self._flow: Any = None
+        self._node: str | None = None
         self._chunks = 0
         self._recorded_samples = 0
         self._recorder: CallRecorder | None = None
@@ -262,6 +270,8 @@ class RoarkObserver(BaseObserver):
             FunctionCallCancelFrame: self._on_tool_cancel,
             MetricsFrame: self._on_metrics,
             ErrorFrame: self._on_error,
+            LLMSetToolsFrame: self._on_tools_set,
+            LLMFullResponseStartFrame: self._on_reply,
         }
 
     def _route(self, frame_type: type[Frame]) -> Handler | None:
@@ -352,6 +362,9 @@ class RoarkObserver(BaseObserver):
         # The output transport pushes the same audio again, cut to size, as it plays.
         if not isinstance(source, BaseOutputTransport):
             context, seconds = frame.context_id, frame.num_frames / frame.sample_rate
+            if context != self._voice:
+                self._voice = context
+                self._emit("voice", at, context=context)
             self._voiced[context] = self._voiced.get(context, 0.0) + seconds
 
     def _on_voice_done(self, frame: TTSStoppedFrame, at: int, source: FrameProcessor) -> None:
@@ -414,14 +427,27 @@ class RoarkObserver(BaseObserver):
 
     def _on_error(self, frame: ErrorFrame, at: int, source: FrameProcessor) -> None:
         processor = frame.processor or source
+        unusable = not getattr(processor, "is_usable", True)
+        if unusable:
+            self._unusable = f"{processor} can no longer do its job"
         self._emit(
             "error",
             at,
             processor=str(processor),
             message=self._shown(frame.error),
             category=str(frame.category.value) if frame.category else None,
-            unusable=not getattr(processor, "is_usable", True),
+            unusable=unusable,
         )
+
+    def _on_tools_set(self, frame: LLMSetToolsFrame, at: int, source: FrameProcessor) -> None:
+        self._flow = self._flow or flow_manager_of(frame)
+
+    def _on_reply(self, frame: Frame, at: int, source: FrameProcessor) -> None:
+        # Flows names its node after it has handed over the node's tools, and runs the LLM then.
+        node = self._flow.current_node if self._flow else None
+        if node and node != self._node:
+            self._node = node
+            self._emit("node", at, name=node)
 
     # The recording
 
@@ -472,7 +498,9 @@ class RoarkObserver(BaseObserver):
             name = text.replace(" ", "-")
             self._ending(name if name in ENDINGS else text, None, Rank.SAID)
         elif isinstance(frame, EndFrame):
-            self._ending("agent-ended", None, Rank.SAID)
+            # A worker that gives up because a service is of no more use ends without a reason.
+            lost = self._unusable
+            self._ending("error" if lost else "agent-ended", lost, Rank.SAID)
         elif isinstance(frame, CancelFrame):
             self._ending("cancelled", None, Rank.FALLBACK)
 
@@ -626,6 +654,21 @@ def service_of(source: Any) -> str:
         if isinstance(source, kind):
             return name
     return "other"
+
+
+def flow_manager_of(frame: LLMSetToolsFrame) -> Any:
+    """The FlowManager behind a node's tools, None if they are not a flow's.
+
+    Flows tells nobody which node it enters. Its manager knows (`current_node`), and is what the
+    handlers it puts into the tools are bound to (pipecat 1.14: a closure over `self`).
+    """
+    flows = sys.modules.get("pipecat.flows")
+    for tool in getattr(frame.tools, "standard_tools", ()) if flows else ():
+        if callable(handler := getattr(tool, "handler", None)):
+            manager = inspect.getclosurevars(inspect.unwrap(handler)).nonlocals.get("self")
+            if flows and isinstance(manager, flows.FlowManager):
+                return manager
+    return None
 
 
 def as_text(value: Any, *, empty: str) -> str:

@@ -341,6 +341,49 @@ def test_latency_runs_from_the_callers_last_sound_to_the_bots_first_and_has_part
     assert record.as_dict()["models"] == {"llm": ["gpt"], "tts": ["sonic"]}
 
 
+def test_a_speech_that_waits_for_another_is_heard_when_its_turn_comes():
+    record = record_of(
+        *spoken(1000, ("One", 0), ("moment.", 200), context="a"),
+        event("voice", 1100, context="b"),
+        *spoken(1100, ("We", 0), ("are", 300), ("open.", 600), context="b")[0:1],
+        *(
+            event("words", 1100, context="b", segment=1, text=text, due=ms(1100 + at))
+            for text, at in (("We", 0), ("are", 300), ("open.", 600))
+        ),
+        event("voiced", 1150, context="b", seconds=1.0),
+        event("voice-done", 1150, context="b"),
+        event("bot", 1800, edge="stop"),
+        event("bot", 1810, edge="start"),
+        event("interruption", 2200),
+    )
+    assert texts(record) == [("assistant", "One moment."), ("assistant", "We are")]
+
+
+def test_a_speech_that_waited_is_not_heard_while_the_one_before_is_interrupted():
+    record = record_of(
+        *spoken(1000, ("One", 0), ("moment.", 200), context="a"),
+        *spoken(1010, ("We", 0), ("are", 100), context="b"),
+        event("interruption", 1150),
+    )
+    assert texts(record) == [("assistant", "One")]
+
+
+def test_a_murmur_while_the_bot_speaks_is_a_turn_of_its_own():
+    record = record_of(
+        *spoken(1000, ("We", 0), ("are", 300), ("open", 600), ("today.", 3000)),
+        event("vad", 1700, edge="start", secs=0.2),
+        event("vad", 2200, edge="stop", secs=0.2),
+        event("transcript", 2300, text="Uh-huh."),
+        event("bot", 4500, edge="stop"),
+        *user(5000, 6000, "Thank you."),
+    )
+    assert texts(record) == [
+        ("assistant", "We are open today."),
+        ("user", "Uh-huh."),
+        ("user", "Thank you."),
+    ]
+
+
 def test_usage_is_summed_over_the_call():
     record = record_of(
         *(event("metric", 10, kind="prompt_tokens", service="llm", value=v) for v in (10, 5)),

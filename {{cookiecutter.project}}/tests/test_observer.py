@@ -7,8 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pipecat.flows import FlowManager, NodeConfig
 from pipecat.frames.frames import (
     BotStartedSpeakingFrame,
+    CancelFrame,
     EndFrame,
     ErrorFrame,
     Frame,
@@ -16,6 +18,7 @@ from pipecat.frames.frames import (
     FunctionCallResultFrame,
     FunctionCallResultProperties,
     InputAudioRawFrame,
+    LLMFullResponseStartFrame,
     OutputAudioRawFrame,
     StartFrame,
     TranscriptionFrame,
@@ -81,10 +84,14 @@ def observer_of(call: KeptCall, **arguments: Any) -> RoarkObserver:
 
 
 async def run(
-    observer: RoarkObserver, frames: Sequence[Frame], *, record: bool = True
+    observer: RoarkObserver,
+    frames: Sequence[Frame],
+    first: FrameProcessor | None = None,
+    *,
+    record: bool = True,
 ) -> PipelineWorker:
     """Run frames through a real pipeline, to its end."""
-    processors = [FramePasser(), *([observer.audio_processor] if record else [])]
+    processors = [first or FramePasser(), *([observer.audio_processor] if record else [])]
     worker = PipelineWorker(
         Pipeline(processors),
         params=PipelineParams(audio_out_sample_rate=8000),
@@ -318,6 +325,59 @@ async def test_what_is_redacted_is_neither_written_nor_sent(call):
     killed = CallRecord.replay(call.events[:-1])
     killed.close("process-died")
     assert killed.call_ended()["transcript"][0]["content"] == "My card is [card]."
+
+
+async def test_the_nodes_of_a_flow_are_noticed(call):
+    class NoWorker:
+        def __getattr__(self, name):
+            return lambda *args, **kwargs: lambda handler: handler
+
+    class Frames(NoWorker):
+        async def queue_frames(self, frames):
+            for frame in frames:
+                await observer.on_push_frame(pushed(frame))
+
+    async def choose(flow_manager: FlowManager) -> tuple[None, NodeConfig]:
+        """Go on to the end."""
+        return None, NodeConfig(name="end", task_messages=[], functions=[choose])
+
+    observer = observer_of(call)
+    manager = FlowManager(worker=Frames(), llm=None, context_aggregator=None)  # pyright: ignore
+    await manager.initialize(NodeConfig(name="start", task_messages=[], functions=[choose]))
+    await observer.on_push_frame(pushed(LLMFullResponseStartFrame(), 1000))
+    await manager.set_node_from_config((await choose(manager))[1])
+    await observer.on_push_frame(pushed(LLMFullResponseStartFrame(), 2000))
+    await observer.aflush()
+    assert [node["name"] for node in call.record["nodes"]] == ["start", "end"]
+
+
+async def test_the_end_that_follows_a_lost_service_is_an_error(call):
+    observer = observer_of(call)
+    stt = SimpleNamespace(is_usable=False)
+    await observer.on_push_frame(pushed(ErrorFrame("401"), source=stt))
+    await observer.on_push_frame(pushed(EndFrame()))
+    await observer.aflush()
+    assert call.ended_body["callEndedReason"] == "error"
+
+
+async def test_a_flush_before_the_end_waits_for_the_chunks_that_follow(call):
+    observer = observer_of(call)
+    flushed_early = asyncio.Event()
+
+    class FlushesEarly(FramePasser):
+        async def process_frame(self, frame: Frame, direction: FrameDirection) -> None:
+            await super().process_frame(frame, direction)
+            if isinstance(frame, TranscriptionFrame):
+                await observer.aflush(reason="client-disconnected")
+                assert "ended" not in call.order
+                flushed_early.set()
+                await self.pipeline_worker.queue_frame(CancelFrame())
+
+    audio = InputAudioRawFrame(b"\1\1" * 160, 8000, 1)
+    await run(observer, [audio, transcription("Bye.")], FlushesEarly())
+    assert flushed_early.is_set()
+    assert call.order.index("ended") > call.order.index("chunk 0")
+    assert call.ended_body["callEndedReason"] == "client-disconnected"
 
 
 async def test_a_recorder_of_ones_own_is_used_as_given(call):
