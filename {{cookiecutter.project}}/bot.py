@@ -9,6 +9,7 @@ Pipecat Cloud calls `bot()` for every session, as the commands above do.
 """
 
 import asyncio
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,6 +31,7 @@ import services
 import shutdown
 import tools
 import transports
+import twilio_gate
 from roark import RoarkObserver
 
 AGENT = "{{ cookiecutter.project }}"
@@ -42,6 +44,9 @@ async def bot(runner_args: RunnerArguments) -> None:
     try:
         config.require_keys()
         line = await transports.answer(runner_args)
+    except transports.Refused as refusal:
+        logger.warning(f"A call was refused: {refusal}")
+        return
     except Exception as error:
         logger.error(f"This call could not be answered: {error}")
         raise
@@ -168,6 +173,7 @@ async def converse(
 if __name__ == "__main__":
     config.exit_without_keys()
 
-    from pipecat.runner.run import main
+    from pipecat.runner.run import app, main
 
+    twilio_gate.guard(app, sys.argv[1:])
     main()

@@ -18,9 +18,11 @@ from pipecat.runner.types import (
 from pipecat.runner.utils import create_transport, parse_telephony_websocket
 from pipecat.transports.base_transport import BaseTransport, TransportParams
 
+import twilio_gate
 from config import setting
 
 if TYPE_CHECKING:
+    from pipecat.evals.transport import EvalTransportParams
     from pipecat.serializers.twilio import TwilioFrameSerializer
 
 PHONE_HZ = 8000
@@ -29,6 +31,10 @@ HANDSHAKE_SECONDS = 10.0
 # How long a web client may take to say it is ready to play audio. One that speaks no RTVI, the
 # protocol of Pipecat's client SDKs, never says so and is greeted then.
 CLIENT_READY_SECONDS = 2.0
+
+
+class Refused(Exception):
+    """This caller may not talk to the bot; the connection is closed. The text says why."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,7 @@ async def answer(runner_args: RunnerArguments) -> Line:
     Raises:
         ValueError: The session has no transport, or one this bot does not speak.
         TimeoutError: The telephony handshake did not arrive.
+        Refused: The caller may not talk to the bot.
     """
     if isinstance(runner_args, WebSocketRunnerArguments):
         return await _answer_phone(runner_args)
@@ -77,6 +84,12 @@ async def answer(runner_args: RunnerArguments) -> Line:
 def client_id(client: Any) -> str:
     """Who this client of a transport is: a Daily room has several, the others one."""
     return client["id"] if isinstance(client, dict) else "caller"
+
+
+def _eval_params() -> "EvalTransportParams":
+    from pipecat.evals.transport import EvalTransportParams
+
+    return EvalTransportParams(audio_in_enabled=True, audio_out_enabled=True)
 
 
 def _webrtc_params() -> TransportParams:
@@ -98,8 +111,14 @@ async def _answer_phone(runner_args: WebSocketRunnerArguments) -> Line:
     websocket = runner_args.websocket
     async with asyncio.timeout(HANDSHAKE_SECONDS):
         provider, call = await parse_telephony_websocket(websocket)
+    # Whoever speaks this protocol can rewrite what the bot was told: only where it was asked for.
+    if provider == "eval" and setting("ALLOW_EVAL") == "1":
+        return Line(await create_transport(runner_args, {"eval": _eval_params}))
     if provider != "twilio":
         raise ValueError(f"/ws speaks Twilio media streams, and this looks like {provider!r}")
+    if not twilio_gate.lets_in(websocket, call.call_id, call.body or {}):
+        await websocket.close(code=1008)
+        raise Refused("it did not bring the token of a call that Twilio sent here")
     # Where create_transport leaves them, for whoever wants to know who is calling.
     runner_args.transport_type = provider
     runner_args.call_data = call

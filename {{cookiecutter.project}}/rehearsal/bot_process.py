@@ -118,11 +118,15 @@ async def run_bot(
         BotFailed: It did not start.
     """
     descriptor, name = tempfile.mkstemp(prefix="rehearsal-bot-", suffix=".log")
-    command = ["-m", "rehearsal.launch_bot", "bot.py", "-t", transport, *options]
+    command = ["-m", "rehearsal.launch_bot", "bot.py", "-t", transport]
+    if transport == "twilio":
+        # The name in the TwiML, which nobody in the rehearsal asks for unless `options` say so.
+        command += ["-x", f"{HOST}:{port}"]
     with os.fdopen(descriptor, "wb") as log:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             *command,
+            *options,
             *("--host", HOST, "--port", str(port)),
             cwd=PROJECT,
             env={**_harmless(user_settings()), **environment, "PYTHONUNBUFFERED": "1"},
