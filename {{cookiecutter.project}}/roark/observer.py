@@ -59,6 +59,7 @@ from pipecat.services.llm_service import LLMService
 from pipecat.services.stt_service import STTService
 from pipecat.services.tts_service import TTSService
 from pipecat.transports.base_output import BaseOutputTransport
+from pipecat.utils.asyncio.task_manager import BaseTaskManager
 
 from roark.call import ENDINGS, CallRecord, Event, Rank, Redact
 from roark.outbox import outbox_for
@@ -135,6 +136,7 @@ class RoarkObserver(BaseObserver):
         self._failures: set[str] = set()
         self._origin: int | None = None
         self._clock: Any = None
+        self._observes = False
         self._started = False
         self._terminal: Frame | None = None
         self._ended_at: int | None = None
@@ -207,17 +209,20 @@ class RoarkObserver(BaseObserver):
         """
         self._ending(reason, detail, Rank.ASSUMED)
         self._set_deadline(timeout)
-        if self._started and not self._over.is_set():
+        if self._observes and not self._over.is_set():
             try:
-                await asyncio.wait_for(
-                    self._over.wait(), min(GRACE_SECONDS, self._remaining_seconds())
-                )
+                patience = min(GRACE_SECONDS, self._remaining_seconds())
+                await asyncio.wait_for(self._over.wait(), patience)
             except TimeoutError:
-                if self._terminal is None:
-                    self._finish_when_over()
-                    return
+                self._finish_when_over()
+                return
         self._finish()
         await self._folder.flush(self._remaining_seconds())
+
+    async def setup(self, task_manager: BaseTaskManager) -> None:
+        """A pipeline is being built, and its end will be told by `cleanup`."""
+        await super().setup(task_manager)
+        self._observes = True
 
     async def cleanup(self) -> None:
         """The pipeline is gone, whether or not anybody will flush."""
@@ -291,7 +296,8 @@ class RoarkObserver(BaseObserver):
 
     def _on_terminal(self, frame: Frame, at: int, source: FrameProcessor) -> None:
         self._note_terminal(frame)
-        self._finish_when_over()
+        if not self._observes:
+            self._finish_when_over()
 
     def _on_vad_started(
         self, frame: VADUserStartedSpeakingFrame, at: int, source: FrameProcessor
@@ -473,7 +479,6 @@ class RoarkObserver(BaseObserver):
         self._ended_at = (self._origin or 0) + at_ns
         if frame is not None:
             self._note_terminal(frame)
-        self._finish_when_over()
 
     def _listen_to(self, processor: AudioBufferProcessor) -> None:
         """Take the chunks of somebody else's recorder, in the order it gives them out."""
@@ -511,10 +516,11 @@ class RoarkObserver(BaseObserver):
         """Finish once the pipeline is gone, or when it should have been."""
 
         async def finish() -> None:
-            try:
-                await asyncio.wait_for(self._over.wait(), self._flush_seconds)
-            except TimeoutError:
-                logger.warning("Roark: the pipeline did not end; closing the call as it stands")
+            if self._observes:
+                try:
+                    await asyncio.wait_for(self._over.wait(), self._flush_seconds)
+                except TimeoutError:
+                    logger.warning("Roark: the pipeline did not end; closing the call as it is")
             self._finish()
 
         if not self._finished and not self._waits_for_end:
