@@ -532,7 +532,6 @@ PLAYER = """<section class="card player" aria-label="Recording">
 </button>
 <span id="time" aria-hidden="true"></span>
 <span id="note" role="status">{note}</span>
-<span class="space"></span>
 <span class="keys muted"{hidden}>{keys}</span>
 <button id="speed" class="small" aria-label="Speed" disabled{hidden}>1\u00d7</button>
 <button id="wider" class="small" aria-label="Show more of the call">\u2212</button>
