@@ -14,23 +14,23 @@ from contextlib import suppress
 from pathlib import Path
 
 from loguru import logger
-from pipecat.audio.vad.silero import SileroVADAnalyzer
-from pipecat.frames.frames import ErrorFrame, LLMRunFrame
 from pipecat.pipeline.pipeline import Pipeline
 from pipecat.pipeline.worker import PipelineParams, PipelineWorker, ProcessorUnusablePolicy
+from pipecat.processors.aggregators.dtmf_aggregator import DTMFAggregator
 from pipecat.processors.aggregators.llm_context import LLMContext
-from pipecat.processors.aggregators.llm_response_universal import (
-    LLMContextAggregatorPair,
-    LLMUserAggregatorParams,
-)
+from pipecat.processors.aggregators.llm_response_universal import LLMContextAggregatorPair
 from pipecat.runner.types import RunnerArguments
 from pipecat.workers.runner import WorkerRunner
 
 import config
+import endings
+import failures
 import services
 import shutdown
+import silence
 import tools
 import transports
+import turns
 import twilio_gate
 from roark import RoarkObserver
 
@@ -49,6 +49,7 @@ async def bot(runner_args: RunnerArguments) -> None:
         return
     except Exception as error:
         logger.error(f"This call could not be answered: {error}")
+        await transports.hang_up(runner_args)
         raise
 
     instructions = PROMPT_FILE.read_text(encoding="utf-8")
@@ -67,6 +68,9 @@ async def bot(runner_args: RunnerArguments) -> None:
         raise
     finally:
         # The one place that runs after every kind of ending. The reason noted first stands.
+        if (task := asyncio.current_task()) and task.cancelling():
+            roark.note_ending("max-duration", "bot() was cancelled: the host's session limit")
+        await transports.hang_up(runner_args)
         await roark.aflush(reason="client-disconnected")
 
 
@@ -81,19 +85,21 @@ async def converse(
 ) -> None:
     """Build the pipeline for `line` and run it until one side ends the call."""
     transport = line.transport
+    call = tools.CallState()
     stt = services.create_stt()
     llm = services.create_llm(instructions)
     tts = services.create_tts()
 
     context = LLMContext(tools=tools.offered())
-    # Silero hears when the caller speaks; Smart Turn, Pipecat's default, whether they are done.
     aggregators = LLMContextAggregatorPair(
-        context, user_params=LLMUserAggregatorParams(vad_analyzer=SileroVADAnalyzer())
+        context, user_params=turns.params(), assistant_params=services.memory_params()
     )
     pipeline = Pipeline(
         [
             transport.input(),
             stt,
+            # Keys pressed on the phone reach the LLM as text.
+            DTMFAggregator(),
             aggregators.user(),
             llm,
             tts,
@@ -114,16 +120,21 @@ async def converse(
             enable_metrics=True,
             enable_usage_metrics=True,
         ),
-        app_resources=tools.CallState(),
+        app_resources=call,
         conversation_id=roark.pipecat_call_id,
         enable_rtvi=not line.is_phone,
         idle_timeout_secs=runner_args.pipeline_idle_timeout_secs,
+        cancel_timeout_secs=endings.TEARDOWN_SECONDS,
         observers=[roark],
-        # A service that lost its key or its quota stays lost: end the call, do not sit in silence.
-        processor_unusable_policy=ProcessorUnusablePolicy.END,
+        # A service that is broken for good ends the call in failures.py, after an apology.
+        processor_unusable_policy=ProcessorUnusablePolicy.CONTINUE,
     )
     runner = WorkerRunner(handle_sigint=runner_args.handle_sigint)
     await runner.add_workers(worker)
+    ending = call.ending = endings.Ending(worker, runner, roark)
+    silence.watch(aggregators.user(), worker, ending, recogniser=type(stt).__name__)
+    failed = failures.Failures(worker, ending, llm=llm, tts=tts, bot_side=aggregators.assistant())
+    worker.add_observer(failed)
 
     caller: str | None = None
     client_ready = asyncio.Event()
@@ -135,16 +146,18 @@ async def converse(
             return
         caller = transports.client_id(client)
         logger.info("Caller connected")
+        failed.expect_answer()
         with suppress(TimeoutError):
             await asyncio.wait_for(client_ready.wait(), line.client_ready_seconds)
-        context.add_message({"role": "developer", "content": GREETING})
-        await worker.queue_frame(LLMRunFrame())
+        if not ending.has_begun:
+            await worker.queue_frame(endings.instruction(GREETING))
 
     @transport.event_handler("on_client_disconnected")
     async def on_client_disconnected(_transport, client):
         if caller is not None and transports.client_id(client) != caller:
             return
-        await end("client-disconnected", "the caller hung up")
+        client_ready.set()
+        await ending.now("client-disconnected", "the caller hung up")
 
     if not line.is_phone:
 
@@ -154,20 +167,18 @@ async def converse(
 
     @worker.event_handler("on_idle_timeout")
     async def on_idle_timeout(_worker):
-        roark.note_ending("idle-timeout", "nobody spoke")
+        roark.note_ending("idle-timeout", "nothing happened on the line")
 
-    @worker.event_handler("on_pipeline_error")
-    async def on_pipeline_error(_worker, frame: ErrorFrame):
-        if frame.processor and not frame.processor.is_usable:
-            roark.note_ending("error", f"{frame.processor.name} can no longer do its job")
+    @worker.event_handler("on_setup_timeout")
+    async def on_setup_timeout(_worker):
+        roark.note_ending("error", "a service took too long to connect")
 
-    async def end(reason: str, detail: str) -> None:
-        roark.note_ending(reason, detail)
-        client_ready.set()
-        await runner.cancel(reason)
+    async def on_signal(name: str) -> None:
+        await ending.now("signal", f"the process received {name}")
 
-    with shutdown.ends_call(lambda name: end("signal", f"the process received {name}")):
-        await runner.run()
+    with shutdown.ends_call(on_signal):
+        async with ending.enforced(line):
+            await runner.run()
 
 
 if __name__ == "__main__":

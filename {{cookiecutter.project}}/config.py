@@ -15,6 +15,15 @@ def setting(name: str, default: str = "") -> str:
     return os.environ.get(name, "").strip() or default
 
 
+def seconds(name: str, default: float) -> float:
+    """The variable `name` as a number of seconds, or `default` where it is unset or blank."""
+    value = setting(name)
+    try:
+        return float(value) if value else default
+    except ValueError:
+        raise RuntimeError(f"{name} is a number of seconds, not {value!r}") from None
+
+
 def missing_keys() -> dict[str, str]:
     """Each required variable that is not set, with what it is for."""
     return {name: purpose for name, purpose in REQUIRED.items() if not setting(name)}

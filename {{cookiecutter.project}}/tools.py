@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import aiohttp
 from loguru import logger
 from pipecat.adapters.llm.schemas.tools_schema import ToolsSchema
-from pipecat.frames.frames import EndFrame, FunctionCallResultProperties, TTSSpeakFrame
+from pipecat.frames.frames import FunctionCallResultProperties, TTSSpeakFrame
 from pipecat.services.llm_service import FunctionCallParams
 
 from config import setting
+from endings import Ending
 
 # Shorter than services.TOOL_TIMEOUT_SECONDS, so that the LLM hears what went wrong.
 MESSAGE_SECONDS = 5.0
@@ -25,10 +26,12 @@ class CallState:
     Parameters:
         read_back: The message last read back to the caller, as (message, callback number).
         read_back_after: How many times the caller had spoken by then.
+        ending: Ends the call.
     """
 
     read_back: tuple[str, str] | None = None
     read_back_after: int = 0
+    ending: Ending | None = None
 
 
 def offered() -> ToolsSchema:
@@ -45,9 +48,11 @@ async def end_call(params: FunctionCallParams, goodbye: str):
     await params.result_callback(
         {"status": "ending"}, properties=FunctionCallResultProperties(run_llm=False)
     )
-    await params.llm.push_frame(TTSSpeakFrame(goodbye))
-    # Drains what is queued first: the goodbye is heard.
-    await params.pipeline_worker.queue_frame(EndFrame(reason="agent-ended"))
+    call: CallState = params.app_resources
+    if call.ending:
+        call.ending.after(
+            TTSSpeakFrame(goodbye), reason="agent-ended", detail="the LLM called end_call"
+        )
 
 
 async def take_message(params: FunctionCallParams, message: str, callback_number: str):

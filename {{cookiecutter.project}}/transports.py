@@ -5,6 +5,8 @@ WebRTC's, nor dies of Daily's where those do not load.
 """
 
 import asyncio
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,12 +48,14 @@ class Line:
         audio_in_hz: Rate of the caller's audio through the pipeline.
         audio_out_hz: Rate of the bot's audio through the pipeline.
         is_phone: Whether a telephone is at the other end: no RTVI client, no "ready" to wait for.
+        is_alive: Whether the caller's end still shows signs of life; None where Pipecat tells.
     """
 
     transport: BaseTransport
     audio_in_hz: int = 16000
     audio_out_hz: int = 24000
     is_phone: bool = False
+    is_alive: Callable[[], bool] | None = None
 
     @property
     def client_ready_seconds(self) -> float:
@@ -74,11 +78,21 @@ async def answer(runner_args: RunnerArguments) -> Line:
         transport = await create_transport(runner_args, {"daily": _daily_params})
         return Line(transport, is_phone=dialled_in)
     if isinstance(runner_args, SmallWebRTCRunnerArguments):
-        return Line(await create_transport(runner_args, {"webrtc": _webrtc_params}))
+        transport = await create_transport(runner_args, {"webrtc": _webrtc_params})
+        return Line(transport, is_alive=runner_args.webrtc_connection.is_connected)
     raise ValueError(
         f"this session came without a transport ({type(runner_args).__name__}): start it with a "
         "Daily room, over /api/offer (webrtc) or over /ws (twilio)"
     )
+
+
+async def hang_up(runner_args: RunnerArguments) -> None:
+    """Close the caller's line, whatever became of the call. Harmless where that has happened."""
+    with suppress(Exception):
+        if isinstance(runner_args, SmallWebRTCRunnerArguments):
+            await runner_args.webrtc_connection.disconnect()
+        elif isinstance(runner_args, WebSocketRunnerArguments):
+            await runner_args.websocket.close()
 
 
 def client_id(client: Any) -> str:

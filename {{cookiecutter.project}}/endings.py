@@ -1,0 +1,126 @@
+"""How a call ends: at once, or after a goodbye, and never later than it must.
+
+Pipecat's own graceful end, the EndFrame, waits without a limit for all that is queued, and nothing
+overtakes it: a caller who hangs up during the goodbye, or a service that hangs, would hold up the
+end. Here a goodbye is waited for up to a limit, and then the call is cancelled.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from loguru import logger
+from pipecat.frames.frames import Frame, LLMMessagesAppendFrame
+
+import config
+
+if TYPE_CHECKING:
+    from pipecat.pipeline.worker import PipelineWorker
+    from pipecat.workers.runner import WorkerRunner
+
+    from roark import RoarkObserver
+    from transports import Line
+
+GOODBYE_SECONDS = 15.0
+# The last word has left the pipeline, but not yet reached the caller's ear.
+LAST_WORD_SECONDS = 0.7
+# Longer than a browser's hiccup; a peer that is gone for good stays gone.
+DEAD_LINE_SECONDS = 5.0
+# How long a peer may take to connect at all.
+CONNECT_SECONDS = 20.0
+LOOK_EVERY_SECONDS = 0.5
+# For Pipecat, to take a cancelled pipeline down: its connections are closed meanwhile.
+TEARDOWN_SECONDS = 5.0
+# Below max_session_duration in pcc-deploy.toml, which ends a call without a goodbye.
+MAX_CALL_SECONDS = 3300.0
+
+TIME_IS_UP = "This call has reached its time limit. Say so in one sentence, and say goodbye."
+
+
+def instruction(text: str) -> LLMMessagesAppendFrame:
+    """Tell the LLM something the caller does not hear, and have it speak."""
+    return LLMMessagesAppendFrame([{"role": "developer", "content": text}], run_llm=True)
+
+
+class Ending:
+    """The end of one call. Who asks for it first decides why and how."""
+
+    def __init__(
+        self, worker: "PipelineWorker", runner: "WorkerRunner", roark: "RoarkObserver"
+    ) -> None:
+        """Prepare the end of the call that `runner` runs."""
+        self._worker = worker
+        self._runner = runner
+        self._roark = roark
+        self._goodbye: asyncio.Task[None] | None = None
+        self._has_begun = False
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the call is ending: nothing new may be said."""
+        return self._has_begun
+
+    async def now(self, reason: str, detail: str) -> None:
+        """End the call at once; `reason` is one of roark.call.ENDINGS."""
+        self._has_begun = True
+        self._roark.note_ending(reason, detail)
+        await self._runner.cancel(reason)
+
+    def after(self, *goodbye: Frame, reason: str, detail: str) -> None:
+        """End the call once what the bot is saying, and `goodbye`, has been heard."""
+        if self._has_begun:
+            return
+        self._has_begun = True
+        self._roark.note_ending(reason, detail)
+        self._goodbye = asyncio.create_task(self._say_goodbye(goodbye, reason))
+
+    @asynccontextmanager
+    async def enforced(self, line: "Line") -> AsyncIterator[None]:
+        """While this is open, the time limit ends the call, and so does a peer that vanishes."""
+        watches = [
+            asyncio.create_task(self._limit_duration()),
+            asyncio.create_task(self._notice_dead_line(line)),
+        ]
+        try:
+            yield
+        finally:
+            tasks = [*watches, self._goodbye] if self._goodbye else watches
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _say_goodbye(self, goodbye: tuple[Frame, ...], reason: str) -> None:
+        try:
+            async with asyncio.timeout(GOODBYE_SECONDS):
+                await self._worker.queue_frames(goodbye)
+                await self._worker.flush_pipeline(GOODBYE_SECONDS)
+                await asyncio.sleep(LAST_WORD_SECONDS)
+        except TimeoutError:
+            logger.warning(f"The goodbye took longer than {GOODBYE_SECONDS:g} s; ending without it")
+        await self._runner.cancel(reason)
+
+    async def _limit_duration(self) -> None:
+        seconds = config.seconds("MAX_CALL_SECONDS", MAX_CALL_SECONDS)
+        if not seconds:
+            return
+        await asyncio.sleep(seconds)
+        self.after(
+            instruction(TIME_IS_UP),
+            reason="max-duration",
+            detail=f"MAX_CALL_SECONDS is {seconds:g}",
+        )
+
+    async def _notice_dead_line(self, line: "Line") -> None:
+        # Pipecat tells of a webrtc peer that vanished when ICE gives up, after about 30 s.
+        if line.is_alive is None:
+            return
+        patience = CONNECT_SECONDS
+        dead_for = 0.0
+        while dead_for < patience:
+            await asyncio.sleep(LOOK_EVERY_SECONDS)
+            if line.is_alive():
+                patience, dead_for = DEAD_LINE_SECONDS, 0.0
+            else:
+                dead_for += LOOK_EVERY_SECONDS
+        await self.now("client-disconnected", "the caller's connection went dead")
