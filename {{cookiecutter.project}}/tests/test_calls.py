@@ -266,3 +266,25 @@ async def test_a_socket_that_is_no_phone_call_ends_in_one_clear_line(stage: Stag
         logger.remove(sink)
     assert "could not be answered" in lines[0]
     assert "Twilio" in lines[0]
+
+
+@BOTH_TRANSPORTS
+async def test_an_interrupted_answer_is_kept_as_far_as_it_was_heard(
+    stage: Stage, transport: str
+) -> None:
+    greeting = "One two three four. Five six seven eight nine ten. Eleven twelve thirteen fourteen."
+    stage.engine.script = Script(
+        greeting=greeting, hears=("Stop, please.",), answers=(Answer(says="All right."),)
+    )
+    async with stage.caller(transport) as caller:
+        await caller.hear(within=SECONDS)
+        said = await stage.say(caller)
+        await caller.hear(since=said.end, within=SECONDS)
+        await caller.hear_out(quiet=0.5, within=SECONDS)
+    await stage.over()
+    ended = stage.received.ended
+    (first, cut), (second, asked), (third, answer) = texts(ended)
+    assert (first, second, third) == ("assistant", "user", "assistant")
+    assert greeting.startswith(cut) and 0 < len(cut) < len(greeting)
+    assert (asked, answer) == ("Stop, please.", "All right.")
+    assert stage.record["turns"][0]["interrupted_ms"] is not None
