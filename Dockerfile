@@ -6,7 +6,7 @@
 FROM --platform=$BUILDPLATFORM python:3.12-slim-trixie AS bake
 RUN pip install --no-cache-dir "cookiecutter==2.7.1"
 COPY . /template/
-RUN cookiecutter --no-input --output-dir /baked /template && mv /baked/* /bot
+RUN cookiecutter --no-input --output-dir /baked /template && mv /baked/* /bot && rm /bot/deploy.py
 
 FROM dailyco/pipecat-base:0.2.3-py3.12
 ENV UV_COMPILE_BYTECODE=1 UV_LINK_MODE=copy
@@ -18,7 +18,6 @@ RUN --mount=type=cache,target=/root/.cache/uv \
         echo "No uv.lock: today's newest versions. Run 'uv lock' and commit it to pin them." >&2; \
         uv sync --no-install-project --no-dev; \
     fi
-COPY --from=bake /bot/bot.py /bot/config.py /bot/services.py /bot/shutdown.py /bot/transports.py \
-    /bot/tools.py /bot/prompt.md ./
+COPY --from=bake /bot/*.py /bot/prompt.md ./
 COPY --from=bake /bot/roark/ roark/
 RUN python -c "import bot"

@@ -7,10 +7,8 @@ import shutil
 import stat
 import subprocess
 import sys
-import tarfile
 import tomllib
 from collections.abc import Callable
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -43,12 +41,6 @@ def project(tmp_path: Path) -> Path:
     (copy / "pcc-deploy.toml").write_text(toml)
     (copy / ".env").write_text("".join(f"{name}={value}\n" for name, value in KEYS.items()))
     return copy
-
-
-def context_names(folder: Path) -> set[str]:
-    """Return the names of the files that would be uploaded to be built."""
-    with tarfile.open(fileobj=BytesIO(deploy.pack_context(folder))) as packed:
-        return set(packed.getnames())
 
 
 def edit(path: Path, old: str, new: str) -> None:
@@ -98,12 +90,15 @@ class TestDockerfile:
         words = {word for word, _ in deploy.instructions(PROJECT / "Dockerfile")}
         assert words == {"FROM", "ENV", "COPY", "RUN"}
 
-    def test_it_copies_exactly_what_bot_py_needs(self) -> None:
+    def test_the_image_holds_what_bot_py_needs(self, project: Path, tmp_path: Path) -> None:
         """Every module that is imported, also inside functions; nothing for development."""
-        copies = deploy.copied(PROJECT / "Dockerfile")
-        names = {source.rstrip("/") for sources, _ in copies for source in sources}
-        assert names - {"pyproject.toml", "uv.loc[k]"} == deploy.needed(PROJECT)
-        assert not names & deploy.DEVELOPMENT
+        context, app = tmp_path / "context", tmp_path / "app"
+        deploy.unpack(deploy.pack_context(project), context)
+        deploy.lay_out_image(context, app, project / "Dockerfile")
+        image = {path.name for path in app.iterdir()}
+        assert deploy.needed(project) <= image
+        assert {"services.py", "prompt.md", "roark"} <= deploy.needed(project)
+        assert not image & (deploy.DEVELOPMENT | {".env", "Dockerfile"})
 
     def test_dependencies_come_before_what_changes_every_day(self) -> None:
         """Editing prompt.md must not install a gigabyte again."""
@@ -112,7 +107,7 @@ class TestDockerfile:
         ]
         order = [
             next(i for i, step in enumerate(steps) if part in step)
-            for part in ("uv.loc[k]", "uv sync", "bot.py")
+            for part in ("uv.loc[k]", "uv sync", "*.py")
         ]
         assert order == sorted(order)
 
@@ -197,7 +192,7 @@ class TestBuildContext:
         """Secrets and what callers said, at any depth; development."""
         (project / name).parent.mkdir(parents=True, exist_ok=True)
         (project / name).write_text("secret")
-        assert name not in context_names(project)
+        assert name not in deploy.context_names(project)
 
     def test_it_leaves_out_what_the_builders_own_list_leaves_out(self, project: Path) -> None:
         """Our .dockerignore replaces that list, so it has to be at least as long."""
@@ -206,13 +201,15 @@ class TestBuildContext:
         planted = {pattern.replace("*", "x") for pattern in DEFAULT_EXCLUSIONS}
         for name in planted - {path.name for path in project.iterdir()}:
             (project / name).write_text("")
-        assert not planted & context_names(project)
+        assert not planted & set(deploy.context_names(project))
 
     def test_it_holds_what_the_image_is_made_of_and_little_else(self, project: Path) -> None:
         """The builder needs the Dockerfile, and every source of its COPY lines."""
         (project / "uv.lock").touch()
-        tops = {name.partition("/")[0] for name in context_names(project)}
-        assert tops == deploy.needed(project) | {"Dockerfile", "pyproject.toml", "uv.lock"}
+        tops = {name.partition("/")[0] for name in deploy.context_names(project)}
+        needed = deploy.needed(project) | {"Dockerfile", "pyproject.toml", "uv.lock"}
+        assert needed <= tops
+        assert all(name.endswith(".py") for name in tops - needed)
 
     def test_docker_leaves_secrets_out_of_subfolders_too(self) -> None:
         """For Docker a bare name is the top folder only: each needs its `**/` twin."""
@@ -337,13 +334,19 @@ BREAKAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "the tag is mutable",
         "pin both",
     ),
-    "a module that is not copied": (
+    "a package that is not copied": (
         lambda project: (
-            (project / "crm.py").touch(),
+            (project / "crm").mkdir(),
+            (project / "crm" / "__init__.py").touch(),
             (project / "tools.py").open("a").write("\n\ndef look_up():\n    import crm\n"),
         ),
-        "bot.py needs crm.py, which is not copied",
-        "add: COPY crm.py ./",
+        "bot.py needs crm, which does not get into the image",
+        "add: COPY crm/ crm/",
+    ),
+    "a module of the base image's name": (
+        lambda project: (project / "app.py").touch(),
+        "app.py would overwrite the base image's own",
+        "give it another name",
     ),
     "an entry point of one's own": (
         lambda project: (project / "Dockerfile").open("a").write('CMD ["python", "bot.py"]\n'),
@@ -357,7 +360,7 @@ BREAKAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     ),
     "a module that is ignored": (
         lambda project: (project / ".dockerignore").open("a").write("tools.py\n"),
-        "copies tools.py, which is not in the build context",
+        "bot.py needs tools.py, which does not get into the image",
         "take it out of .dockerignore",
     ),
     "a stale lock": (
@@ -367,7 +370,7 @@ BREAKAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     ),
     "no Dockerfile": (
         lambda project: (project / "Dockerfile").unlink(),
-        "there is no ",
+        "Dockerfile not found",
         "put it back",
     ),
     "no .env": (
