@@ -133,6 +133,8 @@ async def test_a_browser_calls_the_bot_and_hears_it(tmp_path: Path) -> None:
         await page.locator("li.bot").first.wait_for(timeout=SECONDS * 1000)
         assert await loudness_heard(page) > 0.01
         await page.locator("li.caller").first.wait_for(timeout=SECONDS * 1000)
+        # The second thing the bot says answers the caller, whose words are final by then.
+        await page.locator("li.bot").nth(1).wait_for(timeout=SECONDS * 1000)
         await page.screenshot(path=tmp_path / "call.png")
         await page.get_by_role("button", name="Hang up").click()
         call = await delivered(roark)
