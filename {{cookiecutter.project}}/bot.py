@@ -25,6 +25,7 @@ from pipecat.workers.runner import WorkerRunner
 import config
 import endings
 import failures
+import quiet_log
 import services
 import shutdown
 import silence
@@ -33,6 +34,8 @@ import transports
 import turns
 import twilio_gate
 from roark import RoarkObserver
+
+quiet_log.begin()
 
 AGENT = "{{ cookiecutter.project }}"
 PROMPT_FILE = Path(__file__).with_name("prompt.md")
