@@ -44,6 +44,7 @@ Row = dict[str, Any]
 
 PAGE = "report.html"
 INDEX = "index.html"
+SOURCES = ("py", "css", "js")
 
 # A page stays below 16 MiB then, which mail servers take.
 SOUND_BYTES = 12_000_000
@@ -102,9 +103,11 @@ def write_index(calls_dir: Path) -> Path:
         raise FileNotFoundError(f"{calls_dir} is not a directory, so there are no calls in it.")
     rows = []
     for folder in call_folders(calls_dir):
-        if _is_stale(folder):
-            write_report(folder)
-        rows.append(_index_row(Call.read(folder, with_sound=False)))
+        # The outbox may tidy a call away while we write.
+        with suppress(FileNotFoundError):
+            if _is_stale(folder):
+                write_report(folder)
+            rows.append(_index_row(Call.read(folder, with_sound=False)))
     index = calls_dir / INDEX
     _write(index, _index_page(rows))
     return index
@@ -150,12 +153,12 @@ def _holds_a_call(folder: Path) -> bool:
 
 
 def _is_stale(folder: Path) -> bool:
+    """Whether the page of a call is missing or older than what it is made of."""
     page = folder / PAGE
-    if not page.exists():
+    if not page.exists() or not (folder / RECORD).exists():
         return True
-    written = page.stat().st_mtime
-    others = (path for path in folder.iterdir() if path != page)
-    return any(path.stat().st_mtime > written for path in others)
+    sources = [*folder.iterdir(), *(Path(__file__).with_suffix(f".{kind}") for kind in SOURCES)]
+    return max(path.stat().st_mtime for path in sources) > page.stat().st_mtime
 
 
 def _write(path: Path, text: str) -> None:

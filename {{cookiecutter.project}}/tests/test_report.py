@@ -405,6 +405,7 @@ def test_the_index_writes_again_only_the_pages_that_are_older_than_their_call(ca
     report.write_index(call.parent)
     page = call / "report.html"
     page.write_text("as it was")
+    (call.parent / "20261120T000000-tidied-away").mkdir()
     report.write_index(call.parent)
     assert page.read_text() == "as it was"
     later = page.stat().st_mtime + 10
