@@ -13,6 +13,7 @@ Every event has `event` (its name) and `at` (epoch nanoseconds of the moment it 
     sound         role, start_ms, end_ms: a stretch of sound in the recording
     vad           edge, secs: the voice detector decided `secs` after the fact
     user-turn     edge
+    turn-guess    complete, probability: what the turn model made of a pause
     transcript    text, spaced, user_id?, language?
     bot           edge: the output transport began or ended speech
     say           context, segment, text: a sentence goes to the voice
@@ -101,6 +102,7 @@ class Turn:
     answers: Turn | None = None
     transcribed_at: int | None = None
     waits: dict[str, float] = field(default_factory=dict)
+    end_cause: str | None = None
     redacted: str | None = None
 
     @property
@@ -123,7 +125,6 @@ class Word:
     text: str
     spaced: bool
     due: int | None
-    keep: bool
 
 
 @dataclass
@@ -441,6 +442,10 @@ class CallRecord:
             self._unanswered = user
             self._waits = {}
 
+    def _on_turn_guess(self, at: int, event: Event) -> None:
+        if self._user and self._user.released_at is None:
+            self._user.end_cause = "turn-model" if event["complete"] else "timeout"
+
     def _on_transcript(self, at: int, event: Event) -> None:
         user = self._turn_of_transcript(at)
         user.pieces.append((event["text"], bool(event.get("spaced"))))
@@ -508,10 +513,8 @@ class CallRecord:
 
     def _on_words(self, at: int, event: Event) -> None:
         segment = self._segment(event)
-        keep = bool(event.get("keep"))
-        segment.words.append(
-            Word(at, event["text"], bool(event.get("spaced")), event.get("due"), keep)
-        )
+        segment.keep = segment.keep or bool(event.get("keep"))
+        segment.words.append(Word(at, event["text"], bool(event.get("spaced")), event.get("due")))
         if event.get("due") is None and segment.text:
             segment.complete = True
 
@@ -534,7 +537,9 @@ class CallRecord:
 
     def _on_interruption(self, at: int, event: Event) -> None:
         bot = self._bot
-        if bot:
+        if bot and self._segments and self._segments[0].keep:
+            pass  # Speech that cannot be interrupted goes on.
+        elif bot:
             pieces = self._cut(bot, at)
             bot.interrupted_at = at
             self._end_bot_turn(at, pieces)
@@ -569,8 +574,6 @@ class CallRecord:
         pieces: list[tuple[str, bool]] = []
         played = (at - turn.start_at) / 1e9
         for segment in self._segments:
-            if segment.context != self._segments[0].context:
-                break
             seconds = segment.duration()
             if any(word.due is not None for word in segment.words):
                 pieces += self._heard(segment, at)
@@ -581,6 +584,8 @@ class CallRecord:
                 pieces += heard
                 turn.estimated = True
             played -= seconds
+            if segment.last:
+                break
         return pieces
 
     @staticmethod
@@ -734,6 +739,7 @@ class CallRecord:
                     if turn.interrupted_at
                     else None,
                     "estimated_cut": turn.estimated,
+                    "end_cause": turn.end_cause,
                     "node": turn.node,
                     "latency": self._latency(turn, start, edges[id(turn.answers)][1])
                     if turn.answers
@@ -778,6 +784,7 @@ class CallRecord:
         "sound": _on_sound,
         "vad": _on_vad,
         "user-turn": _on_user_turn,
+        "turn-guess": _on_turn_guess,
         "transcript": _on_transcript,
         "bot": _on_bot,
         "say": _on_say,

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
 
+import numpy as np
 from loguru import logger
 from pipecat.frames.frames import (
     AggregatedTextFrame,
@@ -51,6 +52,7 @@ from pipecat.metrics.metrics import (
     STTUsageMetricsData,
     TTFBMetricsData,
     TTSUsageMetricsData,
+    TurnMetricsData,
 )
 from pipecat.observers.base_observer import BaseObserver, FramePushed
 from pipecat.processors.audio.audio_buffer_processor import AudioBufferProcessor
@@ -63,12 +65,20 @@ from pipecat.utils.asyncio.task_manager import BaseTaskManager
 
 from roark.call import ENDINGS, CallRecord, Event, Rank, Redact
 from roark.outbox import outbox_for
-from roark.recorder import CallRecorder
+from roark.recorder import CallRecorder, Sounds, sounds_of
 
 FLUSH_SECONDS = 20.0
 # A caller's disconnect handler may flush before the pipeline has ended. The end is waited for this
 # long; after that the call is finished in the background, when the end comes.
 GRACE_SECONDS = 1.0
+
+# What is kept of a phone call: the name in Pipecat's call_data, and in Daily's dial-in settings.
+PHONE_FIELDS = {
+    "from_number": "From",
+    "to_number": "To",
+    "call_id": "call_id",
+    "stream_id": "stream_id",
+}
 
 Handler = Callable[[Any, int, Any], None]
 
@@ -232,6 +242,11 @@ class RoarkObserver(BaseObserver):
         # Not waited for: the outbox goes on by itself, and outlives this loop.
         self._set_deadline(None)
         self._keep(self._folder.flush(self._remaining_seconds()))
+
+    async def on_pipeline_started(self) -> None:
+        """Have a recorder that was passed in record, if it does not yet."""
+        if isinstance(self._audio_processor, AudioBufferProcessor):
+            await self._audio_processor.start_recording()
 
     async def on_push_frame(self, data: FramePushed) -> None:
         """Translate a frame; the types nobody handles cost one lookup."""
@@ -422,6 +437,10 @@ class RoarkObserver(BaseObserver):
                 measured["cached_tokens"] = item.value.cache_read_input_tokens or 0
             elif isinstance(item, TTSUsageMetricsData):
                 measured["tts_characters"] = item.value
+            elif isinstance(item, TurnMetricsData):
+                self._emit(
+                    "turn-guess", at, complete=item.is_complete, probability=item.probability
+                )
             elif isinstance(item, STTUsageMetricsData):
                 measured["stt_seconds"] = item.value.audio_seconds
             for kind, value in measured.items():
@@ -482,13 +501,20 @@ class RoarkObserver(BaseObserver):
 
     def _listen_to(self, processor: AudioBufferProcessor) -> None:
         """Take the chunks of somebody else's recorder, in the order it gives them out."""
+        sounds: dict[str, Sounds] = {}
 
         @processor.event_handler("on_audio_data")
         async def on_audio_data(_, pcm: bytes, sample_rate: int, num_channels: int) -> None:
             index, self._chunks = self._chunks, self._chunks + 1
             self._on_chunk(index, bytes(pcm), sample_rate, num_channels)
+            # It leaves out what it did not get: where it is now is all that can be known.
             ms = 1000 * self._recorded_samples / sample_rate
             self._emit("anchor", self._now(), ms=round(ms, 1))
+            if num_channels == 2:
+                sounds.update(sounds or sounds_of(sample_rate, self._on_sound))
+                samples = np.frombuffer(pcm, np.int16).reshape(-1, 2)
+                for channel, track in enumerate(sounds.values()):
+                    track.feed(samples[:, channel])
 
     # The end
 
@@ -614,12 +640,14 @@ class RoarkObserver(BaseObserver):
         return as_text(redacted(value, self._redact) if self._redact else value, empty=empty)
 
     def _note_phone(self) -> None:
-        # `create_transport` fills this in, after the observer may have been made.
+        # `create_transport` fills call_data in, after the observer may have been made. A Daily body
+        # holds an API key besides: only these fields are taken from it.
         call_data = field_of(self._runner_args, "call_data")
+        dialin = field_of(field_of(self._runner_args, "body"), "dialin_settings")
         found = {
             name: str(value)
-            for name in ("from_number", "to_number", "call_id", "stream_id")
-            if (value := field_of(call_data, name))
+            for name, daily in PHONE_FIELDS.items()
+            if (value := field_of(call_data, name) or field_of(dialin, daily))
         }
         if found:
             self._emit("phone", self._now(), **found)

@@ -128,6 +128,14 @@ class Sounds:
         return round(windows * WINDOW_SECONDS * 1000, 1)
 
 
+def sounds_of(sample_rate: int, on_sound: Sound) -> dict[str, Sounds]:
+    """What listens to the caller's and to the bot's track, in this order."""
+    return {
+        role: Sounds(sample_rate, share, partial(on_sound, role))
+        for role, share in OF_LOUDEST.items()
+    }
+
+
 class Track:
     """One speaker's audio on the call's timeline, resampled to the recording's rate."""
 
@@ -246,8 +254,8 @@ class Recording:
         self.seconds = 0.0
         self._on_chunk = on_chunk
         self._tracks = {
-            role: Track(sample_rate, Sounds(sample_rate, share, partial(on_sound, role)))
-            for role, share in OF_LOUDEST.items()
+            role: Track(sample_rate, sounds)
+            for role, sounds in sounds_of(sample_rate, on_sound).items()
         }
         self._chunk_samples = round(CHUNK_SECONDS * sample_rate)
         self._samples = 0

@@ -188,6 +188,19 @@ def test_an_interrupted_turn_ends_with_the_last_word_heard():
     assert turn["estimated_cut"] is False
 
 
+def test_speech_that_cannot_be_interrupted_is_heard_whole():
+    record = record_of(
+        event("say", 950, context="c", segment=1, text="This call is recorded.", keep=True),
+        event("bot", 1000, edge="start"),
+        event("words", 1000, context="c", segment=1, text="This call is recorded.", keep=True),
+        event("voice-done", 1000, context="c"),
+        event("interruption", 1300),
+        event("bot", 2600, edge="stop"),
+    )
+    [turn] = record.as_dict()["turns"]
+    assert (turn["text"], turn["interrupted_ms"]) == ("This call is recorded.", None)
+
+
 def test_words_of_an_interrupted_answer_do_not_reach_the_next_one():
     record = record_of(
         *spoken(1000, ("We", 0), ("are", 300), ("open.", 900), context="a"),

@@ -303,6 +303,15 @@ async def test_phone_numbers_are_read_when_the_call_starts(call):
     assert call.record["phone"] == {"call_id": "CA1", "stream_id": "MZ1", "from_number": "+1"}
 
 
+async def test_a_dial_in_is_kept_without_the_key_that_comes_with_it(call):
+    settings = {"From": "+1", "To": "+2", "call_id": "d", "call_domain": "x"}
+    body = {"dialin_settings": settings, "daily_api_key": "secret"}
+    observer = observer_of(call, runner_args=SimpleNamespace(session_id="s", body=body))
+    await observer.aflush()
+    assert call.record["phone"] == {"call_id": "d", "from_number": "+1", "to_number": "+2"}
+    assert "secret" not in json.dumps([call.events, call.record])
+
+
 async def test_what_is_redacted_is_neither_written_nor_sent(call):
     observer = observer_of(call, redact=lambda text: text.replace("4111", "[card]"))
     await observer.on_push_frame(pushed(StartFrame()))
@@ -377,7 +386,7 @@ async def test_a_flush_before_the_end_waits_for_the_chunks_that_follow(call):
 
 
 async def test_a_recorder_of_ones_own_is_used_as_given(call):
-    processor = AudioBufferProcessor(num_channels=2, buffer_size=1600, auto_start_recording=True)
+    processor = AudioBufferProcessor(num_channels=2, buffer_size=1600)
     observer = observer_of(call, audio_buffer_processor=processor)
     assert observer.audio_processor is processor
     frames = [OutputAudioRawFrame(b"\1\1" * 160, 8000, 1) for _ in range(20)]
