@@ -8,7 +8,6 @@ Settings come from the environment or .env: CALLS_DIR, ROARK_API_KEY, ROARK_BASE
 """
 
 import argparse
-import importlib
 import json
 import os
 import sys
@@ -110,11 +109,9 @@ def deliver(directory: Path) -> int:
 
 def write_report(directory: Path, call: str | None) -> int:
     """Writes the page and prints where it is."""
-    try:
-        report = importlib.import_module("roark.report")
-    except ModuleNotFoundError:
-        print("roark/report.py is missing.", file=sys.stderr)
-        return 2
+    # Brings numpy along, which nothing else here needs.
+    from roark import report
+
     return report.main(directory, call)
 
 
@@ -131,7 +128,7 @@ def _state(folder: Folder) -> str:
     if folder.destination is None:
         return "kept"
     if folder.steps_left:
-        return f"{len(folder.steps_left)} to deliver"
+        return f"{len(folder.steps_left)} to deliver to {folder.destination}"
     if folder.steps_given_up:
         return f"delivered, {len(folder.steps_given_up)} given up"
     return "delivered"

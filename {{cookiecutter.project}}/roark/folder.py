@@ -82,7 +82,7 @@ class Lock:
         self._file: int | None = None
 
     def acquire(self) -> bool:
-        """Takes the lock unless somebody has it. Where files cannot be locked, we have it."""
+        """Takes the lock unless somebody has it; OSError where files cannot be locked."""
         if self._file is not None:
             return True
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,8 @@ class Lock:
             os.close(file)
             return False
         except OSError:
-            pass
+            os.close(file)
+            raise
         self._file = file
         return True
 
@@ -379,8 +380,12 @@ class Folder:
         self._is_on_disk = True
 
     def _create(self) -> None:
-        if not self.lock.acquire():
-            raise BlockingIOError(errno.EAGAIN, "the folder is locked by another process")
+        try:
+            self.lock.acquire()
+        except OSError as error:
+            # Some network disks know no locks. A new call needs none; nobody will claim it either.
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
         self.path.mkdir(parents=True, exist_ok=True)
         # Whole from the start: without its first line nobody knows whom the call is for.
         _replace(self.path / DELIVERY, self._delivery_backlog)

@@ -26,7 +26,6 @@ import os
 import random
 import threading
 import time
-import traceback
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -34,18 +33,18 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from loguru import logger
 
 from roark.call import CallRecord
-from roark.client import Backoff, Rejected, RoarkClient, Unreachable
+from roark.client import Backoff, RoarkClient
+from roark.delivery import Delivery, where
 from roark.folder import (
     ENDED,
-    STARTED,
     Folder,
     as_json,
     call_folders,
-    chunk_step,
     folder_name,
 )
 
@@ -56,8 +55,6 @@ DISK_DAYS = 30.0
 # All live calls together; and, apart from them, what earlier processes left.
 UPLOADS_AT_ONCE = 4
 LEFTOVER_UPLOADS_AT_ONCE = 2
-# A fresh upload URL that storage refuses this often in a row will not be taken later either.
-MAX_UPLOAD_URLS = 4
 # Attempts per request for calls that earlier processes left; then the next call has its turn.
 LEFTOVER_ATTEMPTS = 4
 # Left calls wait until the first moments of a new one are over.
@@ -66,6 +63,7 @@ LEFTOVERS_PAUSE_SECONDS = 300.0
 # A round over the directory ends when this many calls in a row found nobody at the other end.
 MAX_UNREACHABLE_IN_A_ROW = 3
 TRIM_EVERY_SECONDS = 600.0
+MAX_SAID = 1000
 JOURNAL_SYNC_SECONDS = 0.2
 DRAIN_SECONDS = 2.0
 
@@ -85,10 +83,6 @@ class Flushed:
     delivered: int
     left: int
     given_up: int
-
-
-class _NotNow(Exception):
-    """This delivery stops here; what is left stays on disk."""
 
 
 class CallFolder:
@@ -201,23 +195,23 @@ class Outbox:
         self.directory = directory.absolute()
         self.client = client
         self.memory = _Memory(memory_bytes)
-        self.backoff = backoff or Backoff()
-        self.sleep = sleep
+        self._backoff = backoff or Backoff()
+        self._sleep = sleep
         self._disk_bytes = disk_bytes
         self._disk_days = disk_days
         self._leftovers_after_s = leftovers_after_s
         self._reconstruct = reconstruct or replay
         self._uploads = asyncio.Semaphore(UPLOADS_AT_ONCE)
         self._leftover_uploads = asyncio.Semaphore(LEFTOVER_UPLOADS_AT_ONCE)
-        self._deliveries: dict[Path, _Delivery] = {}
+        self._deliveries: dict[Path, Delivery] = {}
         self._turned_away: set[Path] = set()
         self._finished: set[Path] = set()
         self._something_is_left = asyncio.Event()
-        self._leftovers: asyncio.Task[None] | None = None
         self._trimmed_at = 0.0
         self._held: dict[Path, int] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
         self._flushes: set[asyncio.Task[None]] = set()
-        self._flushed: dict[Path, Flushed] = {}
+        self._flushed: WeakKeyDictionary[Folder, Flushed] = WeakKeyDictionary()
         self._last_deadline = 0.0
         self._syncing: set[Path] = set()
         self._said: set[str] = set()
@@ -301,17 +295,16 @@ class Outbox:
         try:
             action(*args)
         except Exception as error:
-            logger.error(f"Roark: call {folder.call_id}: could not be kept: {_where(error)}")
-        self._account(folder, reserved)
-        self._say_disk_error(folder)
+            logger.error(f"Roark: call {folder.call_id}: could not be kept: {where(error)}")
+        self._look_after_disk(folder, reserved)
         if folder.steps_left and folder.path not in self._turned_away:
             self._deliver(folder)
         else:
             self._let_go_if_over(folder)
 
-    def after_attempt(self, folder: Folder) -> None:
-        """A delivery has noted something in the folder."""
-        self._account(folder)
+    def _look_after_disk(self, folder: Folder, reserved: int = 0) -> None:
+        """Something was written, or could not be."""
+        self._account(folder, reserved)
         self._say_disk_error(folder)
 
     def _account(self, folder: Folder, reserved: int = 0) -> None:
@@ -327,11 +320,13 @@ class Outbox:
             reason = folder.disk_error.strerror or type(folder.disk_error).__name__
             folder.disk_error = None
             consequence = "delivered from memory" if self.client else "not kept"
-            self.say_once(f"cannot write to {self.directory}: {reason}; calls are {consequence}")
+            self._say_once(f"cannot write to {self.directory}: {reason}; calls are {consequence}")
 
-    def say_once(self, message: str) -> None:
+    def _say_once(self, message: str) -> None:
         """Logs an error that would otherwise be said for every request."""
         if message not in self._said:
+            if len(self._said) >= MAX_SAID:
+                self._said.clear()
             self._said.add(message)
             logger.error(f"Roark: {message}")
 
@@ -352,12 +347,35 @@ class Outbox:
                 # A chunk came after all was over, and somebody else looks after the call now.
                 self._something_is_left.set()
                 return
-            delivery = self._deliveries[folder.path] = _Delivery(self, folder, self._uploads)
-            delivery.task = self._loop.create_task(delivery.run())
-            delivery.task.add_done_callback(lambda _: self._delivery_ended(delivery))
+            assert self.client is not None
+            delivery = self._delivery(folder, self.client, slots=self._uploads)
+            self._deliveries[folder.path] = delivery
+            task = self._loop.create_task(delivery.run())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(lambda _: self._delivery_ended(delivery))
         delivery.look_again()
 
-    def _delivery_ended(self, delivery: "_Delivery") -> None:
+    def _delivery(
+        self,
+        folder: Folder,
+        client: RoarkClient,
+        *,
+        slots: asyncio.Semaphore,
+        max_attempts: int | None = None,
+    ) -> Delivery:
+        return Delivery(
+            folder,
+            client,
+            slots=slots,
+            backoff=self._backoff,
+            sleep=self._sleep,
+            complain=self._say_once,
+            on_attempt=self._look_after_disk,
+            max_attempts=max_attempts,
+        )
+
+    def _delivery_ended(self, delivery: Delivery) -> None:
         folder = delivery.folder
         del self._deliveries[folder.path]
         if delivery.was_turned_away:
@@ -397,9 +415,9 @@ class Outbox:
             waiter.set_result(result)
 
     def _log_flush(self, folder: Folder, result: Flushed, seconds: float) -> None:
-        if self._flushed.get(folder.path) == result:
+        if self._flushed.get(folder) == result:
             return
-        self._flushed[folder.path] = result
+        self._flushed[folder] = result
         call = f"Roark: call {folder.call_id}"
         kept = f"{folder.recording_seconds:.1f} s of audio in {folder.path}"
         if self.client is None:
@@ -432,7 +450,9 @@ class Outbox:
     # What earlier processes left
 
     def _look_after_leftovers(self) -> None:
-        self._leftovers = self._loop.create_task(self._deliver_leftovers())
+        task = self._loop.create_task(self._deliver_leftovers())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _deliver_leftovers(self) -> None:
         """Rounds over the directory, one call at a time, with longer pauses while nothing goes."""
@@ -444,12 +464,12 @@ class Outbox:
                 is_anything_left = await self._deliver_each(lambda *_: None)
                 await self._trim()
             except Exception as error:
-                self.say_once(f"the calls that were left: {_where(error)}")
+                self._say_once(f"the calls that were left: {where(error)}")
                 is_anything_left = True
             if is_anything_left:
                 fruitless += 1
                 longest = min(LEFTOVERS_PAUSE_SECONDS, 5.0 * 2.0 ** min(fruitless, 9))
-                await self.sleep(random.uniform(1.0, longest))
+                await self._sleep(random.uniform(1.0, longest))
                 continue
             fruitless = 0
             with suppress(TimeoutError):
@@ -458,16 +478,23 @@ class Outbox:
 
     async def _deliver_each(self, progress: Callable[[Folder, Flushed | None], None]) -> bool:
         """One round; says whether something is left that may go later."""
+        paths = call_folders(self.directory)
+        self._finished.intersection_update(paths)
+        self._turned_away.intersection_update(paths)
         is_anything_left = False
         unreachable_in_a_row = 0
-        for path in call_folders(self.directory):
+        for path in paths:
             # Live calls have their turn in between.
             await asyncio.sleep(0)
             if path in self._deliveries or path in self._turned_away or path in self._finished:
                 continue
-            folder = Folder.claim(path)
-            if folder is None:
-                progress(Folder.load(path), None)
+            try:
+                folder = Folder.claim(path)
+                if folder is None:
+                    progress(Folder.load(path), None)
+                    continue
+            except OSError as error:
+                self._say_once(f"a call that was left: {error.strerror} in {where(error)}")
                 continue
             try:
                 if folder.is_finished:
@@ -485,7 +512,7 @@ class Outbox:
                 break
         return is_anything_left
 
-    async def _deliver_left(self, folder: Folder) -> "_Delivery | None":
+    async def _deliver_left(self, folder: Folder) -> Delivery | None:
         """Closes a call whose process died; delivers it when it is meant for our Roark."""
         if folder.is_empty:
             # Its process died before it had said anything.
@@ -497,7 +524,12 @@ class Outbox:
         self._say_disk_error(folder)
         if self.client is None or folder.destination != self.client.base_url:
             return None
-        delivery = _Delivery(self, folder, self._leftover_uploads, max_attempts=LEFTOVER_ATTEMPTS)
+        delivery = self._delivery(
+            folder,
+            self.client,
+            slots=self._leftover_uploads,
+            max_attempts=LEFTOVER_ATTEMPTS,
+        )
         await delivery.run()
         if delivery.was_turned_away:
             self._turned_away.add(folder.path)
@@ -512,7 +544,7 @@ class Outbox:
         try:
             started, ended, record = self._reconstruct(folder.journal(), int(at.timestamp() * 1e9))
         except Exception as error:
-            logger.error(f"Roark: call {folder.call_id}: its journal: {_where(error)}")
+            logger.error(f"Roark: call {folder.call_id}: its journal: {where(error)}")
             ended = record = {
                 "event": ENDED,
                 "eventTimestamp": at.isoformat(),
@@ -557,171 +589,6 @@ class Outbox:
         if folder is not None:
             folder.remove()
         return folder is not None
-
-
-class _Delivery:
-    """Brings one call to Roark: call-started, the chunks, and when all are settled call-ended.
-
-    A live call is tried until its flush is overdue, others `max_attempts` times per request.
-    """
-
-    def __init__(
-        self,
-        outbox: Outbox,
-        folder: Folder,
-        uploads: asyncio.Semaphore,
-        *,
-        max_attempts: int | None = None,
-    ) -> None:
-        self.folder = folder
-        self.settled = asyncio.Event()
-        self.is_overdue = False
-        self.was_turned_away = False
-        self.was_unreachable = False
-        self.task: asyncio.Task[None] | None = None
-        self._outbox = outbox
-        self._slots = uploads
-        self._max_attempts = max_attempts
-        self._changed = asyncio.Event()
-        self._uploads: dict[int, asyncio.Task[None]] = {}
-        self._is_stopping = False
-
-    def look_again(self) -> None:
-        """The folder holds something new."""
-        if not self._is_stopping:
-            self.settled.clear()
-        self._changed.set()
-
-    async def run(self) -> None:
-        """Returns when the call is delivered, or when what is left of it has to wait."""
-        try:
-            while await self._advance():
-                await self._changed.wait()
-        except _NotNow:
-            pass
-        except Exception as error:
-            logger.error(f"Roark: call {self.folder.call_id}: its delivery: {_where(error)}")
-        finally:
-            self._is_stopping = True
-            for upload in self._uploads.values():
-                upload.cancel()
-            self.settled.set()
-
-    async def _advance(self) -> bool:
-        """Does what can be done now; False when there is nothing more to wait for."""
-        folder = self.folder
-        self._changed.clear()
-        if folder.started is not None and not folder.is_settled(STARTED):
-            await self._send(STARTED, folder.started)
-        if not self._is_stopping and (folder.started is not None or folder.ended is not None):
-            for index in folder.waiting_chunks:
-                if index not in self._uploads:
-                    self._begin_upload(index)
-        if self._uploads:
-            return True
-        if self._is_stopping:
-            return False
-        if folder.ended is not None and folder.steps_left == [ENDED]:
-            await self._send(ENDED, folder.final_ending())
-        if folder.steps_left:
-            return True
-        self.settled.set()
-        return folder.ended is None
-
-    def _begin_upload(self, index: int) -> None:
-        def end(task: asyncio.Task[None]) -> None:
-            del self._uploads[index]
-            error = None if task.cancelled() else task.exception()
-            if error is not None:
-                self._is_stopping = True
-                if not isinstance(error, _NotNow):
-                    logger.error(f"Roark: {chunk_step(index)}: {_where(error)}")
-            self._changed.set()
-
-        upload = asyncio.get_running_loop().create_task(self._upload(index))
-        self._uploads[index] = upload
-        upload.add_done_callback(end)
-
-    async def _send(self, step: str, body: bytes) -> None:
-        client, key = self._outbox.client, self.folder.idempotency_key(step)
-        assert client is not None
-
-        async def attempt(number: int) -> None:
-            await client.send_event(body, idempotency_key=key, attempt=number)
-
-        await self._until_settled(step, attempt)
-
-    async def _upload(self, index: int) -> None:
-        client, folder, step = self._outbox.client, self.folder, chunk_step(index)
-        assert client is not None
-        url: str | None = None
-        urls = 0
-
-        async def attempt(number: int) -> None:
-            nonlocal url, urls
-            async with self._slots:
-                if self.was_unreachable or self.was_turned_away:
-                    raise _NotNow
-                if url is None:
-                    # A new key: under the old one Roark may answer with the old URL.
-                    key = folder.idempotency_key(f"{step} url {urls}")
-                    url = await client.upload_url(
-                        folder.call_id, index, idempotency_key=key, attempt=number
-                    )
-                    urls += 1
-                try:
-                    await client.put_chunk(url, folder.read_chunk(index), attempt=number)
-                except Rejected as error:
-                    if error.url_has_expired and urls < MAX_UPLOAD_URLS:
-                        url = None
-                        raise Unreachable("the upload URL has expired") from None
-                    raise
-
-        await self._until_settled(step, attempt)
-
-    async def _until_settled(self, step: str, attempt: Callable[[int], Awaitable[None]]) -> None:
-        """Repeats an attempt until Roark has the step or never will; else raises _NotNow."""
-        folder, failures = self.folder, 0
-        while not folder.is_settled(step):
-            retry_after_s = None
-            try:
-                await attempt(failures + 1)
-            except FileNotFoundError:
-                self._give_up(step, "its file is gone")
-            except Rejected as error:
-                if error.is_about_us:
-                    self.was_turned_away = True
-                    self._outbox.say_once(
-                        f"turned away: {error}. Calls stay in {self._outbox.directory}; when the "
-                        "key is right, the next process or `python -m roark deliver` delivers them"
-                    )
-                    raise _NotNow from None
-                if error.is_transient:
-                    retry_after_s = error.retry_after_s
-                    failures += 1
-                else:
-                    self._give_up(step, str(error))
-            except (Unreachable, OSError) as error:
-                failures += 1
-                if self._must_stop(failures):
-                    self.was_unreachable = isinstance(error, Unreachable)
-            else:
-                folder.note_delivered(step)
-            self._outbox.after_attempt(folder)
-            if not folder.is_settled(step):
-                if self._must_stop(failures):
-                    raise _NotNow
-                await self._outbox.sleep(self._outbox.backoff.seconds(failures, retry_after_s))
-
-    def _must_stop(self, failures: int) -> bool:
-        if self.is_overdue or self.was_turned_away or self.was_unreachable:
-            return True
-        return self._max_attempts is not None and failures >= self._max_attempts
-
-    def _give_up(self, step: str, reason: str) -> None:
-        self.folder.note_given_up(step, reason)
-        what = step if step in (STARTED, ENDED) else "audio"
-        self._outbox.say_once(f"call {self.folder.call_id}: {what} is given up: {reason}")
 
 
 class _Memory:
@@ -780,12 +647,6 @@ def replay(
     record = CallRecord.replay(events)
     record.close("process-died", None, at)
     return record.call_started(), record.call_ended(), record.as_dict()
-
-
-def _where(error: BaseException) -> str:
-    """What went wrong and where; a traceback may show keys and what callers said."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__} in {Path(place.filename).name}:{place.lineno}"
 
 
 def _number(name: str, default: float) -> float:

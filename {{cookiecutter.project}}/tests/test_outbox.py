@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import wave
 from collections.abc import Callable
@@ -453,7 +454,7 @@ async def test_the_flush_ends_at_its_deadline_and_the_next_process_delivers_the_
     call = hold(first)
     began = time.monotonic()
     flushed = await call.flush(0.4)
-    assert time.monotonic() - began < 0.8
+    assert time.monotonic() - began < 3
     assert flushed.left > 0
     assert flushed.delivered + flushed.left == 6
     first.close()
@@ -520,7 +521,8 @@ async def test_what_is_left_does_not_hold_up_a_live_call(roark, open_outbox):
     await roark.until(lambda: any(r.step == "put" and r.stored for r in roark.requests))
     began = time.monotonic()
     await hold(second, "live", chunks=1).flush(10)
-    assert time.monotonic() - began < 0.5
+    # All that is left takes 5 s.
+    assert time.monotonic() - began < 3
     assert roark.calls["live"].whole
 
 
@@ -543,7 +545,7 @@ def test_a_call_is_delivered_when_its_loop_ends_right_after_the_flush(open_outbo
 
 @pytest.mark.anyio
 async def test_a_cancelled_flush_lets_go_at_once_and_the_delivery_goes_on(roark, open_outbox):
-    roark.fail("call-started", slow_s=0.3)
+    roark.fail("call-started", slow_s=1.5)
     call = hold(open_outbox(roark.url))
     flush = asyncio.create_task(call.flush(10))
     await asyncio.sleep(0.05)
@@ -551,7 +553,7 @@ async def test_a_cancelled_flush_lets_go_at_once_and_the_delivery_goes_on(roark,
     began = time.monotonic()
     with pytest.raises(asyncio.CancelledError):
         await flush
-    assert time.monotonic() - began < 0.2
+    assert time.monotonic() - began < 1
     await roark.complete(CALL)
     assert (await call.flush(10)).left == 0
 
@@ -579,18 +581,27 @@ async def test_a_process_that_exits_in_a_cancelled_flush_waits_for_the_delivery(
 
 @pytest.mark.anyio
 async def test_handing_over_does_not_wait_for_the_disk(roark, open_outbox, monkeypatch):
-    real_fsync = os.fsync
+    real_fsync, disk_answers = os.fsync, threading.Event()
 
-    def slow_fsync(file: int) -> None:
-        time.sleep(0.02)
+    def hanging_fsync(file: int) -> None:
+        disk_answers.wait(10)
         real_fsync(file)
 
-    outbox = open_outbox(roark.url)
-    monkeypatch.setattr(os, "fsync", slow_fsync)
-    began = time.perf_counter()
-    call = hold(outbox)
-    assert time.perf_counter() - began < 0.02
+    monkeypatch.setattr(os, "fsync", hanging_fsync)
+    call = hold(open_outbox(roark.url))
+    assert not disk_answers.is_set()
+    assert (await call.flush(0.1)).delivered == 0
+    disk_answers.set()
     assert (await call.flush(10)).left == 0
+
+
+@pytest.mark.anyio
+async def test_a_call_costs_its_own_thread_next_to_nothing_at_its_start(roark, open_outbox):
+    """CPU time, since that is what a busy event loop notices; a TLS context alone takes 20 ms."""
+    began = time.thread_time()
+    call = open_outbox(roark.url).open(CALL)
+    call.started(call_started())
+    assert time.thread_time() - began < 0.01
 
 
 @pytest.mark.anyio
