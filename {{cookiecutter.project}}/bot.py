@@ -71,8 +71,6 @@ async def bot(runner_args: RunnerArguments) -> None:
         raise
     finally:
         # The one place that runs after every kind of ending. The reason noted first stands.
-        if (task := asyncio.current_task()) and task.cancelling():
-            roark.note_ending("max-duration", "bot() was cancelled: the host's session limit")
         await transports.hang_up(runner_args)
         await roark.aflush(reason="client-disconnected")
 
@@ -180,8 +178,7 @@ async def converse(
         await ending.now("signal", f"the process received {name}")
 
     with shutdown.ends_call(on_signal):
-        async with ending.enforced(line):
-            await runner.run()
+        await ending.run(line)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ end. Here a goodbye is waited for up to a limit, and then the call is cancelled.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from loguru import logger
@@ -54,7 +52,9 @@ class Ending:
         self._runner = runner
         self._roark = roark
         self._goodbye: asyncio.Task[None] | None = None
+        self._limit_seconds = config.seconds("MAX_CALL_SECONDS", MAX_CALL_SECONDS)
         self._has_begun = False
+        self._cancelled = asyncio.Event()
 
     @property
     def has_begun(self) -> bool:
@@ -65,7 +65,7 @@ class Ending:
         """End the call at once; `reason` is one of roark.call.ENDINGS."""
         self._has_begun = True
         self._roark.note_ending(reason, detail)
-        await self._runner.cancel(reason)
+        await self._cancel(reason)
 
     def after(self, *goodbye: Frame, reason: str, detail: str) -> None:
         """End the call once what the bot is saying, and `goodbye`, has been heard."""
@@ -75,20 +75,32 @@ class Ending:
         self._roark.note_ending(reason, detail)
         self._goodbye = asyncio.create_task(self._say_goodbye(goodbye, reason))
 
-    @asynccontextmanager
-    async def enforced(self, line: "Line") -> AsyncIterator[None]:
-        """While this is open, the time limit ends the call, and so does a peer that vanishes."""
+    async def run(self, line: "Line") -> None:
+        """Run the call on `line` to its end, whoever brings that about."""
+        running = asyncio.create_task(self._runner.run())
+        cancelled = asyncio.create_task(self._cancelled.wait())
         watches = [
+            cancelled,
             asyncio.create_task(self._limit_duration()),
             asyncio.create_task(self._notice_dead_line(line)),
         ]
         try:
-            yield
+            await asyncio.wait([running, cancelled], return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            # So Pipecat Cloud ends a session at its limit. The runner would cancel the call too,
+            # but not say why.
+            await self.now("max-duration", "bot() was cancelled: the host's session limit")
         finally:
             tasks = [*watches, self._goodbye] if self._goodbye else watches
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.wait([running], timeout=2 * TEARDOWN_SECONDS)
+        if not running.done():
+            logger.error("The pipeline could not be taken down; leaving it behind")
+            running.cancel()
+            return
+        running.result()
 
     async def _say_goodbye(self, goodbye: tuple[Frame, ...], reason: str) -> None:
         try:
@@ -98,18 +110,17 @@ class Ending:
                 await asyncio.sleep(LAST_WORD_SECONDS)
         except TimeoutError:
             logger.warning(f"The goodbye took longer than {GOODBYE_SECONDS:g} s; ending without it")
+        await self._cancel(reason)
+
+    async def _cancel(self, reason: str) -> None:
         await self._runner.cancel(reason)
+        self._cancelled.set()
 
     async def _limit_duration(self) -> None:
-        seconds = config.seconds("MAX_CALL_SECONDS", MAX_CALL_SECONDS)
-        if not seconds:
-            return
-        await asyncio.sleep(seconds)
-        self.after(
-            instruction(TIME_IS_UP),
-            reason="max-duration",
-            detail=f"MAX_CALL_SECONDS is {seconds:g}",
-        )
+        if self._limit_seconds:
+            await asyncio.sleep(self._limit_seconds)
+            detail = f"MAX_CALL_SECONDS is {self._limit_seconds:g}"
+            self.after(instruction(TIME_IS_UP), reason="max-duration", detail=detail)
 
     async def _notice_dead_line(self, line: "Line") -> None:
         # Pipecat tells of a webrtc peer that vanished when ICE gives up, after about 30 s.

@@ -1,0 +1,226 @@
+"""Every way a call can end, over both transports: the record says which, and arrives complete."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
+
+import aiohttp
+import pytest
+from pipecat.services.cartesia.tts import CartesiaTTSService
+from pipecatcloud.agent import SmallWebRTCSessionArguments
+
+import bot
+import endings
+from rehearsal import webrtc_caller
+from rehearsal.caller import Caller
+from rehearsal.script import Script
+from tests.stage import SECONDS, VOICE_HZ, Stage, set_stage
+
+pytestmark = pytest.mark.anyio
+
+FLUSH_SECONDS = 20.0
+BOTH_TRANSPORTS = pytest.mark.parametrize("transport", ["twilio", "webrtc"])
+LONG_STORY = " ".join(["Once upon a time there was a telephone that would not stop ringing."] * 4)
+
+
+@pytest.fixture
+async def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """The bot and its world; the bot greets at length."""
+    async with set_stage(monkeypatch, tmp_path) as stage:
+        stage.engine.script = Script(greeting=LONG_STORY)
+        yield stage
+
+
+async def assert_ended(stage: Stage, reason: str, *, detail: str = "") -> None:
+    """bot() has returned in time, and record and delivery are complete and agree."""
+    asked_at = time.monotonic()
+    assert (await stage.over()).error is None
+    assert time.monotonic() - asked_at < FLUSH_SECONDS
+    assert stage.record["ending"]["reason"] == reason
+    assert detail in stage.record["ending"]["detail"]
+    assert stage.received.whole
+    assert stage.received.ended
+    assert stage.received.ended["callEndedReason"] == reason
+
+
+async def hang_up_while_the_bot_speaks(_stage: Stage, caller: Caller) -> None:
+    await caller.hear(within=SECONDS)
+    await caller.hang_up()
+
+
+async def hang_up_in_mid_sentence(stage: Stage, caller: Caller) -> None:
+    speaking = asyncio.create_task(stage.say(caller, LONG_STORY))
+    deepgram = stage.providers.deepgram
+    await stage.providers.log.until(
+        lambda: sum(connection.audio_bytes for connection in deepgram.connections) > VOICE_HZ,
+        within_s=SECONDS,
+    )
+    await caller.hang_up()
+    with pytest.raises(ConnectionError):
+        await speaking
+
+
+async def hang_up_at_once(_stage: Stage, caller: Caller) -> None:
+    await caller.hang_up()
+
+
+@BOTH_TRANSPORTS
+@pytest.mark.parametrize(
+    "leave", [hang_up_while_the_bot_speaks, hang_up_in_mid_sentence, hang_up_at_once]
+)
+async def test_a_caller_may_hang_up_at_any_moment(
+    stage: Stage, transport: str, leave: Callable[[Stage, Caller], Awaitable[None]]
+) -> None:
+    async with stage.caller(transport) as caller:
+        await leave(stage, caller)
+    await assert_ended(stage, "client-disconnected")
+
+
+@pytest.mark.slow
+@BOTH_TRANSPORTS
+async def test_a_caller_may_hang_up_before_the_pipeline_has_started(
+    stage: Stage, transport: str
+) -> None:
+    await stage.providers.deepgram.refuse()
+    async with stage.caller(transport):
+        pass
+    await assert_ended(stage, "client-disconnected")
+    assert stage.received.ended and not stage.received.ended.get("transcript")
+
+
+async def test_a_phone_that_vanishes_ends_the_call(stage: Stage) -> None:
+    async with stage.caller("twilio") as caller:
+        await caller.hear(within=SECONDS)
+        await caller.vanish()
+        await assert_ended(stage, "client-disconnected")
+
+
+@pytest.mark.slow
+async def test_a_browser_that_vanishes_is_noticed_within_ten_seconds(stage: Stage) -> None:
+    async with stage.caller("webrtc") as caller:
+        await caller.hear(within=SECONDS)
+        await caller.vanish()
+        vanished_at = time.monotonic()
+        await stage.over()
+        assert time.monotonic() - vanished_at < 10
+        await assert_ended(stage, "client-disconnected", detail="went dead")
+
+
+@BOTH_TRANSPORTS
+async def test_the_time_limit_ends_the_call_with_a_goodbye(
+    stage: Stage, transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage.engine.script = Script.parse(
+        {"greeting": "Hello.", "answers": [{"told": "time limit", "says": "Time is up. Goodbye."}]}
+    )
+    monkeypatch.setenv("MAX_CALL_SECONDS", "2")
+    async with stage.caller(transport) as caller:
+        await asyncio.wait_for(caller.ended.wait(), SECONDS)
+    await assert_ended(stage, "max-duration", detail="MAX_CALL_SECONDS")
+    assert stage.received.ended
+    assert stage.received.ended["transcript"][-1]["content"] == "Time is up. Goodbye."
+
+
+@BOTH_TRANSPORTS
+async def test_the_platforms_session_limit_is_recorded_as_such(
+    stage: Stage, transport: str
+) -> None:
+    headers = {"x-daily-transport-type": "webrtc", "x-pcc-max-session-seconds": "2"}
+    async with aiohttp.ClientSession() as platform:
+        waiting = asyncio.create_task(platform.post(f"{stage.url}/bot", json={}, headers=headers))
+        while not (await (await platform.get(f"{stage.url}/livez")).json()):
+            pass
+        async with stage.caller(transport) as caller:
+            await asyncio.wait_for(caller.ended.wait(), SECONDS)
+        await assert_ended(stage, "max-duration", detail="session limit")
+        await waiting
+
+
+@BOTH_TRANSPORTS
+async def test_a_goodbye_that_hangs_does_not_hang_the_call(
+    stage: Stage, transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endings, "GOODBYE_SECONDS", 0.5)
+    monkeypatch.setenv("MAX_CALL_SECONDS", "1")
+    stage.engine.script = Script(greeting="Hello.")
+    async with stage.caller(transport) as caller:
+        await caller.hear(within=SECONDS)
+        stage.providers.openai.faults.hang = True
+        await asyncio.wait_for(caller.ended.wait(), SECONDS)
+    await assert_ended(stage, "max-duration")
+
+
+@BOTH_TRANSPORTS
+async def test_hanging_up_during_the_goodbye_ends_the_call_at_once(
+    stage: Stage, transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage.engine.script = Script.parse(
+        {"greeting": "Hello.", "answers": [{"told": "time limit", "says": LONG_STORY}]}
+    )
+    monkeypatch.setenv("MAX_CALL_SECONDS", "1")
+    async with stage.caller(transport) as caller:
+        greeting = await caller.hear(within=SECONDS)
+        await caller.hear(since=greeting.start + 0.4, within=SECONDS)
+        await caller.hang_up()
+        hung_up_at = time.monotonic()
+        await stage.over()
+        assert time.monotonic() - hung_up_at < 3
+    await assert_ended(stage, "max-duration")
+
+
+async def test_a_service_that_cannot_be_closed_does_not_hold_up_the_end(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closable = asyncio.Event()
+
+    class StuckTTSService(CartesiaTTSService):
+        async def cleanup(self) -> None:
+            await closable.wait()
+            await super().cleanup()
+
+    monkeypatch.setattr("pipecat.services.cartesia.tts.CartesiaTTSService", StuckTTSService)
+    monkeypatch.setattr(endings, "TEARDOWN_SECONDS", 0.3)
+    async with stage.caller("twilio") as caller:
+        await caller.hear(within=SECONDS)
+    try:
+        await assert_ended(stage, "client-disconnected")
+    finally:
+        closable.set()
+
+
+@BOTH_TRANSPORTS
+async def test_an_exception_of_ours_ends_the_call_and_closes_the_line(
+    stage: Stage, transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_instructions: str) -> None:
+        raise LookupError("a bug")
+
+    monkeypatch.setattr(bot.services, "create_llm", broken)
+    await assert_hung_up(stage, transport, monkeypatch)
+    assert isinstance((await stage.over()).error, LookupError)
+    assert stage.received.ended
+    assert stage.received.ended["callEndedReason"] == "error"
+    assert "LookupError" in stage.record["ending"]["detail"]
+
+
+@BOTH_TRANSPORTS
+async def test_a_call_that_cannot_be_answered_is_hung_up(
+    stage: Stage, transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "")
+    await assert_hung_up(stage, transport, monkeypatch)
+    assert "OPENAI_API_KEY" in str((await stage.over()).error)
+
+
+async def assert_hung_up(stage: Stage, transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller finds the line closed, a web caller perhaps before it was up."""
+    monkeypatch.setattr(webrtc_caller, "CONNECT_SECONDS", 2.0)
+    with suppress(TimeoutError):
+        async with stage.caller(transport) as caller:
+            await asyncio.wait_for(caller.ended.wait(), SECONDS)
+    if transport == "webrtc":
+        args = (await stage.over()).args
+        assert isinstance(args, SmallWebRTCSessionArguments)
+        assert args.webrtc_connection.pc.connectionState == "closed"
