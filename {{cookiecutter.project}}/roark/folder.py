@@ -545,12 +545,7 @@ def _append(path: Path, lines: bytes) -> None:
     """Appends all of it or nothing: half a line would spoil the next one."""
     with open(path, "ab", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
-        try:
-            written = file.write(lines)
-        except OSError:
-            file.truncate(size)
-            raise
-        if written != len(lines):
+        if file.write(lines) != len(lines):
             file.truncate(size)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -402,6 +403,21 @@ async def test_repeats_are_byte_identical_under_one_key_and_each_new_url_has_its
 
 
 @pytest.mark.anyio
+async def test_another_process_repeats_a_request_under_the_same_key(roark, open_outbox):
+    roark.fail("call-ended", cut=True, after_storing=True)
+    first = open_outbox(roark.url)
+    await hold(first).flush(0.3)
+    first.close()
+    roark.heal()
+    open_outbox(roark.url, delivers_leftovers=True)
+    await roark.until(lambda: roark.requests[-1].status == 200)
+    await roark.complete(CALL)
+    repeats = [request for request in roark.requests if request.step == "call-ended"]
+    assert len(repeats) > 1
+    assert len({(request.idempotency_key, request.body) for request in repeats}) == 1
+
+
+@pytest.mark.anyio
 async def test_neither_key_nor_signed_url_is_ever_logged(roark, open_outbox, log, monkeypatch):
     monkeypatch.setattr("roark.client.ATTEMPT_SECONDS", 0.1)
     roark.fail("put", status=403, chunks={0})
@@ -712,20 +728,34 @@ async def test_a_journal_that_cannot_be_replayed_still_ends_the_call(
 
 
 @pytest.mark.anyio
-async def test_a_killed_call_without_key_gets_its_record_and_recording(calls_dir, open_outbox):
+async def test_a_recording_that_was_cut_short_in_an_append_is_made_right(calls_dir, open_outbox):
     path = leave_dead(calls_dir, None)
-    (path / "recording.wav").unlink()
-    with open(path / "delivery.jsonl", "r+") as delivery:
-        kept = [line for line in delivery if "recorded" not in line]
+    with open(path / "delivery.jsonl", "r+b") as delivery:
+        facts = [line for line in delivery if b'"recorded":1' not in line]
         delivery.seek(0)
         delivery.truncate()
-        delivery.writelines(kept)
-    (path / "chunk-00000.pcm").write_bytes(sound(CALL, 0))
+        delivery.writelines([*facts, b'{"recorded":'])
+    with open(path / "recording.wav", "r+b") as recording:
+        recording.truncate(44 + CHUNK_BYTES)
+        recording.seek(0, os.SEEK_END)
+        recording.write(b"torn" * CHUNK_BYTES)
     (path / "chunk-00001.pcm").write_bytes(sound(CALL, 1))
     outbox = open_outbox(None, reconstruct=died)
     await asyncio.wrap_future(outbox.deliver_leftovers(lambda *_: None))
     assert audio_of(path) == sound(CALL, 0) + sound(CALL, 1)
+    assert (path / "recording.wav").stat().st_size == 44 + 2 * CHUNK_BYTES
     assert json.loads((path / "call.json").read_bytes())["events"] == 2
+
+
+@pytest.mark.anyio
+async def test_a_power_cut_may_leave_the_log_ahead_of_the_recording(calls_dir, open_outbox):
+    path = leave_dead(calls_dir, None)
+    with open(path / "recording.wav", "r+b") as recording:
+        recording.truncate(44 + CHUNK_BYTES)
+    (path / "chunk-00001.pcm").write_bytes(sound(CALL, 1))
+    outbox = open_outbox(None, reconstruct=died)
+    await asyncio.wrap_future(outbox.deliver_leftovers(lambda *_: None))
+    assert audio_of(path) == sound(CALL, 0) + sound(CALL, 1)
 
 
 def leave_dead(calls_dir: Path, url: str | None) -> Path:
@@ -858,6 +888,24 @@ async def test_a_disk_that_recovers_gets_the_whole_call(roark, calls_dir, open_o
     open_outbox(roark.url, delivers_leftovers=True)
     await roark.complete(CALL)
     assert_whole(roark)
+
+
+def test_a_line_that_does_not_fit_the_disk_does_not_spoil_the_next_one(tmp_path):
+    folder = Folder(tmp_path / "20261121T120000-call", call_id=CALL)
+    folder.create()
+    lines = [json.dumps({"event": "words", "text": "x" * 600, "at": at}) for at in range(3)]
+    folder.keep_event(f"{lines[0]}\n".encode())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        folder.keep_event(f"{lines[1]}\n".encode())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert folder.disk_error is not None
+    assert (folder.path / "journal.jsonl").read_text() == f"{lines[0]}\n"
+    folder.keep_event(f"{lines[2]}\n".encode())
+    assert [event["at"] for event in folder.journal()] == [0, 1, 2]
+    folder.release()
 
 
 @pytest.mark.slow
