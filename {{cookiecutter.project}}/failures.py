@@ -178,6 +178,7 @@ class Failures(BaseObserver):
         """End the call: this service will not come back."""
         category = frame.category.value if frame.category else "failed"
         detail = f"{type(service).__name__}: {category}"
+        logger.error(f"A service is broken for good: {detail}")
         if isinstance(service, STTService | LLMService):
             self._apologise(detail)
         elif isinstance(service, TTSService):

@@ -178,7 +178,7 @@ class Delivery:
                     retry_after_s = error.retry_after_s
                     failures += 1
                 else:
-                    self._give_up(step, str(error))
+                    self._give_up(step, str(error.status), error.message)
             except (Unreachable, OSError) as error:
                 failures += 1
                 if self._must_stop(failures):
@@ -196,7 +196,8 @@ class Delivery:
             return True
         return self._max_attempts is not None and failures >= self._max_attempts
 
-    def _give_up(self, step: str, reason: str) -> None:
-        self.folder.note_given_up(step, reason)
+    def _give_up(self, step: str, reason: str, said: str = "") -> None:
+        # What Roark says about a message may repeat words of it: kept with the call, not logged.
+        self.folder.note_given_up(step, f"{reason} {said}".strip())
         what = step if step in (STARTED, ENDED) else "audio"
         self._complain(f"call {self.folder.call_id}: {what} is given up: {reason}")

@@ -329,12 +329,12 @@ REFUSED = {
     "call-started": (
         lambda roark: roark.fail("call-started", status=400),
         1,
-        "call-started is given up: 400 rehearsed 400",
+        "call-started is given up: 400",
     ),
     "one upload URL": (
         lambda roark: roark.fail("chunk-url", status=413, chunks={2}),
         1,
-        "audio is given up: 413 rehearsed 413",
+        "audio is given up: 413",
     ),
     "one PUT": (
         lambda roark: roark.fail("put", status=400, chunks={0}),
@@ -349,12 +349,12 @@ REFUSED = {
     "all audio": (
         lambda roark: roark.fail("chunk-url", status=422),
         4,
-        "audio is given up: 422 rehearsed 422",
+        "audio is given up: 422",
     ),
     "call-ended": (
         lambda roark: roark.fail("call-ended", status=413),
         1,
-        "call-ended is given up: 413 rehearsed 413",
+        "call-ended is given up: 413",
     ),
 }
 
