@@ -43,6 +43,8 @@ from datetime import UTC, datetime
 from enum import IntEnum
 from typing import Any, ClassVar
 
+from roark.speech import Piece, Speech, join
+
 Event = dict[str, Any]
 Redact = Callable[[str], str]
 
@@ -67,9 +69,6 @@ class Rank(IntEnum):
     SAID = 2
 
 
-# A voice without word timestamps is cut by the share of its audio that was played; before its
-# sentence is complete the length has to be guessed: English speech runs at about this rate.
-CHARACTERS_PER_SECOND = 15.0
 # No recogniser hears a word this soon after the speech began: such a text is the turn before's.
 SOONEST_TRANSCRIPT_NS = 200_000_000
 # A text this long after the last speech was spoken too softly for the voice detector.
@@ -90,7 +89,7 @@ class Turn:
     role: str
     start_at: int
     end_at: int | None = None
-    pieces: list[tuple[str, bool]] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
     user_id: str | None = None
     language: str | None = None
     node: str | None = None
@@ -118,42 +117,6 @@ class Turn:
 
 
 @dataclass
-class Word:
-    """Words the voice speaks; `due` is when they are heard (epoch ns), None if nobody knows."""
-
-    at: int
-    text: str
-    spaced: bool
-    due: int | None
-
-
-@dataclass
-class Segment:
-    """One sentence on its way to the caller: its words and the seconds of audio made for it."""
-
-    context: str | None
-    id: int | None
-    text: str = ""
-    keep: bool = False
-    seconds: float = 0.0
-    complete: bool = False
-    last: bool = False
-    words: list[Word] = field(default_factory=list)
-
-    def spoken(self) -> list[tuple[str, bool]]:
-        if self.words:
-            return [(word.text, word.spaced) for word in self.words]
-        return [(self.text, False)] if self.text and self.seconds else []
-
-    def duration(self) -> float:
-        """Seconds the whole sentence takes; a guess while it is still being made."""
-        guess = len(join(self.spoken()) or self.text) / CHARACTERS_PER_SECOND
-        if self.complete and self.seconds:
-            return self.seconds
-        return max(self.seconds, guess)
-
-
-@dataclass
 class Tool:
     """One tool call and how it ended."""
 
@@ -166,17 +129,6 @@ class Tool:
     error: str | None = None
     ended_at: int | None = None
     updates: list[tuple[int, str]] = field(default_factory=list)
-
-
-def join(pieces: Iterable[tuple[str, bool]]) -> str:
-    """Join (text, carries its own spacing) pieces the way they are spoken."""
-    text = ""
-    for piece, spaced in pieces:
-        if spaced:
-            text += piece
-        elif piece.strip():
-            text += ("" if not text or text[-1].isspace() else " ") + piece.strip()
-    return text.strip()
 
 
 def iso(at: int) -> str:
@@ -205,9 +157,7 @@ class CallRecord:
         self._speech_edges_seen = False
         self._bot: Turn | None = None
         self._bot_heard = False
-        self._segments: list[Segment] = []
-        self._voices: dict[str | None, int] = {}
-        self._behind: dict[str | None, int] = {}
+        self._speech = Speech()
         self._unanswered: Turn | None = None
         self._waits: dict[str, float] = {}
         self._tools: dict[str, Tool] = {}
@@ -352,7 +302,7 @@ class CallRecord:
 
     def _on_ended(self, at: int, event: Event) -> None:
         if self._bot:
-            self._end_bot_turn(at, self._cut(self._bot, at))
+            self._cut_bot_turn(self._bot, at)
         elif not self._bot_heard:
             self._unheard_turn()
         if self._user and self._user.end_at is None:
@@ -484,124 +434,51 @@ class CallRecord:
             if self._bot:
                 return
             self._bot = self._append(Turn("assistant", at))
-            if self._segments:
-                # A voice times its words from when it is ready, which may be before its turn.
-                context = self._segments[0].context
-                self._behind.setdefault(context, max(0, at - self._voices.get(context, at)))
+            self._speech.begins(at)
             if self._user and self._user.released_at is None and not self._user_audible:
                 self._user.released_at = at
             if self._unanswered:
                 self._bot.answers, self._bot.waits = self._unanswered, self._waits
                 self._unanswered, self._waits = None, {}
         elif self._bot:
-            self._end_bot_turn(at, self._take(at))
-
-    def _on_voice(self, at: int, event: Event) -> None:
-        self._voices.setdefault(event.get("context"), at)
+            self._bot.pieces += self._speech.ends(at)
+            self._end_bot_turn(self._bot, at)
 
     def _on_say(self, at: int, event: Event) -> None:
-        for segment in self._segments:
-            segment.complete = True
-        self._segments.append(
-            Segment(
-                event.get("context"), event.get("segment"), event["text"], bool(event.get("keep"))
-            )
-        )
+        self._speech.say(event)
+
+    def _on_voice(self, at: int, event: Event) -> None:
+        self._speech.voice(at, event)
 
     def _on_voiced(self, at: int, event: Event) -> None:
-        self._segment(event).seconds += float(event["seconds"])
+        self._speech.voiced(event)
 
     def _on_words(self, at: int, event: Event) -> None:
-        segment = self._segment(event)
-        segment.keep = segment.keep or bool(event.get("keep"))
-        segment.words.append(Word(at, event["text"], bool(event.get("spaced")), event.get("due")))
-        if event.get("due") is None and segment.text:
-            segment.complete = True
+        self._speech.words(at, event)
 
     def _on_voice_done(self, at: int, event: Event) -> None:
-        mine = [s for s in self._segments if s.context == event.get("context")]
-        if mine:
-            mine[-1].last = mine[-1].complete = True
-
-    def _segment(self, event: Event) -> Segment:
-        context, wanted = event.get("context"), event.get("segment")
-        mine = [s for s in self._segments if s.context == context and not s.last]
-        for segment in mine:
-            if wanted is not None and segment.id == wanted:
-                return segment
-        if mine:
-            return mine[-1]
-        segment = Segment(context, wanted)
-        self._segments.append(segment)
-        return segment
+        self._speech.voice_done(event)
 
     def _on_interruption(self, at: int, event: Event) -> None:
-        bot = self._bot
-        if bot and self._segments and self._segments[0].keep:
-            pass  # Speech that cannot be interrupted goes on.
-        elif bot:
-            pieces = self._cut(bot, at)
-            bot.interrupted_at = at
-            self._end_bot_turn(at, pieces)
+        if self._bot and not self._speech.goes_on:
+            self._bot.interrupted_at = at
+            self._cut_bot_turn(self._bot, at)
         elif not self._bot_heard:
             self._unheard_turn()
-        self._segments = [segment for segment in self._segments if segment.keep]
+        self._speech.take_back()
 
-    def _end_bot_turn(self, at: int, pieces: list[tuple[str, bool]]) -> None:
-        if self._bot:
-            self._bot.pieces += pieces
-            self._bot.end_at = at
-            self._bot = None
+    def _cut_bot_turn(self, bot: Turn, at: int) -> None:
+        pieces, bot.estimated = self._speech.heard_until(bot.start_at, at)
+        bot.pieces += pieces
+        self._end_bot_turn(bot, at)
 
-    def _take(self, at: int) -> list[tuple[str, bool]]:
-        """The words of a speech that came to its end: all up to where its voice was done."""
-        done = next((i for i, segment in enumerate(self._segments) if segment.last), None)
-        if done is None and any(w.due is not None for s in self._segments for w in s.words):
-            pieces = [p for segment in self._segments for p in self._heard(segment, at)]
-            for segment in self._segments:
-                segment.words = [w for w in segment.words if w.due is not None and w.due > at]
-            return pieces
-        count = len(self._segments) if done is None else done + 1
-        taken, self._segments = self._segments[:count], self._segments[count:]
-        return [piece for segment in taken for piece in segment.spoken()]
-
-    def _heard(self, segment: Segment, at: int) -> list[tuple[str, bool]]:
-        at -= self._behind.get(segment.context, 0)
-        return [(w.text, w.spaced) for w in segment.words if w.due is None or w.due <= at]
-
-    def _cut(self, turn: Turn, at: int) -> list[tuple[str, bool]]:
-        """The words heard of a speech cut short at `at`."""
-        pieces: list[tuple[str, bool]] = []
-        played = (at - turn.start_at) / 1e9
-        for segment in self._segments:
-            seconds = segment.duration()
-            if any(word.due is not None for word in segment.words):
-                pieces += self._heard(segment, at)
-            elif played >= seconds:
-                pieces += segment.spoken() or [(segment.text, False)]
-            elif played > 0:
-                heard = self._share(segment, played / seconds)
-                pieces += heard
-                turn.estimated = True
-            played -= seconds
-            if segment.last:
-                break
-        return pieces
-
-    @staticmethod
-    def _share(segment: Segment, share: float) -> list[tuple[str, bool]]:
-        """The first `share` of a sentence, to the end of the last whole word."""
-        spoken = join(segment.spoken()) or segment.text
-        limit = int(len(spoken) * share)
-        if limit < len(spoken) and not spoken[limit].isspace():
-            limit = max(spoken.rfind(" ", 0, limit), 0)
-        return [(spoken[:limit], False)] if spoken[:limit].strip() else []
+    def _end_bot_turn(self, bot: Turn, at: int) -> None:
+        bot.end_at = at
+        self._bot = None
 
     def _unheard_turn(self) -> None:
         """Without an output transport nobody says what is heard: the words as generated."""
-        words = [word for segment in self._segments for word in segment.words]
-        self._segments = []
-        if words:
+        if words := self._speech.take_all():
             turn = self._append(Turn("assistant", words[0].at, words[-1].at))
             turn.pieces = [(word.text, word.spaced) for word in words]
 

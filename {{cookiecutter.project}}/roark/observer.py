@@ -66,6 +66,7 @@ from pipecat.utils.asyncio.task_manager import BaseTaskManager
 from roark.call import ENDINGS, CallRecord, Event, Rank, Redact
 from roark.outbox import outbox_for
 from roark.recorder import CallRecorder, Sounds, sounds_of
+from roark.redaction import card_and_phone_numbers
 
 FLUSH_SECONDS = 20.0
 # A caller's disconnect handler may flush before the pipeline has ended. The end is waited for this
@@ -109,7 +110,7 @@ class RoarkObserver(BaseObserver):
         base_url: str | None = None,
         calls_dir: str | Path | None = None,
         flush_seconds: float | None = None,
-        redact: Redact | None = None,
+        redact: Redact | bool | None = None,
         folder: CallFolder | None = None,
     ) -> None:
         """Describe the call; nothing is sent before the pipeline starts.
@@ -126,13 +127,14 @@ class RoarkObserver(BaseObserver):
             base_url: Another Roark than api.roark.ai; default `ROARK_BASE_URL`.
             calls_dir: Where calls are kept; default `CALLS_DIR`, else `calls`.
             flush_seconds: Upper limit of `aflush`; default `ROARK_FLUSH_SECONDS`, else 20.
-            redact: Gets every text that was said and returns what may be kept and sent of it.
+            redact: Gets every text that was said and returns what may be kept and sent of it;
+                True takes out card and phone numbers, as `ROARK_REDACT=1` does.
             folder: Takes the call in place of the outbox.
         """
         super().__init__(observe_every_push=False)
         self._runner_args = runner_args
         self._call_id = pipecat_call_id or call_id_of(runner_args)
-        self._redact = redact
+        self._redact = redaction(redact)
         self._flush_seconds = flush_seconds or float(setting("ROARK_FLUSH_SECONDS") or 0)
         self._flush_seconds = self._flush_seconds or FLUSH_SECONDS
         self._folder = folder or open_folder(
@@ -141,7 +143,7 @@ class RoarkObserver(BaseObserver):
             base_url=base_url or setting("ROARK_BASE_URL"),
             calls_dir=Path(calls_dir or setting("CALLS_DIR") or "calls"),
         )
-        self._record = CallRecord(redact=redact)
+        self._record = CallRecord(redact=self._redact)
         self._routes: dict[type[Frame], Handler | None] = dict(self._handlers())
         self._failures: set[str] = set()
         self._origin: int | None = None
@@ -536,7 +538,8 @@ class RoarkObserver(BaseObserver):
             self._ending("cancelled", None, Rank.FALLBACK)
 
     def _ending(self, reason: str, detail: str | None, rank: int) -> None:
-        self._emit("ending", self._now(), reason=reason, detail=detail, rank=rank)
+        if not self._finished:
+            self._emit("ending", self._now(), reason=reason, detail=detail, rank=rank)
 
     def _finish_when_over(self) -> None:
         """Finish once the pipeline is gone, or when it should have been."""
@@ -645,7 +648,7 @@ class RoarkObserver(BaseObserver):
         call_data = field_of(self._runner_args, "call_data")
         dialin = field_of(field_of(self._runner_args, "body"), "dialin_settings")
         found = {
-            name: str(value)
+            name: self._shown(str(value))
             for name, daily in PHONE_FIELDS.items()
             if (value := field_of(call_data, name) or field_of(dialin, daily))
         }
@@ -668,6 +671,15 @@ def open_folder(
 def setting(name: str) -> str | None:
     """An environment variable; a blank one counts as unset."""
     return os.environ.get(name, "").strip() or None
+
+
+def redaction(wanted: Redact | bool | None) -> Redact | None:
+    """The function that redacts, if any."""
+    if callable(wanted):
+        return wanted
+    if wanted is None:
+        wanted = (setting("ROARK_REDACT") or "0").lower() not in ("0", "false", "no", "off")
+    return card_and_phone_numbers if wanted else None
 
 
 def field_of(thing: Any, name: str) -> Any:

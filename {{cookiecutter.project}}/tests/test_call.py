@@ -188,6 +188,18 @@ def test_an_interrupted_turn_ends_with_the_last_word_heard():
     assert turn["estimated_cut"] is False
 
 
+def test_words_that_an_interruption_overtook_are_not_heard_later():
+    record = record_of(
+        *spoken(1000, ("We", 0), ("are", 300), ("open.", 900), context="a")[:-1],
+        event("interruption", 1500),
+        event("words", 1501, context="a", segment=1, text="today.", due=ms(2500)),
+        event("bot", 1510, edge="stop"),
+        *spoken(4000, ("Yes?", 0), context="b"),
+        event("bot", 4600, edge="stop"),
+    )
+    assert texts(record) == [("assistant", "We are"), ("assistant", "Yes?")]
+
+
 def test_speech_that_cannot_be_interrupted_is_heard_whole():
     record = record_of(
         event("say", 950, context="c", segment=1, text="This call is recorded.", keep=True),

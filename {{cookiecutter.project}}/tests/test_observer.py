@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,10 +17,13 @@ from pipecat.frames.frames import (
     FunctionCallResultFrame,
     FunctionCallResultProperties,
     InputAudioRawFrame,
+    InterruptionFrame,
     LLMFullResponseStartFrame,
     OutputAudioRawFrame,
     StartFrame,
     TranscriptionFrame,
+    TTSAudioRawFrame,
+    TTSSpeakFrame,
     UserStartedSpeakingFrame,
     UserStoppedSpeakingFrame,
 )
@@ -29,6 +32,10 @@ from pipecat.pipeline.pipeline import Pipeline
 from pipecat.pipeline.worker import PipelineParams, PipelineWorker
 from pipecat.processors.audio.audio_buffer_processor import AudioBufferProcessor
 from pipecat.processors.frame_processor import FrameDirection, FrameProcessor
+from pipecat.services.settings import TTSSettings
+from pipecat.services.tts_service import TTSService
+from pipecat.transports.base_output import BaseOutputTransport
+from pipecat.transports.base_transport import TransportParams
 from pipecat.workers.runner import WorkerRunner
 
 from roark.observer import RoarkObserver, call_id_of
@@ -358,6 +365,65 @@ async def test_the_nodes_of_a_flow_are_noticed(call):
     assert [node["name"] for node in call.record["nodes"]] == ["start", "end"]
 
 
+class FlatVoice(TTSService):
+    """A voice without word timestamps: 15 characters a second, all of it at once."""
+
+    def __init__(self) -> None:
+        settings = TTSSettings(model=None, voice=None, language=None)
+        super().__init__(push_start_frame=True, push_stop_frames=True, settings=settings)
+
+    async def run_tts(self, text: str, context_id: str) -> AsyncGenerator[Frame, None]:
+        for _ in range(len(text)):
+            tone = b"\0\x20" * (8000 // 15)
+            yield TTSAudioRawFrame(tone, 8000, 1, context_id=context_id)
+
+
+class Loudspeaker(BaseOutputTransport):
+    """An output transport that plays in real time; `played` is set after so many seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(TransportParams(audio_out_enabled=True, audio_out_sample_rate=8000))
+        self.played = asyncio.Event()
+        self._left = seconds
+
+    async def start(self, frame: StartFrame) -> None:
+        await super().start(frame)
+        await self.set_transport_ready(frame)
+
+    async def write_audio_frame(self, frame: OutputAudioRawFrame) -> bool:
+        seconds = frame.num_frames / frame.sample_rate
+        await asyncio.sleep(seconds)
+        self._left -= seconds
+        if self._left <= 0:
+            self.played.set()
+        return True
+
+
+async def test_a_voice_without_word_timestamps_is_cut_where_it_was_interrupted(call):
+    observer = observer_of(call)
+    loudspeaker = Loudspeaker(1.0)
+    sentence = "We are open every day until nine in the evening."
+    worker = PipelineWorker(
+        Pipeline([FlatVoice(), loudspeaker, observer.audio_processor]),
+        params=PipelineParams(audio_out_sample_rate=8000),
+        observers=[observer],
+        enable_rtvi=False,
+    )
+    runner = WorkerRunner(handle_sigint=False)
+    await runner.add_workers(worker)
+
+    async def interrupt() -> None:
+        await loudspeaker.played.wait()
+        await worker.queue_frames([InterruptionFrame(), EndFrame()])
+
+    await worker.queue_frame(TTSSpeakFrame(sentence))
+    await asyncio.wait_for(asyncio.gather(runner.run(), interrupt()), 20)
+    [turn] = call.record["turns"]
+    assert turn["estimated_cut"] is True
+    assert turn["text"] in ("We are open", "We are open every")
+    assert turn["end_ms"] - turn["start_ms"] == pytest.approx(1000, abs=100)
+
+
 async def test_the_end_that_follows_a_lost_service_is_an_error(call):
     observer = observer_of(call)
     stt = SimpleNamespace(is_usable=False)
@@ -383,6 +449,15 @@ async def test_a_flush_before_the_end_waits_for_the_chunks_that_follow(call):
     await run(observer, [audio, transcription("Bye.")], FlushesEarly())
     assert flushed_early.is_set()
     assert call.order.index("ended") > call.order.index("chunk 0")
+
+
+async def test_redaction_can_be_switched_on_by_the_environment(call, monkeypatch):
+    monkeypatch.setenv("ROARK_REDACT", "1")
+    observer = observer_of(call)
+    await observer.on_push_frame(pushed(transcription("Call +1 415 555 0132.")))
+    await observer.aflush()
+    assert call.ended_body["transcript"][0]["content"] == "Call [phone]."
+    assert "0132" not in json.dumps(call.events)
 
 
 async def test_a_recorder_of_ones_own_is_used_as_given(call):

@@ -1,0 +1,215 @@
+"""What the caller heard of what the bot said.
+
+A voice makes its words long before they are played, and an interruption throws the rest away. A
+voice with word timestamps says when each word is heard. For any other the share of the sentence
+that was played is estimated from the share of its audio. Pure: times are epoch nanoseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+Piece = tuple[str, bool]
+
+# How long a sentence takes is known when all its audio is there. Before that it has to be guessed:
+# English speech runs at about this rate.
+CHARACTERS_PER_SECOND = 15.0
+
+
+def join(pieces: Iterable[Piece]) -> str:
+    """Join (text, carries its own spacing) pieces the way they are spoken."""
+    text = ""
+    for piece, spaced in pieces:
+        if spaced:
+            text += piece
+        elif piece.strip():
+            text += ("" if not text or text[-1].isspace() else " ") + piece.strip()
+    return text.strip()
+
+
+@dataclass
+class Word:
+    """Words the voice speaks; `due` is when they are heard, None if nobody knows."""
+
+    at: int
+    text: str
+    spaced: bool
+    due: int | None
+
+
+@dataclass
+class Sentence:
+    """One sentence on its way to the caller: its words and the seconds of audio made for it.
+
+    Parameters:
+        context: The voice's id of the speech it belongs to.
+        id: Pipecat's id of the sentence.
+        text: As it was given to the voice.
+        keep: Whether it is spoken to its end whatever the caller does.
+        complete: Whether all its audio is there.
+        last: Whether the speech ends with it.
+    """
+
+    context: str | None
+    id: int | None
+    text: str = ""
+    keep: bool = False
+    seconds: float = 0.0
+    complete: bool = False
+    last: bool = False
+    words: list[Word] = field(default_factory=list)
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """Its words, or its text if the voice spoke but told no words."""
+        if self.words:
+            return [(word.text, word.spaced) for word in self.words]
+        return [(self.text, False)] if self.text and self.seconds else []
+
+    @property
+    def duration(self) -> float:
+        """Seconds the whole sentence takes to say."""
+        if self.complete and self.seconds:
+            return self.seconds
+        return max(self.seconds, len(join(self.pieces) or self.text) / CHARACTERS_PER_SECOND)
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether the voice told when its words are heard."""
+        return any(word.due is not None for word in self.words)
+
+    def share(self, share: float) -> list[Piece]:
+        """Its first `share` (0 to 1), to the end of the last whole word."""
+        text = join(self.pieces) or self.text
+        limit = int(len(text) * share)
+        if limit < len(text) and not text[limit].isspace():
+            limit = max(text.rfind(" ", 0, limit), 0)
+        return [(text[:limit], False)] if text[:limit].strip() else []
+
+
+class Speech:
+    """The sentences that were made and not yet heard, in order."""
+
+    def __init__(self) -> None:
+        self._sentences: list[Sentence] = []
+        self._made_at: dict[str | None, int] = {}
+        self._behind: dict[str | None, int] = {}
+        self._taken_back: set[str] = set()
+
+    # What the voice does
+
+    def say(self, event: dict[str, Any]) -> None:
+        """A sentence goes to the voice."""
+        if event.get("context") in self._taken_back:
+            return
+        for sentence in self._sentences:
+            sentence.complete = True
+        self._sentences.append(
+            Sentence(
+                event.get("context"), event.get("segment"), event["text"], bool(event.get("keep"))
+            )
+        )
+
+    def voice(self, at: int, event: dict[str, Any]) -> None:
+        """The first audio of a speech was made."""
+        self._made_at.setdefault(event.get("context"), at)
+
+    def voiced(self, event: dict[str, Any]) -> None:
+        """Audio was made for the sentence in hand."""
+        if sentence := self._sentence_of(event):
+            sentence.seconds += float(event["seconds"])
+
+    def words(self, at: int, event: dict[str, Any]) -> None:
+        """The voice tells words that it speaks."""
+        if sentence := self._sentence_of(event):
+            due = event.get("due")
+            sentence.words.append(Word(at, event["text"], bool(event.get("spaced")), due))
+            sentence.keep = sentence.keep or bool(event.get("keep"))
+            # A voice without timestamps tells the sentence when it has made all of it.
+            sentence.complete = sentence.complete or (due is None and bool(sentence.text))
+
+    def voice_done(self, event: dict[str, Any]) -> None:
+        """A speech has been made to its end."""
+        mine = [s for s in self._sentences if s.context == event.get("context")]
+        if mine:
+            mine[-1].last = mine[-1].complete = True
+
+    def _sentence_of(self, event: dict[str, Any]) -> Sentence | None:
+        context, wanted = event.get("context"), event.get("segment")
+        if context in self._taken_back:
+            return None
+        mine = [s for s in self._sentences if s.context == context and not s.last]
+        named = [s for s in mine if wanted is not None and s.id == wanted]
+        if named or mine:
+            return (named or mine[-1:])[0]
+        sentence = Sentence(context, wanted)
+        self._sentences.append(sentence)
+        return sentence
+
+    # What the caller hears of it
+
+    def begins(self, at: int) -> None:
+        """The first sentence waiting begins to play."""
+        if self._sentences:
+            # The voice times its words from when it made the first; they may have had to wait.
+            context = self._sentences[0].context
+            self._behind.setdefault(context, max(0, at - self._made_at.get(context, at)))
+
+    def ends(self, at: int) -> list[Piece]:
+        """The speech came to its end: its words."""
+        done = next((i for i, sentence in enumerate(self._sentences) if sentence.last), None)
+        if done is None and any(sentence.is_timed for sentence in self._sentences):
+            # Only a pause: the voice was slow. The rest is still to come.
+            pieces = [piece for s in self._sentences for piece in self._heard(s, at)]
+            for sentence in self._sentences:
+                sentence.words = [w for w in sentence.words if not self._is_heard(sentence, w, at)]
+            return pieces
+        count = len(self._sentences) if done is None else done + 1
+        heard, self._sentences = self._sentences[:count], self._sentences[count:]
+        return [piece for sentence in heard for piece in sentence.pieces]
+
+    def heard_until(self, began: int, at: int) -> tuple[list[Piece], bool]:
+        """The words heard of the speech that began at `began`, and whether that is an estimate."""
+        pieces: list[Piece] = []
+        estimated = False
+        seconds_left = (at - began) / 1e9
+        for sentence in self._sentences:
+            seconds = sentence.duration
+            if sentence.is_timed:
+                pieces += self._heard(sentence, at)
+            elif seconds_left >= seconds:
+                pieces += sentence.pieces or [(sentence.text, False)]
+            elif seconds_left > 0:
+                pieces += sentence.share(seconds_left / seconds)
+                estimated = True
+            seconds_left -= seconds
+            if sentence.last:
+                break
+        return pieces, estimated
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the sentence in hand cannot be interrupted."""
+        return bool(self._sentences) and self._sentences[0].keep
+
+    def take_back(self) -> None:
+        """The caller interrupted: what was not heard never will be."""
+        dropped = [sentence for sentence in self._sentences if not sentence.keep]
+        self._sentences = [sentence for sentence in self._sentences if sentence.keep]
+        # Words already on their way come after the interruption that overtook them.
+        kept = {sentence.context for sentence in self._sentences}
+        self._taken_back |= {s.context for s in dropped if s.context} - kept
+
+    def take_all(self) -> list[Word]:
+        """All words, heard or not; for a pipeline without an output transport."""
+        words = [word for sentence in self._sentences for word in sentence.words]
+        self._sentences = []
+        return words
+
+    def _is_heard(self, sentence: Sentence, word: Word, at: int) -> bool:
+        return word.due is None or word.due + self._behind.get(sentence.context, 0) <= at
+
+    def _heard(self, sentence: Sentence, at: int) -> list[Piece]:
+        return [(w.text, w.spaced) for w in sentence.words if self._is_heard(sentence, w, at)]
