@@ -33,6 +33,7 @@ import tools
 import transports
 import turns
 import twilio_gate
+import warm_up
 from roark import RoarkObserver
 
 quiet_log.begin()
@@ -78,6 +79,9 @@ async def bot(runner_args: RunnerArguments) -> None:
 def readyz() -> dict[str, object]:
     """Tell Pipecat Cloud whether this process can take a call, and why not."""
     missing = config.missing_keys()
+    if not missing:
+        # The platform sends no caller before this has returned.
+        warm_up.once()
     return {"ready": not missing, "missing": sorted(missing)}
 
 
@@ -187,4 +191,6 @@ if __name__ == "__main__":
     from pipecat.runner.run import app, main
 
     twilio_gate.guard(app, sys.argv[1:])
+    if not config.missing_keys():
+        warm_up.once()
     main()

@@ -95,6 +95,12 @@ async def hang_up(runner_args: RunnerArguments) -> None:
             await runner_args.websocket.close()
 
 
+def warm_up() -> None:
+    """Import what a phone call needs, which is little; the runners import WebRTC themselves."""
+    import pipecat.serializers.twilio
+    import pipecat.transports.websocket.fastapi  # noqa: F401
+
+
 def client_id(client: Any) -> str:
     """Who this client of a transport is: a Daily room has several, the others one."""
     return client["id"] if isinstance(client, dict) else "caller"

@@ -1,0 +1,46 @@
+"""What is done before the first caller, so that nobody waits for it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bot
+
+BUILD = """
+import sys
+import bot
+quick = set(sys.modules)
+assert bot.readyz()["ready"]
+ready = set(sys.modules)
+import services, turns
+services.create_stt(), services.create_llm(""), services.create_tts(), turns.params()
+print(*sorted(set(sys.modules) - ready))
+print(*sorted(ready - quick))
+"""
+
+
+@pytest.mark.slow
+def test_a_ready_bot_has_imported_what_its_first_call_needs(tmp_path: Path) -> None:
+    keys = dict.fromkeys(("DEEPGRAM_API_KEY", "OPENAI_API_KEY", "CARTESIA_API_KEY"), "key")
+    process = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", BUILD],
+        cwd=tmp_path,
+        env={**os.environ, **keys, "PYTHONPATH": str(Path(bot.__file__).parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    by_the_call, by_readiness = process.stdout.splitlines()
+    assert by_the_call == ""
+    # As against the quick import, which has none of it.
+    assert {"openai", "deepgram", "pipecat.services.cartesia.tts"} <= set(by_readiness.split())
+
+
+def test_a_bot_without_keys_is_not_ready_and_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DEEPGRAM_API_KEY", raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    monkeypatch.setenv("CARTESIA_API_KEY", " ")
+    assert bot.readyz() == {"ready": False, "missing": ["CARTESIA_API_KEY", "DEEPGRAM_API_KEY"]}
