@@ -75,6 +75,7 @@ class Failures(BaseObserver):
         self._llm = llm
         self._tts = tts
         self._answer_seconds = config.seconds("ANSWER_SECONDS", ANSWER_SECONDS)
+        self._has_started = False
         self._attempt = 0
         self._failed_attempt = -1
         self._failed_in_a_row = 0
@@ -115,6 +116,11 @@ class Failures(BaseObserver):
     def expect_answer(self) -> None:
         """The bot is about to speak first."""
         self._owes_answer = True
+        self._set_alarm()
+
+    async def on_pipeline_started(self) -> None:
+        """From here on what is queued is processed: an answer can be waited for."""
+        self._has_started = True
         self._set_alarm()
 
     async def on_push_frame(self, data: FramePushed) -> None:
@@ -192,8 +198,8 @@ class Failures(BaseObserver):
         if self._alarm:
             self._alarm.cancel()
             self._alarm = None
-        is_waited_for = self._owes_answer and not self._bot_speaks and not self._caller_speaks
-        if is_waited_for and self._answer_seconds and not self._ending.has_begun:
+        is_quiet = self._has_started and not self._bot_speaks and not self._caller_speaks
+        if is_quiet and self._owes_answer and self._answer_seconds and not self._ending.has_begun:
             loop = asyncio.get_running_loop()
             self._alarm = loop.call_later(self._answer_seconds, self._on_dead_air)
 

@@ -1,0 +1,217 @@
+"""What the caller hears when a provider fails, and what the record says: never silence, no lies."""
+
+import asyncio
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import bot
+import failures
+from rehearsal import webrtc_caller
+from rehearsal.caller import Caller
+from rehearsal.script import Script
+from tests.stage import SECONDS, Stage, set_stage
+
+pytestmark = pytest.mark.anyio
+
+BOTH_TRANSPORTS = pytest.mark.parametrize("transport", ["twilio", "webrtc"])
+TALK = Script.parse(
+    {
+        "greeting": "Hello there.",
+        "hears": ["Can you hear me?", "Then tell me more."],
+        "answers": [
+            {"told": "did not reach", "says": "Here is my answer again."},
+            {"says": "Yes, and it is loud and clear, every single word of it."},
+        ],
+    }
+)
+
+
+@pytest.fixture
+async def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """The bot and its world; the bot loses patience with its providers soon."""
+    async with set_stage(monkeypatch, tmp_path) as stage:
+        stage.engine.script = TALK
+        monkeypatch.setenv("ANSWER_SECONDS", "1.5")
+        yield stage
+
+
+async def greeting_of(caller: Caller) -> None:
+    await caller.hear(within=SECONDS)
+    await caller.hear_out(quiet=0.5, within=SECONDS)
+
+
+async def bot_hangs_up(caller: Caller) -> None:
+    await asyncio.wait_for(caller.ended.wait(), SECONDS)
+
+
+def said_by_bot(stage: Stage) -> list[str]:
+    ended = stage.received.ended
+    assert ended
+    return [turn["content"] for turn in ended.get("transcript", []) if turn["role"] == "assistant"]
+
+
+def spoken_seconds(caller: Caller) -> float:
+    return sum(utterance.end - utterance.start for utterance in caller.heard.utterances)
+
+
+async def assert_failed(stage: Stage, provider: str) -> None:
+    assert (await stage.over()).error is None
+    ending: dict[str, Any] = stage.record["ending"]
+    assert ending["reason"] == "error"
+    assert provider in ending["detail"]
+    assert stage.received.ended
+    assert stage.received.ended["callEndedReason"] == "error"
+
+
+@BOTH_TRANSPORTS
+@pytest.mark.parametrize("provider", ["deepgram", "openai"])
+async def test_a_wrong_key_is_apologised_for_and_ends_the_call(
+    stage: Stage, transport: str, provider: str
+) -> None:
+    getattr(stage.providers, provider).faults.wrong_key = True
+    async with stage.caller(transport) as caller:
+        await bot_hangs_up(caller)
+        assert spoken_seconds(caller) > 1
+    await assert_failed(stage, {"deepgram": "Deepgram", "openai": "OpenAI"}[provider])
+    assert said_by_bot(stage)[-1] == failures.APOLOGY
+
+
+@BOTH_TRANSPORTS
+async def test_a_voice_with_a_wrong_key_ends_the_call_and_is_not_recorded_as_heard(
+    stage: Stage, transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webrtc_caller, "CONNECT_SECONDS", 2.0)
+    stage.providers.cartesia.faults.wrong_key = True
+    caller = stage.caller(transport)
+    # A web call may be over before it was up.
+    with suppress(TimeoutError):
+        async with caller:
+            await bot_hangs_up(caller)
+    assert spoken_seconds(caller) == 0
+    await assert_failed(stage, "Cartesia")
+    assert said_by_bot(stage) == []
+
+
+@pytest.mark.slow
+async def test_a_recogniser_that_is_down_is_apologised_for(stage: Stage) -> None:
+    await stage.providers.deepgram.refuse()
+    async with stage.caller("twilio") as caller:
+        await bot_hangs_up(caller)
+    await assert_failed(stage, "Deepgram")
+    assert said_by_bot(stage)[-1] == failures.APOLOGY
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["rate_limited", "server_errors", "hang"])
+async def test_an_llm_that_stays_broken_ends_the_call_with_an_apology(
+    stage: Stage, fault: str
+) -> None:
+    async with stage.caller("twilio") as caller:
+        await greeting_of(caller)
+        setattr(stage.providers.openai.faults, fault, True if fault == "hang" else 1000)
+        await stage.say(caller)
+        await bot_hangs_up(caller)
+    await assert_failed(stage, "OpenAI")
+    assert said_by_bot(stage)[-1] == failures.APOLOGY
+
+
+@pytest.mark.slow
+async def test_an_llm_that_is_down_ends_the_call_with_an_apology(stage: Stage) -> None:
+    await stage.providers.openai.refuse()
+    async with stage.caller("twilio") as caller:
+        await bot_hangs_up(caller)
+    await assert_failed(stage, "OpenAI")
+    assert said_by_bot(stage)[-1] == failures.APOLOGY
+
+
+@pytest.mark.parametrize("fault", ["rate_limited", "server_errors"])
+async def test_one_refused_request_goes_unnoticed(stage: Stage, fault: str) -> None:
+    """The SDK asks again by itself."""
+    async with stage.caller("twilio") as caller:
+        await greeting_of(caller)
+        setattr(stage.providers.openai.faults, fault, 1)
+        said = await stage.say(caller)
+        await caller.hear(since=said.end, within=SECONDS)
+        await caller.hear_out(quiet=0.5, within=SECONDS)
+    await stage.over()
+    assert said_by_bot(stage) == ["Hello there.", TALK.answers[1].says]
+
+
+@BOTH_TRANSPORTS
+@pytest.mark.parametrize("fault", ["cut", "hang"])
+async def test_an_llm_that_fails_once_is_asked_again_and_the_call_goes_on(
+    stage: Stage, transport: str, fault: str
+) -> None:
+    async with stage.caller(transport) as caller:
+        await greeting_of(caller)
+        openai = stage.providers.openai
+        openai.faults.cuts = int(fault == "cut")
+        openai.faults.hang = fault == "hang"
+        questions = len(openai.requests)
+        said = await stage.say(caller)
+        await stage.providers.log.until(lambda: len(openai.requests) > questions, within_s=SECONDS)
+        openai.faults.hang = False
+        await caller.hear(since=said.end, within=SECONDS)
+        await caller.hear_out(quiet=1.0, within=SECONDS)
+        said = await stage.say(caller)
+        await caller.hear(since=said.end, within=SECONDS)
+        await caller.hear_out(quiet=0.5, within=SECONDS)
+    await stage.over()
+    again = f"{failures.ONE_MOMENT} Here is my answer again. {TALK.answers[1].says}"
+    assert " ".join(said_by_bot(stage)).endswith(again)
+    assert stage.record["ending"]["reason"] == "client-disconnected"
+
+
+@pytest.mark.parametrize("fault", ["rate_limited", "server_errors", "cuts", "drop"])
+async def test_a_voice_that_fails_once_speaks_again_and_the_call_goes_on(
+    stage: Stage, fault: str
+) -> None:
+    async with stage.caller("twilio") as caller:
+        await greeting_of(caller)
+        cartesia = stage.providers.cartesia
+        if fault != "drop":
+            setattr(cartesia.faults, fault, 1)
+        said = await stage.say(caller)
+        await caller.hear(since=said.end, within=SECONDS)
+        if fault == "drop":
+            await cartesia.drop()
+        await caller.hear_out(quiet=1.5, within=SECONDS)
+        said = await stage.say(caller)
+        await caller.hear(since=said.end, within=SECONDS)
+        await caller.hear_out(quiet=0.5, within=SECONDS)
+    await stage.over()
+    asked = [m["transcript"] for c in cartesia.connections for m in c.received if "transcript" in m]
+    answer = TALK.answers[1].says
+    again = [failures.ONE_MOMENT, "Here is my answer again.", answer]
+    assert [text for text in asked if text] == ["Hello there.", answer, *again]
+    spoken = said_by_bot(stage)
+    assert " ".join(spoken).endswith(" ".join(again))
+    if fault in ("rate_limited", "server_errors"):
+        assert answer not in spoken[:-1], "never played, recorded as spoken"
+
+
+@BOTH_TRANSPORTS
+async def test_a_voice_that_hangs_ends_the_call_and_is_not_recorded_as_heard(
+    stage: Stage, transport: str
+) -> None:
+    stage.providers.cartesia.faults.hang = True
+    async with stage.caller(transport) as caller:
+        await bot_hangs_up(caller)
+        assert spoken_seconds(caller) == 0
+    await assert_failed(stage, "Cartesia")
+    assert said_by_bot(stage) == []
+
+
+async def test_a_greeting_that_breaks_is_made_up_for(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_text: str) -> None:
+        raise LookupError("a bug")
+
+    monkeypatch.setattr(bot.endings, "instruction", broken)
+    async with stage.caller("twilio") as caller:
+        await caller.hear(within=SECONDS)
+    await stage.over()
