@@ -37,6 +37,7 @@ Every event has `event` (its name) and `at` (epoch nanoseconds of the moment it 
 from __future__ import annotations
 
 import json
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -84,7 +85,19 @@ BOT_EDGE_MS = 250.0
 
 @dataclass(eq=False)
 class Turn:
-    """One speaker's turn; times in epoch nanoseconds as the detectors saw them."""
+    """One speaker's turn; times in epoch nanoseconds as the detectors saw them.
+
+    Parameters:
+        announced: The caller's: Pipecat took it for a turn.
+        detected: The caller's: the voice detector told of its beginning.
+        released_at: The caller's: when it was decided that they were done.
+        transcribed_at: The caller's: when its last text came before that.
+        end_cause: The caller's: "turn-model" or "timeout", whichever decided that.
+        answers: The bot's: the turn of the caller's that it is the reply to.
+        waits: The bot's: time to first byte of LLM and voice, ms.
+        estimated: The bot's: where its text is cut was estimated.
+        redacted: What a redaction made of its text, if that was written down.
+    """
 
     role: str
     start_at: int
@@ -129,6 +142,11 @@ class Tool:
     error: str | None = None
     ended_at: int | None = None
     updates: list[tuple[int, str]] = field(default_factory=list)
+
+
+def is_near(detected_ms: float, sound_ms: float) -> bool:
+    """Whether a voice detector may have meant this edge of a sound."""
+    return -USER_EARLY_MS <= detected_ms - sound_ms <= USER_LATE_MS
 
 
 def iso(at: int) -> str:
@@ -329,12 +347,11 @@ class CallRecord:
         """Where in the recording (or, without one, in the call) a moment is, in ms."""
         if not self._anchors or not self._recording:
             return self._span_ms(self._started_at, at)
-        before = [anchor for anchor in self._anchors if anchor[0] <= at]
-        after = [anchor for anchor in self._anchors if anchor[0] > at]
-        if before and after:
-            (at0, ms0), (at1, ms1) = before[-1], after[0]
+        index = bisect_right(self._anchors, at, key=lambda anchor: anchor[0])
+        if 0 < index < len(self._anchors):
+            (at0, ms0), (at1, ms1) = self._anchors[index - 1 : index + 1]
             return round(ms0 + (ms1 - ms0) * (at - at0) / (at1 - at0), 1)
-        known_at, ms = before[-1] if before else after[0]
+        known_at, ms = self._anchors[max(0, index - 1)]
         return round(max(0.0, ms + (at - known_at) / 1e6), 1)
 
     @staticmethod
@@ -347,16 +364,17 @@ class CallRecord:
         end = max(start, self._ms(turn.end_at or self._last_at))
         sounds = self._sounds[turn.role]
         if turn.role == "assistant":
-            inside = [s for s in sounds if s[0] < end + BOT_EDGE_MS and s[1] > start - BOT_EDGE_MS]
-            if inside:
-                start, end = inside[0][0], max(inside[-1][1], inside[0][0])
+            first = bisect_right(sounds, start - BOT_EDGE_MS, key=lambda sound: sound[1])
+            last = bisect_left(sounds, end + BOT_EDGE_MS, key=lambda sound: sound[0]) - 1
+            if first <= last:
+                start, end = sounds[first][0], sounds[last][1]
         else:
-            first = next((sound for sound in sounds if sound[1] > start), None)
-            last = next((sound for sound in reversed(sounds) if sound[0] < end), None)
-            if first and -USER_EARLY_MS <= start - first[0] <= USER_LATE_MS:
-                start = first[0]
-            if last and -USER_EARLY_MS <= end - last[1] <= USER_LATE_MS:
-                end = last[1]
+            first = bisect_right(sounds, start, key=lambda sound: sound[1])
+            last = bisect_left(sounds, end, key=lambda sound: sound[0]) - 1
+            if first < len(sounds) and is_near(start, sounds[first][0]):
+                start = sounds[first][0]
+            if last >= 0 and is_near(end, sounds[last][1]):
+                end = sounds[last][1]
         return start, max(start, end)
 
     # The caller

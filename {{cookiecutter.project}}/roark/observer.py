@@ -135,8 +135,7 @@ class RoarkObserver(BaseObserver):
         self._runner_args = runner_args
         self._call_id = pipecat_call_id or call_id_of(runner_args)
         self._redact = redaction(redact)
-        self._flush_seconds = flush_seconds or float(setting("ROARK_FLUSH_SECONDS") or 0)
-        self._flush_seconds = self._flush_seconds or FLUSH_SECONDS
+        self._flush_seconds = flush_seconds or seconds_setting("ROARK_FLUSH_SECONDS")
         self._folder = folder or open_folder(
             self._call_id,
             api_key=api_key,
@@ -673,13 +672,31 @@ def setting(name: str) -> str | None:
     return os.environ.get(name, "").strip() or None
 
 
+def seconds_setting(name: str) -> float:
+    """A time limit from the environment, seconds; FLUSH_SECONDS if it is unset or no number."""
+    try:
+        return float(setting(name) or FLUSH_SECONDS)
+    except ValueError:
+        logger.warning(f"Roark: {name} is not a number; using {FLUSH_SECONDS:g}")
+        return FLUSH_SECONDS
+
+
 def redaction(wanted: Redact | bool | None) -> Redact | None:
-    """The function that redacts, if any."""
-    if callable(wanted):
-        return wanted
+    """The function that redacts, if any; where it fails, nothing of the text is kept."""
     if wanted is None:
         wanted = (setting("ROARK_REDACT") or "0").lower() not in ("0", "false", "no", "off")
-    return card_and_phone_numbers if wanted else None
+    if not wanted:
+        return None
+    redact = wanted if callable(wanted) else card_and_phone_numbers
+
+    def safely(text: str) -> str:
+        try:
+            return redact(text)
+        except Exception as error:
+            logger.error(f"Roark: redaction failed with {type(error).__name__}; a text is left out")
+            return "[left out]"
+
+    return safely
 
 
 def field_of(thing: Any, name: str) -> Any:

@@ -451,6 +451,17 @@ async def test_a_flush_before_the_end_waits_for_the_chunks_that_follow(call):
     assert call.order.index("ended") > call.order.index("chunk 0")
 
 
+async def test_a_text_whose_redaction_fails_is_left_out(call):
+    def fails(text: str) -> str:
+        raise LookupError(text)
+
+    observer = observer_of(call, redact=fails)
+    await observer.on_push_frame(pushed(transcription("My card is 4111.")))
+    await observer.aflush()
+    assert call.ended_body["transcript"][0]["content"] == "[left out]"
+    assert "4111" not in json.dumps([call.events, call.record])
+
+
 async def test_redaction_can_be_switched_on_by_the_environment(call, monkeypatch):
     monkeypatch.setenv("ROARK_REDACT", "1")
     observer = observer_of(call)
