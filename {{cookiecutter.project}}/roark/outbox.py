@@ -640,6 +640,17 @@ def outbox_for(
         return outbox
 
 
+def outbox_from_environment() -> Outbox:
+    """The outbox that calls will use (CALLS_DIR, ROARK_API_KEY, ROARK_BASE_URL).
+
+    Called when a server starts, it delivers what the last one left before the first call comes.
+    """
+    directory = Path(os.environ.get("CALLS_DIR", "").strip() or "calls")
+    api_key = os.environ.get("ROARK_API_KEY", "").strip() or None
+    base_url = os.environ.get("ROARK_BASE_URL", "").strip() or None
+    return outbox_for(directory, api_key=api_key, base_url=base_url)
+
+
 def replay(
     events: list[dict[str, Any]], at: int
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

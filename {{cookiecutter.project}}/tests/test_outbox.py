@@ -24,7 +24,7 @@ from loguru import logger
 from rehearsal.roark import RoarkReceiver
 from roark.client import Backoff, RoarkClient
 from roark.folder import Folder, Lock, call_folders, folder_name
-from roark.outbox import Flushed, Outbox, outbox_for
+from roark.outbox import Flushed, Outbox, outbox_for, outbox_from_environment
 
 KEY = "rk_live_8d1f"
 CALL = "SmallWebRTCConnection#0-5ee1"
@@ -491,6 +491,18 @@ async def test_the_same_process_goes_on_once_roark_is_back(roark, open_outbox):
 
 
 @pytest.mark.anyio
+async def test_what_is_left_at_the_deadline_is_free_for_another_process(roark, open_outbox):
+    await roark.stop()
+    first = open_outbox(roark.url)
+    assert (await hold(first).flush(0.1)).left == 6
+    await until(lambda: not any(Lock(path).is_taken for path in call_folders(first.directory)))
+    await roark.start()
+    second = open_outbox(roark.url)
+    await asyncio.wrap_future(second.deliver_leftovers(lambda *_: None))
+    assert_whole(roark)
+
+
+@pytest.mark.anyio
 async def test_call_ended_waits_for_a_chunk_that_cannot_be_delivered_now(roark, open_outbox):
     roark.fail("put", status=500, chunks={1})
     first = open_outbox(roark.url)
@@ -744,6 +756,7 @@ async def test_a_recording_that_was_cut_short_in_an_append_is_made_right(calls_d
     await asyncio.wrap_future(outbox.deliver_leftovers(lambda *_: None))
     assert audio_of(path) == sound(CALL, 0) + sound(CALL, 1)
     assert (path / "recording.wav").stat().st_size == 44 + 2 * CHUNK_BYTES
+    assert Folder.load(path).recording_seconds == pytest.approx(0.2)
     assert json.loads((path / "call.json").read_bytes())["events"] == 2
 
 
@@ -1045,6 +1058,20 @@ def test_the_outbox_of_a_directory_is_shared(tmp_path):
     assert sent.client.base_url == "https://api.roark.ai"
     kept.close()
     sent.close()
+
+
+@pytest.mark.anyio
+async def test_a_server_that_starts_delivers_what_is_left_before_its_first_call(
+    roark, calls_dir, monkeypatch
+):
+    leave_dead(calls_dir, roark.url)
+    monkeypatch.setenv("CALLS_DIR", str(calls_dir))
+    monkeypatch.setenv("ROARK_API_KEY", KEY)
+    monkeypatch.setenv("ROARK_BASE_URL", roark.url)
+    outbox = outbox_from_environment()
+    assert outbox is outbox_for(calls_dir, api_key=KEY, base_url=roark.url)
+    await roark.complete(CALL)
+    outbox.close()
 
 
 def test_blank_and_wrong_bounds_fall_back(tmp_path, monkeypatch, log):
