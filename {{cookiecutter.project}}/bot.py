@@ -52,7 +52,7 @@ async def bot(runner_args: RunnerArguments) -> None:
         logger.warning(f"A call was refused: {refusal}")
         return
     except Exception as error:
-        logger.error(f"This call could not be answered: {error}")
+        logger.error(f"This call could not be answered: {config.reason(error)}")
         await transports.hang_up(runner_args)
         raise
 
@@ -64,6 +64,14 @@ async def bot(runner_args: RunnerArguments) -> None:
         agent_prompt=instructions,
         runner_args=runner_args,
     )
+    async with config.watched(roark.pipecat_call_id, service=AGENT):
+        await hold(line, instructions, roark, runner_args)
+
+
+async def hold(
+    line: transports.Line, instructions: str, roark: RoarkObserver, runner_args: RunnerArguments
+) -> None:
+    """Hold the call on `line` and deliver its record, however it ends."""
     try:
         await converse(line, instructions, roark, runner_args)
     except Exception as error:
@@ -128,6 +136,7 @@ async def converse(
         app_resources=call,
         conversation_id=roark.pipecat_call_id,
         enable_rtvi=not line.is_phone,
+        enable_tracing=bool(config.setting("OTEL_EXPORTER_OTLP_ENDPOINT")),
         idle_timeout_secs=runner_args.pipeline_idle_timeout_secs,
         cancel_timeout_secs=endings.TEARDOWN_SECONDS,
         observers=[roark],

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import AbstractAsyncContextManager, nullcontext
 
 REQUIRED = {
     "DEEPGRAM_API_KEY": "hears the caller (https://console.deepgram.com)",
@@ -33,6 +34,24 @@ def require_keys() -> None:
     """Raise RuntimeError, naming every required variable that is missing."""
     if missing := missing_keys():
         raise RuntimeError(f"not configured: {', '.join(missing)} missing; see env.example")
+
+
+def watched(call_id: str, *, service: str) -> AbstractAsyncContextManager[None]:
+    """Traces and error reports around a call, where they are configured: see telemetry.py."""
+    if not setting("OTEL_EXPORTER_OTLP_ENDPOINT") and not setting("SENTRY_DSN"):
+        return nullcontext()
+    import telemetry
+
+    return telemetry.of_call(call_id, service=service)
+
+
+def reason(error: Exception) -> str:
+    """What to log of `error`: the text of a plain one, which is ours; of others their type alone.
+
+    The texts of parsers and validators repeat what they were given, tokens and numbers included.
+    """
+    is_plain = type(error) in (RuntimeError, ValueError) and str(error)
+    return str(error) if is_plain else type(error).__name__
 
 
 def exit_without_keys() -> None:

@@ -50,11 +50,16 @@ def begin() -> None:
     logging.setLogRecordFactory(_QuietRecord)
 
 
+def is_ours(path: str) -> bool:
+    """Whether the file is one of this project's."""
+    return Path(path).is_relative_to(PROJECT) and "site-packages" not in path
+
+
 def _hush(record: "Record") -> None:
     if _is_off():
         return
     path = record["file"].path
-    if not _is_ours(path):
+    if not is_ours(path):
         record["message"] = _words_of(path, record["line"], record["message"])
     if (error := record["exception"]) and error.value:
         record["message"] += "\n" + _places(error.value)
@@ -70,7 +75,7 @@ class _QuietRecord(logging.LogRecord):
             return
         if self.name.startswith("uvicorn"):
             self.args = _each(self.args, _without_tokens)
-        elif not _is_ours(self.pathname):
+        elif not is_ours(self.pathname):
             self.msg = _words_of(self.pathname, self.lineno, str(self.msg))
             self.args = () if self.msg == HIDDEN else _each(self.args, _only_numbers)
         if self.exc_info and (error := self.exc_info[1]):
@@ -80,10 +85,6 @@ class _QuietRecord(logging.LogRecord):
 def _is_off() -> bool:
     # Asked for each line: .env is read after this module.
     return setting("LOG_EVERYTHING") == "1"
-
-
-def _is_ours(path: str) -> bool:
-    return Path(path).is_relative_to(PROJECT) and "site-packages" not in path
 
 
 def _words_of(path: str, line: int, message: str) -> str:
