@@ -7,20 +7,15 @@ that a busy or dying bot does not distort what is measured of it.
 import asyncio
 import json
 import os
-import signal
 import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import aiohttp
-
-from benchmarks import PROJECT, REPOSITORY
-from benchmarks.host import Measured, Settings
-from benchmarks.subjects import OURS, PUBLISHED, TUNER
-from benchmarks.tuner_receiver import TunerReceiver
 from rehearsal.bot_process import free_port
 from rehearsal.caller import Caller
 from rehearsal.engine import ToolCall
@@ -29,6 +24,11 @@ from rehearsal.roark import ReceivedCall, RoarkReceiver
 from rehearsal.script import Answer, Script, ScriptedEngine
 from rehearsal.twilio_caller import TwilioCaller
 from rehearsal.webrtc_caller import WebRTCCaller
+
+from benchmarks import PROJECT, REPOSITORY
+from benchmarks.host import Measured, Settings
+from benchmarks.subjects import OURS, PUBLISHED, TUNER
+from benchmarks.tuner_receiver import TunerReceiver
 
 SECONDS = 40.0
 """What anything may take on a busy machine before it counts as broken."""
@@ -103,7 +103,7 @@ class Host:
     url: str
     result: Path
 
-    def signal(self, number: signal.Signals) -> None:
+    def signal(self, number: Signals) -> None:
         """Send the bot a signal; SIGKILL ends it in the middle of whatever it does."""
         with suppress(ProcessLookupError):
             self.process.send_signal(number)
@@ -180,9 +180,8 @@ async def _answers(process: asyncio.subprocess.Process, url: str, log: Path) -> 
     async with asyncio.timeout(SECONDS), aiohttp.ClientSession() as http:
         while process.returncode is None:
             with suppress(aiohttp.ClientError):
-                async with http.get(f"{url}/status") as response:
-                    if response.ok:
-                        return
+                async with http.get(f"{url}/status"):
+                    return
             await asyncio.sleep(0.05)
     raise RuntimeError(f"the host did not start:\n{log.read_text(encoding='utf-8')[-2000:]}")
 

@@ -18,12 +18,11 @@ from pipecat.frames.frames import (
     Frame,
     InputAudioRawFrame,
     LLMTextFrame,
-    StartFrame,
     TTSTextFrame,
 )
 from pipecat.observers.base_observer import FramePushed
 from pipecat.processors.frame_processor import FrameDirection
-from pipecat.utils.text.base_text_aggregator import AggregationType
+from pipecat.utils.text.base_text_aggregator import TextType
 
 from benchmarks.subjects import NAMES, NULL, OURS, PUBLISHED, subject
 
@@ -51,7 +50,7 @@ _ONE_FRAME = InputAudioRawFrame(audio=bytes(320), sample_rate=8000, num_channels
 KINDS: dict[str, Callable[[int], Frame]] = {
     "the same audio frame": _audio,
     "a fresh LLM text frame": lambda n: LLMTextFrame(f"word{n}"),
-    "a fresh TTS text frame": lambda n: TTSTextFrame(f"word{n}", AggregationType.WORD),
+    "a fresh TTS text frame": lambda n: TTSTextFrame(f"word{n}", TextType.WORD),
 }
 
 

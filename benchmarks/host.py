@@ -10,18 +10,27 @@ and how long each observer took to finish.
 import asyncio
 import json
 import os
+import sys
 import time
+from collections.abc import AsyncGenerator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import services
+import shutdown
+import transports
+import uvicorn
 from pipecat.audio.vad.silero import SileroVADAnalyzer
 from pipecat.frames.frames import (
     CancelFrame,
     EndFrame,
+    Frame,
     InputAudioRawFrame,
     LLMRunFrame,
     OutputAudioRawFrame,
+    TTSAudioRawFrame,
 )
 from pipecat.observers.base_observer import BaseObserver, FramePushed
 from pipecat.pipeline.pipeline import Pipeline
@@ -34,10 +43,12 @@ from pipecat.processors.aggregators.llm_response_universal import (
 from pipecat.processors.audio.audio_buffer_processor import AudioBufferProcessor
 from pipecat.runner.types import RunnerArguments
 from pipecat.services.llm_service import FunctionCallParams
+from pipecat.services.settings import TTSSettings
+from pipecat.services.tts_service import TTSService
 from pipecat.workers.runner import WorkerRunner
+from rehearsal.base_image import BaseImage
+from rehearsal.script import ScriptedEngine
 
-import services
-import transports
 from benchmarks.subjects import PUBLISHED, TUNER, Subject, subject
 
 
@@ -53,6 +64,10 @@ class Settings:
         busy_ms: For so long of every 100 ms the event loop is blocked.
         second_chunks: pipecat-roark records in chunks of a second instead of 256 KB, so that it
             has several to lose in a short call.
+        plain_voice: The voice gives no word timestamps.
+        once: The bot ends the call when the caller is gone, and the process ends with the call, as
+            `asyncio.run(bot())` does.
+        ends_on_signal: SIGTERM ends the call, as in our bot.py.
     """
 
     servers: dict[str, str]
@@ -60,6 +75,14 @@ class Settings:
     flush: str = "finally"
     busy_ms: int = 0
     second_chunks: bool = False
+    plain_voice: bool = False
+    once: bool = False
+    ends_on_signal: bool = False
+
+    @classmethod
+    def read(cls) -> Self:
+        """Read what this process was told."""
+        return cls(**json.loads(os.environ["BENCHMARK_HOST"]))
 
     def to_environment(self) -> dict[str, str]:
         """Return the variable that says all this."""
@@ -102,6 +125,20 @@ class Stopwatch(BaseObserver):
                 self._measured.audio_seconds = (data.timestamp - self._first_audio) / 1e9
 
 
+class PlainVoice(TTSService):
+    """The scripted voice as a service that does not say when which word is spoken."""
+
+    def __init__(self) -> None:
+        settings = TTSSettings(model=None, voice=None, language=None)
+        super().__init__(push_start_frame=True, push_stop_frames=True, settings=settings)
+        self._engine = ScriptedEngine()
+
+    async def run_tts(self, text: str, context_id: str) -> AsyncGenerator[Frame, None]:
+        """Say `text`."""
+        async for piece in self._engine.speak(text, self.sample_rate):
+            yield TTSAudioRawFrame(piece.pcm, self.sample_rate, 1, context_id=context_id)
+
+
 async def look_up(params: FunctionCallParams, name: str) -> None:
     """Look up a customer.
 
@@ -113,7 +150,7 @@ async def look_up(params: FunctionCallParams, name: str) -> None:
 
 async def bot(runner_args: RunnerArguments) -> None:
     """Hold one call with every observer asked for."""
-    settings = Settings(**json.loads(os.environ["BENCHMARK_HOST"]))
+    settings = Settings.read()
     line = await transports.answer(runner_args)
     measured = Measured()
     subjects = [
@@ -130,7 +167,7 @@ async def bot(runner_args: RunnerArguments) -> None:
             services.create_stt(),
             aggregators.user(),
             services.create_llm("Be brief."),
-            services.create_tts(),
+            PlainVoice() if settings.plain_voice else services.create_tts(),
             line.transport.output(),
             *(processor for subject in subjects for processor in subject.processors),
             aggregators.assistant(),
@@ -162,12 +199,20 @@ async def bot(runner_args: RunnerArguments) -> None:
     async def on_client_disconnected(_transport, _client):
         if settings.flush == "disconnect":
             await _flush(subjects, measured)
-        await runner.cancel()
+        if settings.once:
+            await worker.queue_frame(EndFrame())
+        else:
+            await runner.cancel()
 
     blocking = asyncio.create_task(_keep_busy(settings.busy_ms / 1000))
     cpu = time.process_time()
+
+    async def end(name: str) -> None:
+        await runner.cancel(name)
+
     try:
-        await runner.run()
+        with shutdown.ends_call(end) if settings.ends_on_signal else nullcontext():
+            await runner.run()
     finally:
         measured.cpu_seconds = time.process_time() - cpu
         blocking.cancel()
@@ -207,7 +252,22 @@ async def _keep_busy(seconds: float) -> None:
         await asyncio.sleep(0.1 - seconds)
 
 
-if __name__ == "__main__":
-    from pipecat.runner.run import main
+async def _one_call(port: int) -> None:
+    """Serve one call and be gone: what is still under way then goes with the event loop."""
+    image = BaseImage(sys.modules[__name__])
+    config = uvicorn.Config(image.app, port=port, log_config=None)
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve())
+    while not image.sessions:
+        await asyncio.sleep(0.01)
+    await image.sessions[0].returned.wait()
+    serving.cancel()
 
-    main()
+
+if __name__ == "__main__":
+    if Settings.read().once:
+        asyncio.run(_one_call(int(sys.argv[sys.argv.index("--port") + 1])))
+    else:
+        from pipecat.runner.run import main
+
+        main()

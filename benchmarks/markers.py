@@ -12,13 +12,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from rehearsal.caller import Caller
+from rehearsal.roark import ReceivedCall
+from rehearsal.script import Answer, Script
 
 from benchmarks.calls import World, caller, host, talk, world
 from benchmarks.host import Measured
 from benchmarks.subjects import OURS, PUBLISHED
-from rehearsal.caller import Caller
-from rehearsal.roark import ReceivedCall
-from rehearsal.script import Answer, Script
 
 WINDOW_SECONDS = 0.005
 LOUD_RMS = 300.0

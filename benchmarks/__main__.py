@@ -1,0 +1,48 @@
+"""Measures, and writes the tables of README.md anew: python -m benchmarks [SECTION ...]."""
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from loguru import logger
+
+from benchmarks import faults, frames, long_call, markers, stall
+
+README = Path(__file__).with_name("README.md")
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "frames": frames.report,
+    "stall": stall.report,
+    "long_call": long_call.report,
+    "markers": markers.report,
+    "faults": faults.report,
+}
+
+
+def main() -> int:
+    """Run the sections named on the command line, or all; returns the exit status."""
+    chosen = sys.argv[1:] or list(SECTIONS)
+    if unknown := sorted(set(chosen) - set(SECTIONS)):
+        print(f"There is {', '.join(SECTIONS)}; not {', '.join(unknown)}.", file=sys.stderr)
+        return 2
+    logger.remove()
+    for name in chosen:
+        print(f"{name} ...", flush=True)
+        table = SECTIONS[name]()
+        print(table, flush=True)
+        _write(name, table)
+    return 0
+
+
+def _write(name: str, table: str) -> None:
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    text = README.read_text(encoding="utf-8")
+    section = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    if not section.search(text):
+        raise ValueError(f"README.md has no place for {name}")
+    README.write_text(section.sub(lambda _: f"{begin}\n{table}\n{end}", text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
