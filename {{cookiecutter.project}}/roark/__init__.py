@@ -8,4 +8,6 @@ An independent implementation of the wire contract of Roark's Pipecat integratio
 from roark.observer import RoarkObserver
 from roark.recorder import CallRecorder
 
-__all__ = ["CallRecorder", "RoarkObserver"]
+__version__ = "0.1.0"
+
+__all__ = ["CallRecorder", "RoarkObserver", "__version__"]

@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -145,6 +146,7 @@ class RoarkObserver(BaseObserver):
         self._record = CallRecord(redact=self._redact)
         self._routes: dict[type[Frame], Handler | None] = dict(self._handlers())
         self._failures: set[str] = set()
+        self._made_at = time.time_ns()
         self._origin: int | None = None
         self._clock: Any = None
         self._observes = False
@@ -179,7 +181,7 @@ class RoarkObserver(BaseObserver):
         self._publish(
             {
                 "event": "call",
-                "at": time.time_ns(),
+                "at": self._made_at,
                 "call_id": self._call_id,
                 "agent_id": agent_id,
                 "agent_name": agent_name,
@@ -219,7 +221,8 @@ class RoarkObserver(BaseObserver):
         waits a moment for the end; audio that comes after it still belongs to the call.
         """
         self._ending(reason, detail, Rank.ASSUMED)
-        self._set_deadline(timeout)
+        if self._deadline is None:
+            self._deadline = time.monotonic() + (timeout or self._flush_seconds)
         if self._observes and not self._over.is_set():
             try:
                 patience = min(GRACE_SECONDS, self._remaining_seconds())
@@ -241,8 +244,7 @@ class RoarkObserver(BaseObserver):
         self._over.set()
         self._finish()
         # Not waited for: the outbox goes on by itself, and outlives this loop.
-        self._set_deadline(None)
-        self._keep(self._folder.flush(self._remaining_seconds()))
+        self._keep(self._folder.flush(self._flush_seconds))
 
     async def on_pipeline_started(self) -> None:
         """Have a recorder that was passed in record, if it does not yet."""
@@ -570,22 +572,32 @@ class RoarkObserver(BaseObserver):
         if self._finished:
             return
         self._finished = True
-        try:
-            if self._recorder:
-                self._recorder.finish()
-            self._emit_voiced(self._now())
-            self._note_phone()
-            if not self._record.started:
-                self._emit("started", self._now())
-                self._folder.started(self._record.call_started())
-            self._emit("ended", self._ended_at or self._now())
-            self._folder.ended(self._record.call_ended(), self._record.as_dict())
-        except Exception as error:
-            self._fail("the end of the call", error)
+        steps = {
+            "the end of the recording": self._end_recording,
+            "the identity of a phone call": self._note_phone,
+            "the start of the call": self._tell_start,
+            "the end of the call": self._tell_end,
+        }
+        for what, step in steps.items():
+            try:
+                step()
+            except Exception as error:
+                self._fail(what, error)
 
-    def _set_deadline(self, timeout: float | None) -> None:
-        if self._deadline is None:
-            self._deadline = time.monotonic() + (timeout or self._flush_seconds)
+    def _end_recording(self) -> None:
+        if self._recorder:
+            self._recorder.finish()
+        self._emit_voiced(self._now())
+
+    def _tell_start(self) -> None:
+        """A call whose pipeline never started began when its observer was made."""
+        if not self._record.started:
+            self._emit("started", self._made_at)
+            self._folder.started(self._record.call_started())
+
+    def _tell_end(self) -> None:
+        self._emit("ended", self._ended_at or self._now())
+        self._folder.ended(self._record.call_ended(), self._record.as_dict())
 
     def _remaining_seconds(self) -> float:
         return max(0.0, (self._deadline or 0.0) - time.monotonic())
@@ -657,7 +669,12 @@ class RoarkObserver(BaseObserver):
     def _fail(self, what: str, error: Exception) -> None:
         if what not in self._failures:
             self._failures.add(what)
-            logger.opt(exception=error).error(f"Roark: {what} is missing from the call record")
+            # Neither the message nor the values in a traceback: they may be what a caller said.
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            logger.error(
+                f"Roark: {what} is missing from the call record: "
+                f"{type(error).__name__} at {Path(place.filename).name}:{place.lineno}"
+            )
 
 
 def open_folder(

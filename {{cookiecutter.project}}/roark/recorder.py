@@ -356,7 +356,7 @@ class CallRecorder(FrameProcessor):
         except Exception as error:
             if not self._failed:
                 self._failed = True
-                logger.error(f"{self}: part of the recording is lost: {error!r}")
+                logger.error(f"Roark: part of the recording is lost: {type(error).__name__}")
         await self.push_frame(frame, direction)
 
     async def cleanup(self) -> None:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from loguru import logger
 from pipecat.flows import FlowManager, NodeConfig
 from pipecat.frames.frames import (
     BotStartedSpeakingFrame,
@@ -200,6 +201,20 @@ async def test_a_handler_that_fails_does_not_cost_the_next_frame(call):
     await observer.on_push_frame(pushed(EndFrame()))
     await observer.aflush()
     assert call.ended_body["transcript"][0]["content"] == "Hello."
+
+
+async def test_a_handler_that_fails_says_where_and_not_what(call):
+    said: list[str] = []
+    sink = logger.add(said.append, format="{message}{exception}", diagnose=True, backtrace=True)
+    observer = observer_of(call)
+    broken = transcription("My secret.")
+    del broken.includes_inter_frame_spaces
+    await observer.on_push_frame(pushed(broken))
+    await observer.on_push_frame(pushed(broken))
+    logger.remove(sink)
+    assert len(said) == 1
+    assert "TranscriptionFrame" in said[0]
+    assert "secret" not in said[0]
 
 
 async def test_times_are_those_of_the_push_and_not_of_the_handling(call):
