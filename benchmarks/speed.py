@@ -1,0 +1,375 @@
+"""How fast our bot is beside the one that `pipecat init` writes, on the same scripted providers.
+
+What is timed is what the two bots' authors decide: the services answer at once, so the time from
+the caller's last sound to the bot's first is the pipeline's, with its voice activity and turn
+detection. Both bots run in this environment, each in a process of its own; calls alternate between
+them, so that whatever else the machine does falls on both. Ours records and reports every call to a
+Roark on this machine; the scaffold's reports nothing.
+"""
+
+import asyncio
+import os
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import aiohttp
+from rehearsal.bot_process import free_port
+from rehearsal.caller import Caller
+from rehearsal.providers import serve
+from rehearsal.roark import RoarkReceiver
+from rehearsal.script import Answer, Script, ScriptedEngine
+from rehearsal.twilio_caller import TwilioCaller
+from rehearsal.webrtc_caller import WebRTCCaller
+
+from benchmarks import PROJECT, REPOSITORY
+from benchmarks.scaffold import generate
+
+OURS, SCAFFOLD = "ours", "pipecat init 1.14.0"
+TRANSPORTS = ("twilio", "webrtc")
+
+CALLS, TURNS = 4, 10
+"""Per bot and transport: so many calls of so many turns."""
+IMPORTS, STARTS = 7, 3
+MEMORY_CALLS, AT_ONCE = 50, 5
+
+SECONDS = 60.0
+"""What anything may take on a busy machine before it counts as broken."""
+QUIET_SECONDS = 0.6
+VOICE_HZ = 16000
+QUESTIONS = ("Can you hear me?", "What time is it?", "Are you open today?")
+SCRIPT = Script(greeting="Hello there.", hears=QUESTIONS, answers=(Answer(says="Yes, of course."),))
+
+
+@dataclass(frozen=True)
+class Bot:
+    """One of the two, and how to start it.
+
+    Parameters:
+        name: For the tables.
+        folder: With its bot.py, as its image would hold it.
+        launcher: What runs it under Pipecat's runner, on the providers of the environment.
+        image: What runs it under the base image's contract.
+    """
+
+    name: str
+    folder: Path
+    launcher: tuple[str, ...]
+    image: tuple[str, ...]
+
+
+@dataclass
+class Times:
+    """What was measured of one bot; seconds and MiB.
+
+    Parameters:
+        answers: Transport -> from the caller's last sound to the bot's first.
+        greetings: Transport -> from the open line to the bot's first sound.
+        imports: `import bot` in a fresh process.
+        ready: From the start of the process until `/readyz` says yes.
+        first_greetings: The greeting of the first phone call after that.
+        memory: Resident, after AT_ONCE calls and after MEMORY_CALLS more.
+    """
+
+    answers: dict[str, list[float]] = field(
+        default_factory=lambda: {transport: [] for transport in TRANSPORTS}
+    )
+    greetings: dict[str, list[float]] = field(
+        default_factory=lambda: {transport: [] for transport in TRANSPORTS}
+    )
+    imports: list[float] = field(default_factory=list[float])
+    ready: list[float] = field(default_factory=list[float])
+    first_greetings: list[float] = field(default_factory=list[float])
+    memory: tuple[float, float] = (0.0, 0.0)
+
+
+@dataclass
+class Running:
+    """A bot's process."""
+
+    process: asyncio.subprocess.Process
+    url: str
+
+    def memory(self) -> float:
+        """Resident memory now, MiB."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii")
+        (line,) = (line for line in status.splitlines() if line.startswith("VmRSS:"))
+        return int(line.split()[1]) / 1024
+
+    def cpu_seconds(self) -> float:
+        """Processor time spent so far, all threads."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def caller(self, transport: str) -> Caller:
+        """Return a caller, not yet connected."""
+        if transport == "twilio":
+            return TwilioCaller(self.url.replace("http", "ws", 1) + "/ws")
+        return WebRTCCaller(self.url)
+
+
+class Speech:
+    """The caller's sentences as audio, made once."""
+
+    def __init__(self, sentences: tuple[bytes, ...]) -> None:
+        self._sentences = sentences
+
+    @classmethod
+    async def make(cls) -> "Speech":
+        """Let the scripted voice say them."""
+        engine = ScriptedEngine()
+        sentences = [
+            b"".join([piece.pcm async for piece in engine.speak(question, VOICE_HZ)])
+            for question in QUESTIONS
+        ]
+        return cls(tuple(sentences))
+
+    async def answer_to(self, caller: Caller, number: int) -> float:
+        """Say the n-th sentence, hear the answer out; return how long it took to come, seconds."""
+        said = await caller.say(self._sentences[number % len(self._sentences)], VOICE_HZ)
+        answer = await caller.hear(since=said.end, within=SECONDS)
+        await caller.hear_out(quiet=QUIET_SECONDS, within=SECONDS)
+        return answer.start - said.end
+
+
+@asynccontextmanager
+async def world(folder: Path, script: Script = SCRIPT) -> AsyncIterator[dict[str, str]]:
+    """Run providers and a Roark; yields the environment of a bot that uses them."""
+    async with serve(ScriptedEngine(script)) as providers, RoarkReceiver() as roark:
+        kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+        yield {
+            **kept,
+            **providers.environment,
+            "ROARK_BASE_URL": roark.url,
+            "ROARK_API_KEY": "key",
+            "CALLS_DIR": str(folder / "calls"),
+            # The scaffold's bot takes no phone call without them.
+            "TWILIO_ACCOUNT_SID": "AC1",
+            "TWILIO_AUTH_TOKEN": "token",
+            "TWILIO_BASE_URL": f"http://127.0.0.1:{providers.twilio.port}",
+        }
+
+
+def bots(folder: Path, environment: dict[str, str]) -> tuple[Bot, Bot]:
+    """Lay out both bots in `folder`, each as its image would hold it."""
+    scaffold = generate(folder / "scaffold", environment["TWILIO_BASE_URL"])
+    return our_bot(folder), Bot(
+        SCAFFOLD,
+        scaffold,
+        ("-m", "benchmarks.scaffold", "bot"),
+        ("-m", "benchmarks.scaffold", "image"),
+    )
+
+
+def our_bot(folder: Path) -> Bot:
+    """Lay out our bot in `folder`: what its Dockerfile copies."""
+    ours = folder / "ours"
+    shutil.copytree(PROJECT / "roark", ours / "roark", ignore=shutil.ignore_patterns("__pycache__"))
+    for file in (*PROJECT.glob("*.py"), PROJECT / "prompt.md"):
+        shutil.copy(file, ours)
+    return Bot(OURS, ours, ("-m", "rehearsal.launch_bot"), ("-m", "rehearsal.base_image"))
+
+
+@asynccontextmanager
+async def running(bot: Bot, environment: dict[str, str]) -> AsyncIterator[Running]:
+    """Run a bot under Pipecat's runner, for calls over both transports."""
+    port = free_port()
+    # WebRTC and /ws are served whatever -t says; with webrtc nothing but 127.0.0.1 is offered.
+    options = ("-t", "webrtc", "--host", "127.0.0.1", "--port", str(port))
+    command = (*bot.launcher, str(bot.folder / "bot.py"), *options)
+    # A gate would keep out callers without a token; the scaffold's bot has none.
+    ours = {**environment, "TWILIO_AUTH_TOKEN": ""} if bot.name == OURS else environment
+    async with _process(command, bot, ours) as process:
+        url = f"http://127.0.0.1:{port}"
+        await _until_ok(process, f"{url}/status")
+        yield Running(process, url)
+
+
+@asynccontextmanager
+async def under_image(
+    bot: Bot, environment: dict[str, str]
+) -> AsyncIterator[tuple[Running, float]]:
+    """Run a bot under the base image's contract; yields it and the seconds until it was ready."""
+    began = time.monotonic()
+    ours = {**environment, "TWILIO_AUTH_TOKEN": ""} if bot.name == OURS else environment
+    async with _process(bot.image, bot, ours) as process:
+        assert process.stdout
+        url = (await asyncio.wait_for(process.stdout.readline(), SECONDS)).decode().strip()
+        await _until_ok(process, f"{url}/readyz")
+        yield Running(process, url), time.monotonic() - began
+
+
+@asynccontextmanager
+async def _process(
+    command: tuple[str, ...], bot: Bot, environment: dict[str, str]
+) -> AsyncIterator[asyncio.subprocess.Process]:
+    path = os.pathsep.join(str(part) for part in (bot.folder, REPOSITORY, PROJECT))
+    log = (bot.folder.parent / f"{bot.folder.name}.log").open("ab")
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *command,
+        cwd=bot.folder,
+        env={**environment, "PYTHONPATH": path},
+        # launch_bot ends the bot when this pipe breaks.
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=log,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        log.close()
+        with suppress(ProcessLookupError):
+            process.terminate()
+        try:
+            await asyncio.wait_for(process.wait(), SECONDS)
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+
+
+async def _until_ok(process: asyncio.subprocess.Process, url: str) -> None:
+    async with asyncio.timeout(SECONDS), aiohttp.ClientSession() as http:
+        while process.returncode is None:
+            with suppress(aiohttp.ClientError):
+                async with http.get(url) as response:
+                    if response.ok:
+                        return
+            await asyncio.sleep(0.02)
+    raise RuntimeError(f"{url} never answered: the bot ended with status {process.returncode}")
+
+
+async def greeting_of(caller: Caller) -> float:
+    """Hear the greeting out; return how long after the line was open it came, seconds."""
+    opened = time.monotonic()
+    greeting = await caller.hear(within=SECONDS)
+    await caller.hear_out(quiet=QUIET_SECONDS, within=SECONDS)
+    return greeting.start - opened
+
+
+async def _measure_calls(
+    both: tuple[Bot, Bot], environment: dict[str, str], times: dict[str, Times]
+) -> None:
+    speech = await Speech.make()
+    async with running(both[0], environment) as ours, running(both[1], environment) as theirs:
+        # One call each that does not count: only a server's first caller finds it cold.
+        for number in range(CALLS + 1):
+            for transport in TRANSPORTS:
+                for bot, host in zip(both, (ours, theirs), strict=True):
+                    answers: list[float] = []
+                    async with host.caller(transport) as caller:
+                        greeting = await greeting_of(caller)
+                        for turn in range(TURNS if number else 1):
+                            answers.append(await speech.answer_to(caller, turn))
+                    if number:
+                        times[bot.name].greetings[transport].append(greeting)
+                        times[bot.name].answers[transport] += answers
+
+
+async def _measure_imports(
+    both: tuple[Bot, Bot], environment: dict[str, str], times: dict[str, Times]
+) -> None:
+    # The first round is for the disk and for Python's own cache.
+    for number in range(IMPORTS + 1):
+        for bot in both:
+            began = time.monotonic()
+            async with _process(("-c", "import bot"), bot, environment) as process:
+                assert await process.wait() == 0
+            if number:
+                times[bot.name].imports.append(time.monotonic() - began)
+
+
+async def _measure_starts(
+    both: tuple[Bot, Bot], environment: dict[str, str], times: dict[str, Times]
+) -> None:
+    for _ in range(STARTS):
+        for bot in both:
+            async with under_image(bot, environment) as (host, seconds):
+                times[bot.name].ready.append(seconds)
+                async with host.caller("twilio") as caller:
+                    times[bot.name].first_greetings.append(await greeting_of(caller))
+
+
+async def _measure_memory(
+    both: tuple[Bot, Bot], environment: dict[str, str], times: dict[str, Times]
+) -> None:
+    speech = await Speech.make()
+
+    async def call(host: Running) -> None:
+        async with host.caller("twilio") as caller:
+            await greeting_of(caller)
+            await speech.answer_to(caller, 0)
+
+    for bot in both:
+        async with under_image(bot, environment) as (host, _):
+            await asyncio.gather(*(call(host) for _ in range(AT_ONCE)))
+            early = host.memory()
+            for _ in range(MEMORY_CALLS // AT_ONCE):
+                await asyncio.gather(*(call(host) for _ in range(AT_ONCE)))
+            times[bot.name].memory = (early, host.memory())
+
+
+async def measure() -> dict[str, Times]:
+    """Measure everything, one thing after the other; takes about a quarter of an hour."""
+    times = {OURS: Times(), SCAFFOLD: Times()}
+    with TemporaryDirectory(prefix="speed-") as folder:
+        async with world(Path(folder)) as environment:
+            both = bots(Path(folder), environment)
+            await _measure_imports(both, environment, times)
+            await _measure_starts(both, environment, times)
+            await _measure_calls(both, environment, times)
+            await _measure_memory(both, environment, times)
+    return times
+
+
+def p95(values: list[float]) -> float:
+    """Return the value that 95 of 100 do not exceed."""
+    return statistics.quantiles(values, n=20, method="inclusive")[-1]
+
+
+def report() -> str:
+    """Measure, and return the section for README.md."""
+    times = asyncio.run(measure())
+    ours, theirs = times[OURS], times[SCAFFOLD]
+    lines = [f"| | ours is | ours | {SCAFFOLD} | goal |", "|---|---|---|---|---|"]
+
+    def row(what: str, mine: float, other: float, unit: str, goal: str = "") -> None:
+        # A plain number would claim more digits than a shared machine gives.
+        show = (lambda value: f"{value * 1000:.0f} ms") if unit == "ms" else None
+        show = show or (lambda value: f"{value:.2f} s" if unit == "s" else f"{value:.0f} MiB")
+        lines.append(f"| {what} | {mine / other:.2f}x | {show(mine)} | {show(other)} | {goal} |")
+
+    for transport in TRANSPORTS:
+        mine, other = ours.answers[transport], theirs.answers[transport]
+        what = f"answer, {transport}"
+        row(f"{what}, median", statistics.median(mine), statistics.median(other), "ms", "1.0x")
+        row(f"{what}, 95th percentile", p95(mine), p95(other), "ms", "1.0x")
+    for transport in TRANSPORTS:
+        mine, other = (statistics.median(each.greetings[transport]) for each in (ours, theirs))
+        row(f"greeting, {transport}, median", mine, other, "ms")
+    median = statistics.median
+    row("cold `import bot`", median(ours.imports), median(theirs.imports), "s", "0.7x")
+    row("until ready, base image's contract", median(ours.ready), median(theirs.ready), "s")
+    first = "greeting of the first phone call after that"
+    row(first, median(ours.first_greetings), median(theirs.first_greetings), "ms")
+    row(f"memory after {AT_ONCE} phone calls", ours.memory[0], theirs.memory[0], "MiB")
+    growth = [(after - before) for before, after in (ours.memory, theirs.memory)]
+    row(f"memory after {MEMORY_CALLS} more", ours.memory[1], theirs.memory[1], "MiB")
+    lines += [
+        "",
+        f"Answers: {CALLS} calls of {TURNS} turns per bot and transport, from the caller's last "
+        "sound to the bot's first; greetings from the open line. "
+        f"Grown by {growth[0]:.1f} and {growth[1]:.1f} MiB over {MEMORY_CALLS} calls.",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())
