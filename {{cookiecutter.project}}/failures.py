@@ -140,8 +140,12 @@ class Failures(BaseObserver):
         self._owes_answer = True
         self._set_alarm()
 
-    def _on_text(self, _frame: Frame) -> None:
+    def _on_text(self, frame: Frame) -> None:
         self._has_text = True
+        if isinstance(frame, LLMTextFrame) and frame.skip_tts:
+            # An eval in text mode: this is the answer, there will be no sound.
+            self._owes_answer = False
+            self._set_alarm()
 
     def _on_thought(self, _frame: Frame) -> None:
         self._is_thinking = False

@@ -1,0 +1,81 @@
+"""The scenarios of evals/ hold, `pipecat eval` says so, and only where it is let in."""
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from rehearsal.bot_process import BotProcess, free_port, run_bot
+from rehearsal.providers import serve as serve_providers
+from rehearsal.script import Script, ScriptedEngine
+
+# Each starts the bot and the harness, which takes seconds to import.
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
+
+EVALS = Path(__file__).parent.parent / "evals"
+SECONDS = 120.0
+
+
+@asynccontextmanager
+async def bot_for_evals(tmp_path: Path, **settings: str) -> AsyncIterator[BotProcess]:
+    """`python bot.py` before the engine that plays evals/script.toml."""
+    engine = ScriptedEngine(Script.load(EVALS / "script.toml"))
+    async with serve_providers(engine) as providers:
+        world = {**providers.environment, "CALLS_DIR": str(tmp_path / "calls"), **settings}
+        async with run_bot("webrtc", free_port(), world) as bot:
+            yield bot
+
+
+async def run_evals(bot: BotProcess, scenarios: Path, tmp_path: Path) -> tuple[int, str]:
+    """Run `pipecat eval run SCENARIOS`; return its exit status and what it printed."""
+    address = bot.url.replace("http", "ws", 1) + "/ws"
+    options = ["--bot-url", address, "--logs-dir", str(tmp_path), "--bot-ready-timeout", "10"]
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "pipecat.evals", "run", str(scenarios), *options),
+        # It reads the first .env it finds from here upwards.
+        cwd=tmp_path,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    printed, _ = await asyncio.wait_for(process.communicate(), SECONDS)
+    assert process.returncode is not None
+    return process.returncode, printed.decode()
+
+
+async def test_the_starter_scenarios_hold(tmp_path: Path) -> None:
+    async with bot_for_evals(tmp_path, ALLOW_EVAL="1") as bot:
+        status, printed = await run_evals(bot, EVALS, tmp_path)
+    assert status == 0, printed
+    assert "3/3 passed" in printed
+
+
+async def test_a_scenario_that_does_not_hold_fails_and_the_bot_waits_for_no_sound(
+    tmp_path: Path,
+) -> None:
+    """In text mode nothing is spoken: to the bot that is no answer that failed to come."""
+    wrong = tmp_path / "wrong.yaml"
+    starter = (EVALS / "starter.yaml").read_text()
+    patience = "text_contains: midnight\n            within_ms: 3000"
+    assert starter.count('text_excludes: "**"\n            within_ms: 15000') == 1
+    wrong.write_text(starter.replace('text_excludes: "**"\n            within_ms: 15000', patience))
+    async with bot_for_evals(tmp_path, ALLOW_EVAL="1", ANSWER_SECONDS="1") as bot:
+        status, printed = await run_evals(bot, wrong, tmp_path)
+        log = bot.log.read_text()
+    assert status == 1, printed
+    assert "2/3 passed" in printed
+    assert "A turn failed" not in log
+
+
+@pytest.mark.parametrize("allowed", ["", "0"])
+async def test_evals_are_turned_away_unless_the_environment_lets_them_in(
+    tmp_path: Path, allowed: str
+) -> None:
+    async with bot_for_evals(tmp_path, ALLOW_EVAL=allowed) as bot:
+        status, printed = await run_evals(bot, EVALS, tmp_path)
+        log = bot.log.read_text()
+    assert status == 1, printed
+    assert "0/3 passed" in printed
+    assert "could not be answered" in log
