@@ -28,7 +28,8 @@ import silence
 
 # What people say while they go on listening. Add your language's.
 BACKCHANNELS = frozenset(
-    "mhm mm mmm hm hmm mmhm uhhuh uh huh ah aha oh yeah yep ok okay right sure i see".split()
+    "mhm mhmm mmhm mmhmm mm mmm hm hmm uhhuh uh huh ah aha oh yeah yep ok okay right sure "
+    "i see".split()
 )
 # Speech that goes on longer than this is an interruption, whatever the recogniser makes of it.
 LONGEST_BACKCHANNEL_SECONDS = 0.6

@@ -1,0 +1,184 @@
+"""Who has the turn: interruptions, backchannels, a protected greeting, keys pressed on a phone."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pipecat.frames.frames import (
+    BotStartedSpeakingFrame,
+    BotStoppedSpeakingFrame,
+    Frame,
+    InterimTranscriptionFrame,
+    LLMMessagesAppendFrame,
+    TranscriptionFrame,
+    UserBackchannelFrame,
+    UserSpeakingFrame,
+    VADUserStartedSpeakingFrame,
+    VADUserStoppedSpeakingFrame,
+)
+
+from rehearsal.script import Script
+from rehearsal.twilio_caller import TwilioCaller
+from tests.stage import SECONDS, Stage, set_stage
+from turns import InterruptionUserTurnStartStrategy, is_backchannel
+
+pytestmark = pytest.mark.anyio
+
+BOTH_TRANSPORTS = pytest.mark.parametrize("transport", ["twilio", "webrtc"])
+STORY = " ".join(["Once upon a time there was a telephone that would not stop ringing."] * 3)
+# As long as people's are, and long enough for the voice activity detector.
+MHM = "m" * 13
+
+# aiortc 1.16 plays nothing to this caller before it has 4 packets of 20 ms.
+HELD_BACK_SECONDS = {"twilio": 0.0, "webrtc": 0.08}
+
+
+@pytest.fixture
+async def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """The bot and its world; the bot greets with a long story."""
+    async with set_stage(monkeypatch, tmp_path) as stage:
+        stage.engine.script = Script.parse(
+            {"greeting": STORY, "hears": ["Mhm.", "Stop, please."], "answers": [{"says": "Yes?"}]}
+        )
+        yield stage
+
+
+def user_messages(stage: Stage) -> list[str]:
+    bodies: list[Any] = [request.body for request in stage.providers.openai.requests]
+    return [m["content"] for m in bodies[-1]["messages"] if m["role"] == "user"]
+
+
+@BOTH_TRANSPORTS
+async def test_mhm_does_not_cut_the_bot_and_an_interruption_does_within_300_ms(
+    stage: Stage, transport: str
+) -> None:
+    async with stage.caller(transport) as caller:
+        story = await caller.hear(within=SECONDS)
+        mhm = await stage.say(caller, MHM)
+        assert mhm.end - mhm.start > 0.3
+        # The scripted ear takes what comes within a second for the same stretch of speech.
+        await asyncio.sleep(1.2)
+        assert len(caller.heard.utterances) == 1, "the bot was cut"
+        assert caller.heard.utterances[-1].end > mhm.end + 0.5
+        interruption = await stage.say(caller, "whatever the script hears")
+        await caller.hear(since=interruption.end, within=SECONDS)
+        cut_at = caller.heard.utterances[0].end
+        assert caller.heard.utterances[0].start == story.start
+        assert cut_at - interruption.start - HELD_BACK_SECONDS[transport] < 0.3
+    await stage.over()
+    assert user_messages(stage) == ["Stop, please."]
+
+
+@pytest.mark.parametrize("protected", [True, False])
+async def test_a_protected_greeting_is_said_to_its_end(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, protected: bool
+) -> None:
+    stage.engine.script = Script.parse(
+        {"greeting": "Welcome, this call is recorded.", "hears": ["Stop."], "answers": []}
+    )
+    monkeypatch.setenv("PROTECT_GREETING", "1" if protected else "")
+    async with stage.caller("twilio") as caller:
+        await caller.hear(within=SECONDS)
+        await stage.say(caller, "whatever")
+        await caller.hear_out(quiet=0.5, within=SECONDS)
+    await stage.over()
+    assert stage.received.ended
+    greeting = stage.received.ended["transcript"][0]["content"]
+    assert (greeting == "Welcome, this call is recorded.") is protected
+
+
+async def test_keys_reach_the_llm_as_text(stage: Stage) -> None:
+    stage.engine.script = Script.parse({"greeting": "Hello.", "answers": [{"says": "Noted."}]})
+    async with stage.caller("twilio") as caller:
+        assert isinstance(caller, TwilioCaller)
+        await caller.hear(within=SECONDS)
+        await caller.hear_out(quiet=0.4, within=SECONDS)
+        for key in "42#":
+            await caller.press(key)
+        await caller.hear(since=caller.heard.utterances[-1].end, within=SECONDS)
+    await stage.over()
+    assert user_messages(stage) == ["DTMF: 42#"]
+
+
+@pytest.mark.parametrize("text", ["Mhm.", "Mm-hmm.", "Uh-huh!", "Yeah, okay.", "I see."])
+def test_listening_noises_are_backchannels(text: str) -> None:
+    assert is_backchannel(text)
+
+
+@pytest.mark.parametrize("text", ["", "No.", "Stop.", "Yeah, but wait.", "DTMF: 1"])
+def test_anything_else_is_none(text: str) -> None:
+    assert not is_backchannel(text)
+
+
+class Line:
+    """The strategy under test, what it did, and a clock to set."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.turns = 0
+        self.pushed: list[Frame] = []
+        self.strategy = InterruptionUserTurnStartStrategy(clock=lambda: self.now)
+        self.strategy.add_event_handler("on_user_turn_started", self._on_turn)
+        self.strategy.add_event_handler("on_push_frame", self._on_push)
+
+    async def _on_turn(self, *_: object) -> None:
+        self.turns += 1
+        await self.strategy.handle_user_turn_started()
+
+    async def _on_push(self, _strategy: object, frame: Frame, _direction: object) -> None:
+        self.pushed.append(frame)
+
+    async def hears(self, *frames: Frame, after: float = 0.0) -> int:
+        """Let `after` seconds pass, then the frames; return the turns started so far."""
+        self.now += after
+        for frame in frames:
+            await self.strategy.process_frame(frame)
+        return self.turns
+
+
+def heard(text: str) -> TranscriptionFrame:
+    return TranscriptionFrame(text=text, user_id="", timestamp="")
+
+
+VAD_STARTED = VADUserStartedSpeakingFrame(start_secs=0.2)
+
+
+async def test_while_the_bot_is_silent_the_first_sound_takes_the_turn() -> None:
+    assert await Line().hears(VAD_STARTED) == 1
+
+
+async def test_while_the_bot_speaks_a_sound_alone_does_not() -> None:
+    line = Line()
+    assert await line.hears(BotStartedSpeakingFrame(), VAD_STARTED, UserSpeakingFrame()) == 0
+    assert await line.hears(VADUserStoppedSpeakingFrame(), heard("Mhm."), after=0.3) == 0
+    assert [type(frame) for frame in line.pushed] == [UserBackchannelFrame]
+
+
+async def test_a_word_that_means_something_takes_the_turn_at_once() -> None:
+    word = InterimTranscriptionFrame(text="Stop", user_id="", timestamp="")
+    assert await Line().hears(BotStartedSpeakingFrame(), VAD_STARTED, word) == 1
+
+
+async def test_speech_that_goes_on_takes_the_turn_without_a_word_recognised() -> None:
+    line = Line()
+    await line.hears(BotStartedSpeakingFrame(), VAD_STARTED)
+    assert await line.hears(UserSpeakingFrame(), after=0.2) == 0
+    assert await line.hears(UserSpeakingFrame(), after=0.25) == 1
+
+
+async def test_speech_into_the_end_of_the_bots_takes_the_turn() -> None:
+    line = Line()
+    await line.hears(BotStartedSpeakingFrame(), VAD_STARTED)
+    assert await line.hears(BotStoppedSpeakingFrame(), after=0.1) == 1
+
+
+@pytest.mark.parametrize(("seconds_before", "answers"), [(0.5, 1), (3.0, 0)])
+async def test_a_yeah_just_before_the_bot_falls_silent_is_an_answer(
+    seconds_before: float, answers: int
+) -> None:
+    line = Line()
+    await line.hears(BotStartedSpeakingFrame(), heard("Yeah."))
+    await line.hears(BotStoppedSpeakingFrame(), after=seconds_before)
+    messages = [frame for frame in line.pushed if isinstance(frame, LLMMessagesAppendFrame)]
+    assert len(messages) == answers
