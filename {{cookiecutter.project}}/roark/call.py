@@ -42,6 +42,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import IntEnum
+from math import inf
 from typing import Any, ClassVar
 
 from roark.speech import Piece, Speech, join
@@ -76,11 +77,13 @@ SOONEST_TRANSCRIPT_NS = 200_000_000
 LATEST_TRANSCRIPT_NS = 5_000_000_000
 # After a pause this long a murmur and what is said next are two turns.
 MURMUR_NS = 1_500_000_000
-# How much before and after the sound a voice detector may have put its edge; further off, the sound
-# is another one. A busy machine makes detectors late.
-USER_EARLY_MS = 400.0
-USER_LATE_MS = 1000.0
-BOT_EDGE_MS = 250.0
+# How far from a detected (start, end) the edge of a sound may be to be the one that was meant, ms.
+# A busy machine makes a caller's voice detector late. What a transport tells of the bot encloses
+# its sound: silence may lead it and trail it.
+NEAR_MS = {
+    "user": ((-1000.0, 400.0), (-1000.0, 400.0)),
+    "assistant": ((-250.0, inf), (-inf, 250.0)),
+}
 
 
 @dataclass(eq=False)
@@ -142,11 +145,6 @@ class Tool:
     error: str | None = None
     ended_at: int | None = None
     updates: list[tuple[int, str]] = field(default_factory=list)
-
-
-def is_near(detected_ms: float, sound_ms: float) -> bool:
-    """Whether a voice detector may have meant this edge of a sound."""
-    return -USER_EARLY_MS <= detected_ms - sound_ms <= USER_LATE_MS
 
 
 def iso(at: int) -> str:
@@ -363,18 +361,15 @@ class CallRecord:
         start = self._ms(turn.start_at)
         end = max(start, self._ms(turn.end_at or self._last_at))
         sounds = self._sounds[turn.role]
-        if turn.role == "assistant":
-            first = bisect_right(sounds, start - BOT_EDGE_MS, key=lambda sound: sound[1])
-            last = bisect_left(sounds, end + BOT_EDGE_MS, key=lambda sound: sound[0]) - 1
-            if first <= last:
-                start, end = sounds[first][0], sounds[last][1]
-        else:
-            first = bisect_right(sounds, start, key=lambda sound: sound[1])
-            last = bisect_left(sounds, end, key=lambda sound: sound[0]) - 1
-            if first < len(sounds) and is_near(start, sounds[first][0]):
-                start = sounds[first][0]
-            if last >= 0 and is_near(end, sounds[last][1]):
-                end = sounds[last][1]
+        first = bisect_right(sounds, start, key=lambda sound: sound[1])
+        last = bisect_left(sounds, end, key=lambda sound: sound[0]) - 1
+        (start_low, start_high), (end_low, end_high) = NEAR_MS[turn.role]
+        begun = sounds[first][0] if first < len(sounds) else end
+        over = sounds[last][1] if last >= 0 else start
+        if begun < end and start_low <= begun - start <= start_high:
+            start = begun
+        if over > start and end_low <= over - end <= end_high:
+            end = over
         return start, max(start, end)
 
     # The caller

@@ -69,6 +69,8 @@ LOUDEST_HALVES_IN_SECONDS = 5.0
 # Speech has to last this many windows to count, and be gone this many to have ended.
 SPEECH_WINDOWS = 3
 PAUSE_WINDOWS = 20
+# A sound without a pause is told of in parts this long: a noisy line must not fill the memory.
+MAX_SOUND_WINDOWS = 6000
 
 
 class Sounds:
@@ -111,7 +113,7 @@ class Sounds:
             self._quiet += 1
         if self._levels or not self._quiet:
             self._levels.append(level)
-            if self._quiet == PAUSE_WINDOWS:
+            if self._quiet == PAUSE_WINDOWS or len(self._levels) == MAX_SOUND_WINDOWS:
                 self._end()
 
     def _end(self) -> None:

@@ -127,6 +127,19 @@ def test_a_bot_turn_runs_from_its_first_to_its_last_audible_sample():
     assert (turn["start_ms"], turn["end_ms"]) == (640, 1710)
 
 
+def test_speeches_without_a_pause_between_keep_their_own_edges():
+    record = record_of(
+        *spoken(1000, ("One", 0), ("moment.", 200), context="a"),
+        *spoken(1010, ("Done.", 900), context="b"),
+        event("bot", 1800, edge="stop"),
+        event("bot", 1850, edge="start"),
+        event("bot", 2500, edge="stop"),
+        event("sound", 3000, role="assistant", start_ms=1040.0, end_ms=2470.0),
+    )
+    edges = [(turn["start_ms"], turn["end_ms"]) for turn in record.as_dict()["turns"]]
+    assert edges == [(1040, 1800), (1850, 2470)]
+
+
 def test_finals_of_one_turn_are_joined_with_single_spaces():
     assert texts(record_of(*user(0, 1000, "One,", " two ", "three."))) == [
         ("user", "One, two three.")
