@@ -253,7 +253,6 @@ class Recording:
     def __init__(self, sample_rate: int, on_chunk: Chunk, on_sound: Sound) -> None:
         """`on_chunk` gets index, PCM, rate, channels; `on_sound` role, start ms, end ms."""
         self.sample_rate = sample_rate
-        self.seconds = 0.0
         self._on_chunk = on_chunk
         self._tracks = {
             role: Track(sample_rate, sounds)
@@ -307,7 +306,6 @@ class Recording:
         stereo[:, 0] = self._tracks["user"].take(count)
         stereo[:, 1] = self._tracks["assistant"].take(count)
         self._samples += count
-        self.seconds = self._samples / self.sample_rate
         index, self._index = self._index, self._index + 1
         self._on_chunk(index, stereo.tobytes(), self.sample_rate, 2)
 
