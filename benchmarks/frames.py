@@ -54,7 +54,10 @@ KINDS: dict[str, Callable[[int], Frame]] = {
 }
 
 
-async def _microseconds(observer: Any, make: Callable[[int], Frame]) -> float:
+async def microseconds(
+    observer: Any, make: Callable[[int], Frame], *, count: int = FRAMES
+) -> float:
+    """Return what one of `count` frames costs the observer, on average."""
     source = _Processor()
     pushed: list[Any] = [
         FramePushed(
@@ -64,7 +67,7 @@ async def _microseconds(observer: Any, make: Callable[[int], Frame]) -> float:
             direction=FrameDirection.DOWNSTREAM,
             timestamp=number * 1000,
         )
-        for number in range(FRAMES)
+        for number in range(count)
     ]
     on_push_frame = observer.on_push_frame
     # The first frames make caches; they are not what 100,000 cost.
@@ -77,7 +80,7 @@ async def _microseconds(observer: Any, make: Callable[[int], Frame]) -> float:
         await on_push_frame(data)
     spent = time.perf_counter() - started
     gc.enable()
-    return spent / FRAMES * 1e6
+    return spent / count * 1e6
 
 
 async def measure() -> dict[str, dict[str, float]]:
@@ -92,7 +95,7 @@ async def measure() -> dict[str, dict[str, float]]:
                         # Everything is written to disk; that nothing is sent costs no frame less.
                         options = {"calls_dir": Path(folder) / f"{number}", "api_key": None}
                     observer = subject(name, **options).observer
-                    spent = await _microseconds(observer, make)
+                    spent = await microseconds(observer, make)
                     best[kind][name] = min(best[kind].get(name, spent), spent)
                     # Ours writes what it got in a thread; let it end before the next is measured.
                     if name == OURS:

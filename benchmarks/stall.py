@@ -10,6 +10,7 @@ prints it, in ms.
 """
 
 import asyncio
+import importlib
 import os
 import statistics
 import sys
@@ -28,7 +29,7 @@ from pipecat.workers.runner import WorkerRunner
 from rehearsal.roark import RoarkReceiver
 
 from benchmarks import REPOSITORY
-from benchmarks.subjects import NAMES, subject
+from benchmarks.subjects import MODULES, NAMES, subject
 
 PROCESSES = 7
 CALL_SECONDS = 2.0
@@ -118,6 +119,8 @@ def main() -> None:
         print(report())
         return
     logger.remove()
+    if sys.argv[1] in MODULES:
+        importlib.import_module(MODULES[sys.argv[1]])
     print(1000 * asyncio.run(one_call(sys.argv[1], sys.argv[2])))
 
 

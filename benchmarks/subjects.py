@@ -12,8 +12,8 @@ from pipecat.processors.frame_processor import FrameProcessor
 NULL, OURS, PUBLISHED, TUNER = "null", "ours", "pipecat-roark", "tuner"
 NAMES = (NULL, OURS, PUBLISHED, TUNER)
 
-ROARK_MODULES = {OURS: "roark", PUBLISHED: "pipecat_roark"}
-"""Where `RoarkObserver` is imported from; nothing else about the two differs."""
+MODULES = {OURS: "roark", PUBLISHED: "pipecat_roark", TUNER: "tuner_pipecat_sdk.observer"}
+"""What a bot imports. Of the first two it imports `RoarkObserver`: nothing else differs."""
 
 
 class NullObserver(BaseObserver):
@@ -77,7 +77,7 @@ def subject(
         point_published_to(url)
     else:
         os.environ["ROARK_BASE_URL"] = url
-    module = importlib.import_module(ROARK_MODULES[name])
+    module = importlib.import_module(MODULES[name])
     observer = module.RoarkObserver(
         **{
             "api_key": "key",

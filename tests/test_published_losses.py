@@ -1,0 +1,181 @@
+"""What the published observer loses or gets wrong, and ours does not: one test per case.
+
+Each test fails for the published package (it asserts so) and passes for ours, on the same call.
+benchmarks/README.md has all cases, with the numbers; the ones that take a minute are only there.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from loguru import logger
+from pipecat.frames.frames import (
+    BotStartedSpeakingFrame,
+    BotStoppedSpeakingFrame,
+    EndFrame,
+    Frame,
+    TranscriptionFrame,
+    UserStartedSpeakingFrame,
+    UserStoppedSpeakingFrame,
+)
+from pipecat.pipeline.pipeline import Pipeline
+from pipecat.pipeline.worker import PipelineParams, PipelineWorker
+from pipecat.processors.filters.identity_filter import IdentityFilter
+from pipecat.workers.runner import WorkerRunner
+
+pytest.importorskip(
+    "pipecat_roark", reason="the dependency group bench, with the published package, is missing"
+)
+# These need the published package.
+from rehearsal.roark import ReceivedCall, RoarkReceiver
+from rehearsal.script import Answer, Script
+
+from benchmarks import frames, markers
+from benchmarks.calls import SECONDS, VOICE_HZ, caller, host, world
+from benchmarks.faults import FAULTS, one_row
+from benchmarks.subjects import OURS, PUBLISHED, subject
+
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
+
+FAST_FAULTS = (
+    "unreachable throughout",
+    "500 throughout",
+    "one 429 on call-ended",
+    "one 503 on call-ended",
+    "429 on three chunk-url requests",
+    "PUT 500 for two chunks",
+    "PUT hangs",
+    "SIGKILL",
+    "host is asyncio.run(bot()), aflush not awaited, Roark 0.3 s away",
+)
+
+
+@pytest.mark.parametrize("name", FAST_FAULTS)
+async def test_a_fault_costs_the_published_call_something_and_ours_nothing(name: str) -> None:
+    (fault,) = (fault for fault in FAULTS if fault.name == name)
+    row = await one_row(fault, observers=(OURS, PUBLISHED))
+    assert row.lost[PUBLISHED].anything
+    assert not row.lost[OURS].anything, str(row.lost[OURS])
+
+
+@pytest.mark.parametrize("condition", markers.CONDITIONS[1:], ids=lambda condition: condition.name)
+async def test_markers_are_on_the_audio_where_the_published_ones_are_not(
+    condition: markers.Condition, tmp_path: Path
+) -> None:
+    async with world(tmp_path, markers.LONG_CALL) as around:
+        found, _ = await markers.one_call(around, "twilio", condition)
+    ours, theirs = np.abs(found[OURS].errors), np.abs(found[PUBLISHED].errors)
+    assert np.median(ours) <= 40
+    assert np.percentile(ours, 95) <= 100
+    assert abs(found[OURS].length) <= 50
+    assert np.percentile(theirs, 95) > 100
+
+
+async def test_of_an_interrupted_sentence_only_what_was_heard_is_kept(tmp_path: Path) -> None:
+    """The voice gives no word timestamps; the published transcript has the whole sentence."""
+    answer = " ".join(f"number{number}" for number in range(40))
+    script = Script(greeting="Hello.", hears=("Count, please.",), answers=(Answer(says=answer),))
+    async with world(tmp_path, script) as around:
+        question = b"".join(
+            [piece.pcm async for piece in around.engine.speak("Count please", VOICE_HZ)]
+        )
+        async with host(around, plain_voice=True) as bot:
+            line = caller(bot, "twilio")
+            async with line:
+                await line.hear(within=SECONDS)
+                await line.hear_out(quiet=0.6, within=SECONDS)
+                said = await line.say(question, VOICE_HZ)
+                began = await line.hear(since=said.end, within=SECONDS)
+                await asyncio.sleep(2.0)
+                await line.say(question, VOICE_HZ)
+                heard = next(u for u in line.heard.utterances if u.start >= began.start)
+            await bot.measured()
+        texts = {name: bot_text(around.received(name)) for name in around.receivers}
+    assert len(answer.split()) in (len(texts[PUBLISHED].split()), 40)
+    share = len(texts[OURS]) / len(answer)
+    whole = sum(0.03 * len(word) + 0.04 for word in answer.split())
+    assert texts[OURS] and answer.startswith(texts[OURS])
+    assert abs(share - (heard.end - heard.start) / whole) < 0.1
+    assert texts[PUBLISHED] == answer
+
+
+def bot_text(call: ReceivedCall) -> str:
+    """What the bot said first after its greeting."""
+    assert call.ended
+    said = [t["content"] for t in call.ended["transcript"] if t["role"] == "assistant"]
+    return said[1]
+
+
+async def test_a_transcript_that_comes_late_joins_the_turn_it_belongs_to(tmp_path: Path) -> None:
+    said = [
+        UserStartedSpeakingFrame(),
+        TranscriptionFrame("I would like", "caller", ""),
+        UserStoppedSpeakingFrame(),
+        BotStartedSpeakingFrame(),
+        TranscriptionFrame("to pay.", "caller", ""),
+        BotStoppedSpeakingFrame(),
+    ]
+    arrived = await report(said, tmp_path)
+    turns = {
+        name: [turn["content"] for turn in (call.ended or {})["transcript"]]
+        for name, call in arrived.items()
+    }
+    assert turns[PUBLISHED] == ["I would like", "to pay."]
+    assert turns[OURS] == ["I would like to pay."]
+
+
+async def test_a_roark_that_fails_is_seen_in_the_bots_log(tmp_path: Path) -> None:
+    lines: list[str] = []
+    sink = logger.add(lines.append, level="WARNING", format="{name} {message}")
+    try:
+        await report([], tmp_path, status=401)
+    finally:
+        logger.remove(sink)
+    assert not [line for line in lines if line.startswith("pipecat_roark")]
+    assert any(line.startswith("roark") and "401" in line for line in lines)
+
+
+async def test_a_frame_nobody_handles_is_eight_times_cheaper(tmp_path: Path) -> None:
+    observers = {
+        OURS: subject(OURS, api_key=None, calls_dir=tmp_path).observer,
+        PUBLISHED: subject(PUBLISHED).observer,
+    }
+    kind = frames.KINDS["the same audio frame"]
+    best = dict.fromkeys(observers, float("inf"))
+    for _ in range(5):
+        for name, observer in observers.items():
+            best[name] = min(best[name], await frames.microseconds(observer, kind, count=20_000))
+    assert best[PUBLISHED] / best[OURS] >= 8
+
+
+async def report(said: Sequence[Frame], calls_dir: Path, **fault: Any) -> dict[str, ReceivedCall]:
+    """Send frames through a pipeline that both observe; return what Roark has of either."""
+    async with RoarkReceiver() as ours, RoarkReceiver() as theirs:
+        receivers = {OURS: ours, PUBLISHED: theirs}
+        if fault:
+            for receiver in receivers.values():
+                receiver.fail(**fault)
+        subjects = [
+            subject(OURS, url=ours.url, calls_dir=calls_dir),
+            subject(PUBLISHED, url=theirs.url),
+        ]
+        recorders = [processor for each in subjects for processor in each.processors]
+        worker = PipelineWorker(
+            Pipeline([IdentityFilter(), *recorders]),
+            params=PipelineParams(audio_out_sample_rate=8000),
+            observers=[each.observer for each in subjects],
+            enable_rtvi=False,
+        )
+        runner = WorkerRunner(handle_sigint=False)
+        await runner.add_workers(worker)
+        await worker.queue_frames([*said, EndFrame()])
+        await asyncio.wait_for(runner.run(), SECONDS)
+        for each in subjects:
+            await asyncio.wait_for(each.observer.aflush(), SECONDS)
+        return {
+            name: next(iter(receiver.calls.values()), ReceivedCall(""))
+            for name, receiver in receivers.items()
+        }
