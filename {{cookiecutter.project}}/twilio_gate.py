@@ -1,9 +1,9 @@
-"""Lets in the phone calls that Twilio sends to your own server, and nobody else's.
+"""Lets in the phone calls that Twilio sends to your own server, and nobody else.
 
-`python bot.py` serves `/ws` to whoever finds it, and a stranger on the line costs money. With
-`TWILIO_AUTH_TOKEN` set, two things are asked for. The request for the TwiML has to be signed by
-Twilio. And the call that follows has to bring the token written into that TwiML: good for that
-one call, once, for a minute.
+`python bot.py` talks to whoever finds it, and a stranger on the line costs money. With
+`TWILIO_AUTH_TOKEN` set, a phone call has to pass twice: the request for its TwiML has to be signed
+by Twilio, and its stream has to bring the token written into that TwiML, which is good for that
+one call, once, for a minute. With `-t twilio` the other ways to the bot are closed as well.
 
 The token travels as a `<Parameter>` of the stream, inside the connection, not in its address:
 addresses end up in the access logs of every proxy on the way.
@@ -28,12 +28,16 @@ if TYPE_CHECKING:
     from fastapi import FastAPI, WebSocket
     from starlette.requests import Request
     from starlette.responses import Response
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 TOKEN_PARAMETER = "gate_token"
 # Twilio opens the stream as soon as it has read the TwiML.
 TOKEN_SECONDS = 60.0
 # Only a signed request makes a token, so this is a bound on memory and no limit on callers.
 MAX_TOKENS = 1000
+# What `-t twilio` serves behind a gate. Pipecat's server has more: a browser could call by
+# /api/offer, whatever -t says.
+OPEN_PATHS = {"/", "/ws", "/status"}
 # Twilio's form is one or two kilobytes.
 MAX_BODY_BYTES = 64 * 1024
 
@@ -150,6 +154,7 @@ def guard(app: "FastAPI", arguments: Sequence[str]) -> None:
     if is_for_twilio:
         # Before Pipecat's own route for the same address: the first one answers.
         app.router.routes.append(Route("/", _answer_with_twiml(gate, host), methods=["POST"]))
+        app.add_middleware(_OnlyOpenPaths)
 
 
 def lets_in(
@@ -163,6 +168,23 @@ def lets_in(
     app = websocket.scope.get("app")
     gate: Gate | None = getattr(app.state, "twilio_gate", None) if app else None
     return gate is None or gate.lets_in(call_sid or "", str(token))
+
+
+class _OnlyOpenPaths:
+    """Middleware: there is nothing at any other address."""
+
+    def __init__(self, app: "ASGIApp") -> None:
+        self._app = app
+
+    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+        from starlette.responses import Response
+        from starlette.websockets import WebSocketClose
+
+        if scope["type"] == "lifespan" or scope["path"] in OPEN_PATHS:
+            await self._app(scope, receive, send)
+            return
+        refusal = Response(status_code=404) if scope["type"] == "http" else WebSocketClose()
+        await refusal(scope, receive, send)
 
 
 def _answer_with_twiml(

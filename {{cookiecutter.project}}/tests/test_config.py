@@ -1,5 +1,6 @@
 """What the bot says and does about its environment."""
 
+import json
 import os
 import subprocess
 import sys
@@ -81,3 +82,22 @@ def test_env_example_lists_every_required_variable_and_nothing_local() -> None:
     }
     assert set(config.REQUIRED) <= names
     assert not {name for name in names if name == "ENV" or name.endswith(("_BASE_URL", "_DIR"))}
+
+
+def test_of_an_error_that_is_not_ours_only_the_type_is_logged() -> None:
+    """Parsers and validators repeat what they were given."""
+    with pytest.raises(ValueError) as of_a_parser:
+        json.loads('{"token": secret}')
+    assert config.reason(of_a_parser.value) == "JSONDecodeError"
+    assert config.reason(TimeoutError()) == "TimeoutError"
+    assert config.reason(ValueError("/ws speaks Twilio")) == "/ws speaks Twilio"
+
+
+@pytest.mark.slow
+def test_twilio_without_a_public_name_ends_in_one_sentence(tmp_path: Path) -> None:
+    """Pipecat's own server would send calls to wss://None."""
+    keys = dict.fromkeys(KEYS, "rehearsal")
+    ended = run_bot("-t", "twilio", cwd=tmp_path, **keys)
+    assert ended.returncode == 1
+    assert "-x HOST" in ended.stderr.splitlines()[-1]
+    assert "Traceback" not in ended.stderr

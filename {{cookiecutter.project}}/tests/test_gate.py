@@ -243,6 +243,15 @@ async def test_a_call_enters_with_its_token_and_nobody_else(tmp_path: Path) -> N
         stranger = TwilioCaller(socket)
         assert (await twiml_for(bot, stranger, {}))[0] == 403
         assert (await twiml_for(bot, stranger, {"X-Twilio-Signature": "guess"}))[0] == 403
+        async with aiohttp.ClientSession() as browser:
+            for path in ("/start", "/api/offer", "/daily-dialin-webhook", "/docs"):
+                async with browser.post(bot.url + path, json={}) as answer:
+                    assert answer.status == 404, path
+            for path in ("/ws-client", "/ws/guess"):
+                with pytest.raises(aiohttp.WSServerHandshakeError):
+                    await browser.ws_connect(bot.url + path)
+            async with browser.get(f"{bot.url}/status") as answer:
+                assert answer.status == 200
         forged = signed(f"https://{HOST}/", form_of(stranger, '+1555"<&>'), "another-token")
         assert (await twiml_for(bot, stranger, forged))[0] == 403
         log = bot.log.read_text()
@@ -270,3 +279,14 @@ async def test_a_webrtc_server_with_the_auth_token_takes_no_phone_calls(tmp_path
     async with guarded_bot("webrtc", tmp_path) as (bot, _):
         socket = bot.url.replace("http", "ws", 1) + "/ws"
         assert await is_turned_away(TwilioCaller(socket))
+
+
+@pytest.mark.slow
+@pytest.mark.anyio
+async def test_a_server_without_the_auth_token_takes_every_call(tmp_path: Path) -> None:
+    """As Pipecat's own does: the rehearsal and the first try need no account."""
+    engine = ScriptedEngine(Script(greeting="Hello there."))
+    async with serve_providers(engine) as providers:
+        world = {**providers.environment, "CALLS_DIR": str(tmp_path / "calls")}
+        async with run_bot("twilio", free_port(), world) as bot:
+            assert not await is_turned_away(TwilioCaller(bot.url.replace("http", "ws", 1) + "/ws"))

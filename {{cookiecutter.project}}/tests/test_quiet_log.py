@@ -260,7 +260,8 @@ async def test_the_log_of_faulty_calls_holds_no_key_no_token_and_no_word_of_thei
         texts |= {PARAMETER, DIGITS, NUMBER, NUMBER[1:], *tokens}
     found = {text for text in texts | set(KEYS.values()) if text in log}
     if everything:
-        assert found >= {HEARD, GREETING, ANSWER, TOOL_ARGUMENT, START_BODY, PARAMETER, tokens[0]}
+        # A server for phone calls has no /start.
+        assert found >= {HEARD, GREETING, ANSWER, TOOL_ARGUMENT, PARAMETER, tokens[0]}
     else:
         assert not found, f"{sorted(found)}, for example in: {example(log, found)}"
 
