@@ -2,7 +2,7 @@
 
 What is timed is what the two bots' authors decide: the services answer at once, so the time from
 the caller's last sound to the bot's first is the pipeline's, with its voice activity and turn
-detection. Both bots run in this environment, each in a process of its own; calls alternate between
+detection. Both bots run in this environment, each in a process of its own; turns alternate between
 them, so that whatever else the machine does falls on both. Ours records and reports every call to a
 Roark on this machine; the scaffold's reports nothing.
 """
@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -259,18 +259,21 @@ async def _measure_calls(
 ) -> None:
     speech = await Speech.make()
     async with running(both[0], environment) as ours, running(both[1], environment) as theirs:
-        # One call each that does not count: only a server's first caller finds it cold.
+        # The first round does not count: only a server's first caller finds it cold.
         for number in range(CALLS + 1):
             for transport in TRANSPORTS:
-                for bot, host in zip(both, (ours, theirs), strict=True):
-                    answers: list[float] = []
-                    async with host.caller(transport) as caller:
-                        greeting = await greeting_of(caller)
-                        for turn in range(TURNS if number else 1):
-                            answers.append(await speech.answer_to(caller, turn))
-                    if number:
-                        times[bot.name].greetings[transport].append(greeting)
-                        times[bot.name].answers[transport] += answers
+                async with AsyncExitStack() as open_lines:
+                    lines: list[tuple[Times, Caller]] = []
+                    for bot, host in zip(both, (ours, theirs), strict=True):
+                        line = await open_lines.enter_async_context(host.caller(transport))
+                        greeting = await greeting_of(line)
+                        lines.append((times[bot.name] if number else Times(), line))
+                        lines[-1][0].greetings[transport].append(greeting)
+                    # Both calls are up; the callers take turns, each time another one first.
+                    for turn in range(TURNS):
+                        for measured, line in lines[:: 1 if turn % 2 else -1]:
+                            seconds = await speech.answer_to(line, turn)
+                            measured.answers[transport].append(seconds)
 
 
 async def _measure_imports(
@@ -341,10 +344,9 @@ def report() -> str:
     lines = [f"| | ours is | ours | {SCAFFOLD} | goal |", "|---|---|---|---|---|"]
 
     def row(what: str, mine: float, other: float, unit: str, goal: str = "") -> None:
-        # A plain number would claim more digits than a shared machine gives.
-        show = (lambda value: f"{value * 1000:.0f} ms") if unit == "ms" else None
-        show = show or (lambda value: f"{value:.2f} s" if unit == "s" else f"{value:.0f} MiB")
-        lines.append(f"| {what} | {mine / other:.2f}x | {show(mine)} | {show(other)} | {goal} |")
+        scale, digits = {"ms": (1000, 0), "s": (1, 2), "MiB": (1, 0)}[unit]
+        cells = [f"{value * scale:.{digits}f} {unit}" for value in (mine, other)]
+        lines.append(f"| {what} | {mine / other:.2f}x | {' | '.join(cells)} | {goal} |")
 
     for transport in TRANSPORTS:
         mine, other = ours.answers[transport], theirs.answers[transport]
