@@ -56,7 +56,9 @@ def test_the_template_is_typed_where_it_lies() -> None:
 def test_this_repository_tests_the_template_with_the_dependencies_it_ships() -> None:
     here, there = pyproject(ROOT), pyproject(ROOT / FOLDER)
     runtime = set(there["project"]["dependencies"])
-    extras = {name for extra in there["project"]["optional-dependencies"].values() for name in extra}
+    extras = {
+        name for extra in there["project"]["optional-dependencies"].values() for name in extra
+    }
     ours = set(here["project"]["dependencies"]) | set(here["dependency-groups"]["dev"])
     assert ours >= runtime | extras | set(there["dependency-groups"]["dev"])
     assert here["project"]["requires-python"] == there["project"]["requires-python"]
