@@ -28,6 +28,7 @@ from benchmarks.host import Measured
 from benchmarks.subjects import OURS, PUBLISHED, TUNER
 
 TOOL_RECORDS = 2
+CHUNK_SECONDS = 1.0
 GRACE_SECONDS = 12.0
 """What a process gets after SIGTERM before it is killed: Docker's default and a little more."""
 
@@ -101,8 +102,8 @@ FAULTS = (
     ),
     Fault("SIGKILL", ends_by=SIGKILL),
     Fault(
-        "host is asyncio.run(bot()), aflush not awaited, Roark 0.3 s away",
-        ({"step": "call-ended", "slow_s": 0.3},),
+        "host is asyncio.run(bot()), aflush not awaited, Roark 1 s away",
+        ({"step": "call-ended", "slow_s": 1.0},),
         flush="never",
         once=True,
     ),
@@ -165,6 +166,8 @@ async def one_row(fault: Fault, observers: tuple[str, ...] = (OURS, PUBLISHED, T
             await _apply(fault, around)
             line, measured = await _call(fault, around, observers)
             call_seconds = line.heard.end - line.heard.utterances[0].start
+            if measured is not None:
+                call_seconds = measured.audio_seconds
             expected = TURNS[:1] if fault.leaves_early else TURNS
             first = _lost(around.received(OURS), expected, call_seconds)
             published = _lost(around.received(PUBLISHED), expected, call_seconds)
@@ -268,6 +271,9 @@ def _lost(call: ReceivedCall, expected: tuple[tuple[str, str], ...], call_second
     ended = call.ended or {}
     said = [(turn["role"], turn["content"]) for turn in ended.get("transcript", [])]
     rate = int(ended.get("recordingSampleRate", 8000))
+    stored = len(call.recording) / 4 / rate
+    # Silence that a recorder made up must not hide a chunk that was asked for and never stored.
+    holes = {request.chunk for request in call.requests} - {None} - call.chunks.keys()
     return Lost(
         events=[
             name
@@ -276,7 +282,7 @@ def _lost(call: ReceivedCall, expected: tuple[tuple[str, str], ...], call_second
         ],
         turns=sum(turn not in said for turn in expected),
         tools=(TOOL_RECORDS - len(ended.get("toolCalls", []))) if len(expected) > 1 else 0,
-        seconds=max(0.0, call_seconds - len(call.recording) / 4 / rate),
+        seconds=max(0.0, call_seconds - stored, len(holes) * CHUNK_SECONDS),
     )
 
 

@@ -102,8 +102,10 @@ def utterances(track: np.ndarray, rate: int) -> list[tuple[float, float]]:
 def compare(call: ReceivedCall, line: Caller, call_seconds: float) -> Markers:
     """Hold a call's markers against its recording."""
     result = Markers()
-    ended: dict[str, Any] = call.ended or {}
-    rate = int(ended.get("recordingSampleRate", 8000))
+    if call.ended is None:
+        raise RuntimeError(f"call-ended never came: {dict(call.stored)}")
+    ended: dict[str, Any] = call.ended
+    rate = int(ended["recordingSampleRate"])
     stereo = np.frombuffer(call.recording, dtype="<i2").reshape(-1, 2)
     result.length = 1000 * (len(stereo) / rate - call_seconds)
     for channel, role in enumerate(("user", "assistant")):

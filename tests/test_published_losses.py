@@ -49,7 +49,7 @@ FAST_FAULTS = (
     "PUT 500 for two chunks",
     "PUT hangs",
     "SIGKILL",
-    "host is asyncio.run(bot()), aflush not awaited, Roark 0.3 s away",
+    "host is asyncio.run(bot()), aflush not awaited, Roark 1 s away",
 )
 
 
@@ -75,7 +75,7 @@ async def test_markers_are_on_the_audio_where_the_published_ones_are_not(
 
 
 async def test_of_an_interrupted_sentence_only_what_was_heard_is_kept(tmp_path: Path) -> None:
-    """The voice gives no word timestamps; the published transcript has the whole sentence."""
+    """The voice gives no word timestamps; the published transcript has all of it, or nothing."""
     answer = " ".join(f"number{number}" for number in range(40))
     script = Script(greeting="Hello.", hears=("Count, please.",), answers=(Answer(says=answer),))
     async with world(tmp_path, script) as around:
@@ -94,19 +94,18 @@ async def test_of_an_interrupted_sentence_only_what_was_heard_is_kept(tmp_path: 
                 heard = next(u for u in line.heard.utterances if u.start >= began.start)
             await bot.measured()
         texts = {name: bot_text(around.received(name)) for name in around.receivers}
-    assert len(answer.split()) in (len(texts[PUBLISHED].split()), 40)
     share = len(texts[OURS]) / len(answer)
     whole = sum(0.03 * len(word) + 0.04 for word in answer.split())
     assert texts[OURS] and answer.startswith(texts[OURS])
     assert abs(share - (heard.end - heard.start) / whole) < 0.1
-    assert texts[PUBLISHED] == answer
+    assert texts[PUBLISHED] in ("", answer)
 
 
 def bot_text(call: ReceivedCall) -> str:
-    """What the bot said first after its greeting."""
+    """What the bot is reported to have said after its greeting."""
     assert call.ended
     said = [t["content"] for t in call.ended["transcript"] if t["role"] == "assistant"]
-    return said[1]
+    return " ".join(said[1:])
 
 
 async def test_a_transcript_that_comes_late_joins_the_turn_it_belongs_to(tmp_path: Path) -> None:
