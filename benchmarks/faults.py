@@ -102,8 +102,8 @@ FAULTS = (
     ),
     Fault("SIGKILL", ends_by=SIGKILL),
     Fault(
-        "host is asyncio.run(bot()), aflush not awaited, Roark 1 s away",
-        ({"step": "call-ended", "slow_s": 1.0},),
+        "host is asyncio.run(bot()), aflush not awaited, call-ended takes 3 s",
+        ({"step": "call-ended", "slow_s": 3.0},),
         flush="never",
         once=True,
     ),

@@ -48,8 +48,7 @@ FAST_FAULTS = (
     "429 on three chunk-url requests",
     "PUT 500 for two chunks",
     "PUT hangs",
-    "SIGKILL",
-    "host is asyncio.run(bot()), aflush not awaited, Roark 1 s away",
+    "host is asyncio.run(bot()), aflush not awaited, call-ended takes 3 s",
 )
 
 
@@ -59,6 +58,15 @@ async def test_a_fault_costs_the_published_call_something_and_ours_nothing(name:
     row = await one_row(fault, observers=(OURS, PUBLISHED))
     assert row.lost[PUBLISHED].anything
     assert not row.lost[OURS].anything, str(row.lost[OURS])
+
+
+async def test_a_killed_process_costs_no_more_than_five_seconds_of_audio() -> None:
+    (fault,) = (fault for fault in FAULTS if fault.name == "SIGKILL")
+    row = await one_row(fault, observers=(OURS, PUBLISHED))
+    assert row.lost[PUBLISHED].events == ["call-ended"]
+    ours = row.lost[OURS]
+    assert not ours.events and not ours.turns and not ours.tools
+    assert ours.seconds is not None and ours.seconds <= 5.0
 
 
 @pytest.mark.parametrize("condition", markers.CONDITIONS[1:], ids=lambda condition: condition.name)
