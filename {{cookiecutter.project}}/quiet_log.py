@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from loguru import Record
 
 HIDDEN = "…"
-PROJECT = Path(__file__).parent
+PROJECT = Path(__file__).resolve().parent
 # What Pipecat calls its objects, such as "DeepgramSTTService#0".
 NAME = re.compile(r"[A-Za-z_]\w*#\d+(::[\w#]+)*")
 # Tokens that Pipecat's server takes as part of an address, and queries, in uvicorn's lines.
@@ -50,9 +50,12 @@ def begin() -> None:
     logging.setLogRecordFactory(_QuietRecord)
 
 
+@cache
 def is_ours(path: str) -> bool:
     """Whether the file is one of this project's."""
-    return Path(path).is_relative_to(PROJECT) and "site-packages" not in path
+    # A script may have a relative path; code without a file, such as "<string>", has none.
+    file = Path(path).resolve()
+    return file.is_file() and file.is_relative_to(PROJECT) and "site-packages" not in file.parts
 
 
 def _hush(record: "Record") -> None:

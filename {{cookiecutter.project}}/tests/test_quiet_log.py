@@ -172,6 +172,12 @@ async def prepare(bot: BotProcess, transport: str) -> tuple[Caller, str]:
         caller = TwilioCaller(
             bot.url.replace("http", "ws", 1) + "/ws", parameters={"note": PARAMETER}
         )
+        # A handshake that Pipecat cannot read, and complains of.
+        async with http.ws_connect(caller._url) as socket:
+            await socket.send_json({"event": "connected"})
+            start = {"streamSid": "MZ1", "callSid": {"note": PARAMETER}}
+            await socket.send_json({"event": "start", "streamSid": "MZ1", "start": start})
+            await socket.receive(SECONDS)
         form = {"CallSid": caller.call_sid, "From": NUMBER, "To": "+15550199"}
         signature = Gate(KEYS["TWILIO_AUTH_TOKEN"]).signature(
             f"https://{PUBLIC_HOST}/", list(form.items())
