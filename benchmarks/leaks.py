@@ -37,10 +37,10 @@ async def host() -> None:
 
     keep_ice_on_loopback()
     image = BaseImage(bot)
+    bot.readyz()
 
     async def holds() -> dict[str, Any]:
         image.sessions.clear()
-        gc.collect()
         kinds = [type(thing).__name__ for thing in gc.get_objects()]
         rss = Path("/proc/self/statm").read_text().split()[1]
         return {

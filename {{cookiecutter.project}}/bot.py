@@ -82,6 +82,7 @@ async def hold(
         # The one place that runs after every kind of ending. The reason noted first stands.
         await transports.hang_up(runner_args)
         await roark.aflush(reason="client-disconnected")
+        endings.forget_soon()
 
 
 def readyz() -> dict[str, object]:

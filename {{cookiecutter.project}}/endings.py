@@ -6,6 +6,7 @@ end. Here a goodbye is waited for up to a limit, and then the call is cancelled.
 """
 
 import asyncio
+import gc
 from typing import TYPE_CHECKING
 
 from loguru import logger
@@ -30,10 +31,20 @@ CONNECT_SECONDS = 20.0
 LOOK_EVERY_SECONDS = 0.5
 # For Pipecat, to take a cancelled pipeline down: its connections are closed meanwhile.
 TEARDOWN_SECONDS = 5.0
+FORGET_SECONDS = 0.5
 # Below max_session_duration in pcc-deploy.toml, which ends a call without a goodbye.
 MAX_CALL_SECONDS = 3300.0
 
 TIME_IS_UP = "This call has reached its time limit. Say so in one sentence, and say goodbye."
+
+
+def forget_soon() -> None:
+    """Free the memory of a call that is over, once bot() has let go of it.
+
+    A call is full of cycles and holds 10 MB. Python's own collection, which counts objects and not
+    bytes, would let dozens of calls pile up.
+    """
+    asyncio.get_running_loop().call_later(FORGET_SECONDS, gc.collect)
 
 
 def instruction(text: str) -> LLMMessagesAppendFrame:

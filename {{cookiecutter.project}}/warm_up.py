@@ -4,6 +4,7 @@ A call imports the services it needs when it needs them, which keeps `import bot
 call would pay for that with a second or two of silence.
 """
 
+import gc
 from functools import cache
 
 import services
@@ -24,3 +25,6 @@ def once() -> None:
     services.memory_params()
     turns.params()
     transports.warm_up()
+    # All this stays: the collection after each call need not look at it (10 instead of 140 ms).
+    gc.collect()
+    gc.freeze()

@@ -1,0 +1,65 @@
+"""A call leaves nothing behind in its process, however it ended."""
+
+import asyncio
+import gc
+import os
+from pathlib import Path
+
+import pytest
+from pipecat.frames.frames import Frame
+from pipecat.pipeline.worker import PipelineWorker
+
+from rehearsal.script import Script
+from roark import RoarkObserver
+from tests.stage import SECONDS, Stage, set_stage
+
+pytestmark = pytest.mark.anyio
+
+WARM_UP, CALLS = 4, 20
+
+
+def of_calls() -> int:
+    """How many objects of calls there are; the bot sees to their collection itself."""
+    kinds = (PipelineWorker, RoarkObserver, Frame)
+    return sum(isinstance(thing, kinds) for thing in gc.get_objects())
+
+
+@pytest.mark.slow
+async def test_twenty_calls_leave_no_task_no_open_file_and_no_object(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async with set_stage(monkeypatch, tmp_path) as stage:
+        stage.engine.script = Script(greeting="Hello.")
+        for number in range(WARM_UP):
+            await one_call(stage, number)
+        before = await held(stage)
+        for number in range(CALLS):
+            await one_call(stage, number)
+        after = await held(stage)
+    assert after["calls"] <= before["calls"]
+    assert after["tasks"] <= before["tasks"]
+    assert after["files"] <= before["files"]
+
+
+async def one_call(stage: Stage, number: int) -> None:
+    """A phone or a web call; in every other pair the caller gives up before the bot has spoken."""
+    stage.providers.cartesia.faults.hang = number % 4 >= 2
+    call = stage.caller("twilio" if number % 2 else "webrtc")
+    async with call as caller:
+        if stage.providers.cartesia.faults.hang:
+            await asyncio.sleep(0.3)
+        else:
+            await caller.hear(within=SECONDS)
+    await stage.over()
+    stage.image.sessions.clear()
+
+
+async def held(stage: Stage) -> dict[str, int]:
+    """What this process holds once its background work is done."""
+    # What was delivered is tidied up, and sockets are closed, a moment after bot() returned.
+    await asyncio.sleep(2)
+    return {
+        "calls": of_calls(),
+        "tasks": len(asyncio.all_tasks()),
+        "files": len(os.listdir("/proc/self/fd")),
+    }
