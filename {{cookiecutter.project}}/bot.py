@@ -105,8 +105,10 @@ async def converse(
     tts = services.create_tts()
 
     context = LLMContext(tools=tools.offered())
+    # Loads two models; in a thread, for the other calls of this process are not to stumble.
+    user_params = await asyncio.to_thread(turns.params)
     aggregators = LLMContextAggregatorPair(
-        context, user_params=turns.params(), assistant_params=services.memory_params()
+        context, user_params=user_params, assistant_params=services.memory_params()
     )
     pipeline = Pipeline(
         [

@@ -267,7 +267,7 @@ class ProviderServer:
     @asynccontextmanager
     async def websocket(self, request: web.Request, entry: Request) -> AsyncIterator[Connection]:
         """Accept the handshake of an admitted request; the socket is closed at the end."""
-        response = web.WebSocketResponse()
+        response = web.WebSocketResponse(compress=False)
         await response.prepare(request)
         entry.status = 101
         connection = Connection(entry, request, response, self._log)
