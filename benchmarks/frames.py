@@ -113,7 +113,8 @@ def report() -> str:
     for kind, spent in best.items():
         cells = " | ".join(f"{spent[name]:.2f}" for name in NAMES)
         ratio = spent[PUBLISHED] / spent[OURS]
-        lines.append(f"| {kind} | {cells} | {ratio:.1f}x cheaper |")
+        verdict = f"{ratio:.1f}x cheaper" if ratio >= 1 else f"{1 / ratio:.1f}x dearer"
+        lines.append(f"| {kind} | {cells} | {verdict} |")
     floor = best["the same audio frame"][NULL]
     lines += ["", f"Floor: an observer that does nothing costs {floor:.2f} µs. Goal: 8x or more."]
     return "\n".join(lines)

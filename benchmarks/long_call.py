@@ -179,7 +179,7 @@ def memory_mb() -> float:
 async def simulate(name: str, url: str, seconds: float, frame_seconds: float) -> Costs:
     """Run one call with the observer called `name`."""
     clock = CallClock()
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         os.environ["CALLS_DIR"] = folder
         measured = subject(name, url=url)
         source = Conversation(clock, seconds, frame_seconds)

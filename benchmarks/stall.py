@@ -107,8 +107,8 @@ def report() -> str:
         lines.append(f"| {what} | {' | '.join(f'{of(found[name]):.0f}' for name in NAMES)} |")
     lines += [
         "",
-        f"Of {PROCESSES} processes each. Tuner builds its client at the end of a call, after this. "
-        f"pipecat-roark's second client, built at the first chunk, is not in it either.",
+        f"Of {PROCESSES} processes each. pipecat-roark builds an HTTP client with its TLS context; "
+        "its second one, at the first chunk, is not in this.",
     ]
     return "\n".join(lines)
 
