@@ -169,10 +169,11 @@ def test_the_default_rendering_passes_its_own_tests_in_its_own_fresh_environment
 ) -> None:
     project = bake()
 
+    # One test at a time: the other worker's calls are in real time too.
     for command in (
         ("uv", "lock", "--python", "3.11"),
         ("uv", "sync", "--locked"),
-        ("uv", "run", "--locked", "pytest", "-q", "-m", "not slow"),
+        ("uv", "run", "--locked", "pytest", "-q", "-m", "not slow", "-n", "0"),
     ):
         succeed(project.run(*command))
 
@@ -192,4 +193,4 @@ def test_the_rendering_farthest_from_the_default_passes_its_own_tests(bake: Bake
         record_audio=False,
     )
 
-    succeed(project.tool("pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider"))
+    succeed(project.tool("pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-n", "0"))
