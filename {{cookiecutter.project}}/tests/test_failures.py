@@ -93,6 +93,7 @@ async def test_a_voice_with_a_wrong_key_ends_the_call_and_is_not_recorded_as_hea
     assert spoken_seconds(caller) == 0
     await assert_failed(stage, "Cartesia")
     assert said_by_bot(stage) == []
+    assert len(stage.providers.openai.requests) <= 1, "tried again with a voice that is no use"
 
 
 @pytest.mark.slow
@@ -102,6 +103,14 @@ async def test_a_recogniser_that_is_down_is_apologised_for(stage: Stage) -> None
         await bot_hangs_up(caller)
     await assert_failed(stage, "Deepgram")
     assert said_by_bot(stage)[-1] == failures.APOLOGY
+
+
+async def test_an_llm_that_fails_once_is_asked_again(stage: Stage) -> None:
+    stage.providers.openai.faults.cuts = 1
+    async with stage.caller("twilio") as caller:
+        await greeting_of(caller)
+    await stage.over()
+    assert " ".join(said_by_bot(stage)).endswith(f"{failures.ONE_MOMENT} Here is my answer again.")
 
 
 @pytest.mark.slow
@@ -127,6 +136,7 @@ async def test_an_llm_that_is_down_ends_the_call_with_an_apology(stage: Stage) -
     assert said_by_bot(stage)[-1] == failures.APOLOGY
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["rate_limited", "server_errors"])
 async def test_one_refused_request_goes_unnoticed(stage: Stage, fault: str) -> None:
     """The SDK asks again by itself."""
@@ -140,6 +150,7 @@ async def test_one_refused_request_goes_unnoticed(stage: Stage, fault: str) -> N
     assert said_by_bot(stage) == ["Hello there.", TALK.answers[1].says]
 
 
+@pytest.mark.slow
 @BOTH_TRANSPORTS
 @pytest.mark.parametrize("fault", ["cut", "hang"])
 async def test_an_llm_that_fails_once_is_asked_again_and_the_call_goes_on(
@@ -165,6 +176,7 @@ async def test_an_llm_that_fails_once_is_asked_again_and_the_call_goes_on(
     assert stage.record["ending"]["reason"] == "client-disconnected"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["rate_limited", "server_errors", "cuts", "drop"])
 async def test_a_voice_that_fails_once_speaks_again_and_the_call_goes_on(
     stage: Stage, fault: str

@@ -20,6 +20,7 @@ async def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         yield stage
 
 
+@pytest.mark.slow
 async def test_an_old_conversation_is_summarised_while_the_call_goes_on(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -55,6 +56,7 @@ async def test_an_old_conversation_is_summarised_while_the_call_goes_on(
     assert "Third question." in said_so_far
 
 
+@pytest.mark.slow
 async def test_a_summary_that_fails_does_not_disturb_the_call(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
