@@ -109,7 +109,11 @@ class Caller(ABC):
         heard: What the bot said, when the caller could hear it.
         sent: What the caller said, in order.
         ended: Set once the line is gone, whoever closed it.
+        slowness: How much longer than real time the caller's sound takes: 1, or more for a bot
+            that has to share its machine. What counts samples does not notice.
     """
+
+    slowness = 1.0
 
     def __init__(self, *, sample_rate: int, lose_packets: bool) -> None:
         self.heard = Track(sample_rate)
@@ -164,9 +168,10 @@ class Caller(ABC):
         sent = asyncio.get_running_loop().create_future()
         self._said.append((self._next_frame + len(self._to_say), sent))
         await self._unless_ended(sent)
-        began = self._began + first * FRAME_SECONDS
+        began = self._began + first * FRAME_SECONDS * self.slowness
         loud = _loud_windows(speech, self._sample_rate, of_loudest=_OF_LOUDEST) or [0.0]
-        utterance = Utterance(began + loud[0], began + loud[-1] + _WINDOW_SECONDS)
+        start, end = loud[0] * self.slowness, (loud[-1] + _WINDOW_SECONDS) * self.slowness
+        utterance = Utterance(began + start, began + end)
         self.sent.append(utterance)
         return utterance
 
@@ -247,7 +252,7 @@ class Caller(ABC):
         silence = bytes(2 * round(self._sample_rate * FRAME_SECONDS))
         self._began = time.monotonic()
         while True:
-            due = self._began + (self._next_frame + 1) * FRAME_SECONDS
+            due = self._began + (self._next_frame + 1) * FRAME_SECONDS * self.slowness
             await asyncio.sleep(max(0.0, due - time.monotonic()))
             lost = self._lose_packets and self._next_frame % _FRAMES_PER_LOSS < _LOST_FRAMES
             frame = self._to_say.popleft() if self._to_say else silence

@@ -1,0 +1,212 @@
+"""Twenty calls at once in one process of the bot: each is its own, in words and in sound.
+
+The bot has a process of its own. Every caller says a name, and the bot says it back. What carries
+the name from one to the other is its sound: the caller's audio is told apart at the recogniser, and
+the bot's at the caller and in the recording, so that nothing can be swapped on the way unnoticed.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from rehearsal.bot_process import BotProcess, free_port, run_bot
+from rehearsal.caller import Caller, Utterance
+from rehearsal.engine import Heard
+from rehearsal.providers import serve
+from rehearsal.roark import ReceivedCall, RoarkReceiver
+from rehearsal.script import Answer, Script, ScriptedEar, ScriptedEngine
+from rehearsal.twilio_caller import TwilioCaller
+from rehearsal.webrtc_caller import WebRTCCaller
+from tests.stage import RECORDS_AUDIO
+
+pytestmark = pytest.mark.anyio
+
+NAMES = (
+    "Alexandria Bartholomew Cassiopeia Demosthenes Evangeline Ferdinando Giuseppina Hildegarde "
+    "Immaculata Jacqueline Kunigunde Lieselotte Montgomery Nathaniel Oktavianus Persephone "
+    "Quintilian Rosamunde Sebastian Theodora"
+).split()
+SECONDS = 90.0
+"""What anything may take on a busy machine before the test gives up."""
+SLOWNESS = 4.0
+"""Twenty callers at their own pace are more than two cores carry, as benchmarks/ has it."""
+TOGETHER_SECONDS = 0.3
+HZ = 8000
+PIECE = HZ // 50
+"""20 ms: what a caller sends at a time, between which slowness leaves gaps."""
+LOUD_RMS = 1000.0
+
+
+class Sounds:
+    """Knows the names by their sound in the scripted voice, also when it comes in pieces."""
+
+    def __init__(self, spoken: dict[str, NDArray[np.float32]]) -> None:
+        self._pieces = {
+            name: _normal(np.lib.stride_tricks.sliding_window_view(sound, PIECE))
+            for name, sound in spoken.items()
+        }
+
+    @classmethod
+    async def learn(cls) -> "Sounds":
+        """Listen to every name once."""
+        engine = ScriptedEngine()
+        spoken: dict[str, NDArray[np.float32]] = {}
+        for name in NAMES:
+            pcm = b"".join([piece.pcm async for piece in engine.speak(name, HZ)])
+            spoken[name] = np.frombuffer(pcm, "<i2").astype(np.float32)
+        return cls(spoken)
+
+    def name_in(self, samples: NDArray[np.int16], sample_rate: int) -> str:
+        """Return the name whose pieces are most like the pieces of `samples`."""
+        sound = samples[:: sample_rate // HZ].astype(np.float32)
+        pieces = sound[: len(sound) // PIECE * PIECE].reshape(-1, PIECE)
+        pieces = _normal(pieces[np.sqrt(np.mean(pieces**2, axis=1)) > LOUD_RMS])
+        scores = {
+            name: float((pieces @ known.T).max(axis=1).sum())
+            for name, known in self._pieces.items()
+        }
+        return max(scores, key=scores.__getitem__)
+
+
+def _normal(pieces: NDArray[np.float32]) -> NDArray[np.float32]:
+    return pieces / np.maximum(np.linalg.norm(pieces, axis=1, keepdims=True), 1.0)
+
+
+class NameEar(ScriptedEar):
+    """Hears which name was said."""
+
+    def __init__(self, sounds: Sounds, sample_rate: int) -> None:
+        super().__init__(("Somebody",), sample_rate)
+        self._sounds = sounds
+        self._sample_rate = sample_rate
+        self._audio = bytearray()
+
+    async def feed(self, pcm: bytes) -> list[Heard]:
+        """Keep the audio for the moment when the speech is over."""
+        self._audio += pcm
+        return [self._named(heard) for heard in await super().feed(pcm)]
+
+    async def finalize(self) -> list[Heard]:
+        """Return the name instead of the script's words."""
+        return [self._named(heard) for heard in await super().finalize()]
+
+    def _named(self, heard: Heard) -> Heard:
+        if not heard.is_final or heard.text in NAMES:
+            return heard
+        first = round(heard.start_s * self._sample_rate)
+        last = first + round(heard.duration_s * self._sample_rate)
+        samples = np.frombuffer(bytes(self._audio), "<i2")[first:last]
+        return replace(heard, text=self._sounds.name_in(samples, self._sample_rate))
+
+
+class NameEngine(ScriptedEngine):
+    """Says the name back that it heard."""
+
+    def __init__(self, sounds: Sounds) -> None:
+        super().__init__(
+            Script(greeting="Hello.", answers=tuple(Answer(heard=n, says=n) for n in NAMES))
+        )
+        self._sounds = sounds
+
+    def listen(self, sample_rate: int) -> NameEar:
+        """Return an ear for one call."""
+        return NameEar(self._sounds, sample_rate)
+
+
+@dataclass
+class Stage:
+    """The running bot and its world."""
+
+    bot: BotProcess
+    roark: RoarkReceiver
+    engine: NameEngine
+    sounds: Sounds
+
+    def caller(self, number: int) -> Caller:
+        """Every other caller is on the phone."""
+        if number % 2:
+            return WebRTCCaller(self.bot.url)
+        return TwilioCaller(self.bot.url.replace("http", "ws", 1) + "/ws")
+
+
+@asynccontextmanager
+async def set_stage(calls_dir: Path) -> AsyncIterator[Stage]:
+    """Start everything."""
+    sounds = await Sounds.learn()
+    engine = NameEngine(sounds)
+    async with serve(engine) as providers, RoarkReceiver() as roark:
+        environment = {
+            **providers.environment,
+            "ROARK_BASE_URL": roark.url,
+            "ROARK_API_KEY": "rehearsal",
+            "CALLS_DIR": str(calls_dir),
+            # Those who wait for the others on the line are not to be asked whether they are there.
+            "SILENCE_SECONDS": "600",
+        }
+        async with run_bot("webrtc", free_port(), environment) as bot:
+            yield Stage(bot, roark, engine, sounds)
+
+
+@pytest.mark.slow
+async def test_twenty_calls_at_once_are_each_their_own(tmp_path: Path) -> None:
+    async with set_stage(tmp_path / "calls") as stage:
+        everybody = asyncio.Barrier(len(NAMES))
+
+        async def call(number: int, name: str) -> str:
+            await asyncio.sleep(number * TOGETHER_SECONDS)
+            line = stage.caller(number)
+            line.slowness = SLOWNESS
+            async with line as caller:
+                await caller.hear(within=SECONDS)
+                await caller.hear_out(quiet=0.5, within=SECONDS)
+                # Nobody speaks before all are on the line.
+                await everybody.wait()
+                pieces = [p.pcm async for p in stage.engine.speak(f"{name} {name}", HZ)]
+                said = await caller.say(b"".join(pieces), HZ)
+                await caller.hear(since=said.end, within=SECONDS)
+                await caller.hear_out(quiet=1.0, within=SECONDS)
+                return stage.sounds.name_in(*_heard_since(caller, said))
+
+        heard = await asyncio.gather(*(call(n, name) for n, name in enumerate(NAMES)))
+        assert heard == NAMES
+
+        calls = stage.roark.calls
+        received = [await stage.roark.complete(each, timeout=SECONDS) for each in list(calls)]
+        assert sorted(_name_on(each) for each in received) == NAMES
+        if RECORDS_AUDIO:
+            for each in received:
+                assert _names_in_recording(each, stage.sounds) == [_name_on(each)] * 2
+
+
+def _heard_since(caller: Caller, said: Utterance) -> tuple[NDArray[np.int16], int]:
+    samples = np.frombuffer(caller.heard.pcm(), "<i2")
+    rate = caller.heard.sample_rate
+    return samples[-round((caller.heard.end - said.end) * rate) :], rate
+
+
+def _name_on(call: ReceivedCall) -> str:
+    """The one name of a call's transcript: said by the caller, and said back."""
+    assert call.whole and call.ended
+    turns = [(turn["role"], turn["content"]) for turn in call.ended["transcript"]]
+    assert [role for role, _ in turns] == ["assistant", "user", "assistant"]
+    assert turns[0][1] == "Hello."
+    assert turns[1][1] == turns[2][1]
+    return turns[1][1]
+
+
+def _names_in_recording(call: ReceivedCall, sounds: Sounds) -> list[str]:
+    """What is heard on the caller's track and on the bot's, where the transcript has the name."""
+    assert call.ended
+    rate = call.ended["recordingSampleRate"]
+    tracks = np.frombuffer(call.recording, "<i2").reshape(-1, 2)
+    names: list[str] = []
+    for side, turn in enumerate(call.ended["transcript"][1:]):
+        first, last = (turn[key] * rate // 1000 for key in ("audioOffsetMs", "endAudioOffsetMs"))
+        names.append(sounds.name_in(tracks[first:last, side], rate))
+    return names
