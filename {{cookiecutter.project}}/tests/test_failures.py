@@ -179,8 +179,10 @@ async def test_an_llm_that_fails_once_is_asked_again_and_the_call_goes_on(
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["rate_limited", "server_errors", "cuts", "drop"])
 async def test_a_voice_that_fails_once_speaks_again_and_the_call_goes_on(
-    stage: Stage, fault: str
+    stage: Stage, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Noticed when it happens, not for the silence after it.
+    monkeypatch.setenv("ANSWER_SECONDS", "60")
     async with stage.caller("twilio") as caller:
         await greeting_of(caller)
         cartesia = stage.providers.cartesia
