@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 from baking import ROOT, Bake, BakedProject, CommandLine, tracked_files
 from cookiecutter.main import cookiecutter
+from tests.machine import machine
+
+__all__ = ["machine"]
 
 
 @pytest.fixture(scope="session")

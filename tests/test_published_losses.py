@@ -38,7 +38,8 @@ from benchmarks.calls import SECONDS, VOICE_HZ, caller, host, world
 from benchmarks.faults import FAULTS, one_row
 from benchmarks.subjects import OURS, PUBLISHED, subject
 
-pytestmark = [pytest.mark.anyio, pytest.mark.slow]
+# What is compared is measured in time.
+pytestmark = [pytest.mark.anyio, pytest.mark.slow, pytest.mark.alone]
 
 FAST_FAULTS = (
     "unreachable throughout",

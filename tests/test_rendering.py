@@ -163,17 +163,17 @@ def test_the_default_rendering_is_typed(default_project: BakedProject) -> None:
     succeed(default_project.tool("pyright", "--pythonpath", sys.executable))
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_the_default_rendering_passes_its_own_tests_in_its_own_fresh_environment(
     bake: Bake,
 ) -> None:
     project = bake()
 
-    # One test at a time: the other worker's calls are in real time too.
     for command in (
         ("uv", "lock", "--python", "3.11"),
         ("uv", "sync", "--locked"),
-        ("uv", "run", "--locked", "pytest", "-q", "-m", "not slow", "-n", "0"),
+        ("uv", "run", "--locked", "pytest", "-q", "-m", "not slow"),
     ):
         succeed(project.run(*command))
 
@@ -183,6 +183,7 @@ def test_the_default_rendering_passes_its_own_tests_in_its_own_fresh_environment
     assert Path(environment.stdout.strip()) == project.path / ".venv"
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_the_rendering_farthest_from_the_default_passes_its_own_tests(bake: Bake) -> None:
     project = bake(
@@ -193,4 +194,4 @@ def test_the_rendering_farthest_from_the_default_passes_its_own_tests(bake: Bake
         record_audio=False,
     )
 
-    succeed(project.tool("pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-n", "0"))
+    succeed(project.tool("pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider"))

@@ -172,7 +172,7 @@ async def _call_it(options: argparse.Namespace) -> int:
 
 async def _serve_providers(options: argparse.Namespace) -> int:
     async with _engine(options) as engine, _providers(engine, options.port) as providers:
-        next_port = options.port + len(providers.servers) if options.port else 0
+        next_port = free_port(providers.servers[-1].port + 1) if options.port else 0
         async with RoarkReceiver(port=next_port) as roark:
             for name, value in {**providers.environment, **_at_roark(roark)}.items():
                 _tell(f"{name}={value}")

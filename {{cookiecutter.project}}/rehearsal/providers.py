@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from rehearsal.bot_process import free_port
 from rehearsal.cartesia import CartesiaServer
 from rehearsal.deepgram import DeepgramServer
 from rehearsal.engine import Engine
@@ -57,10 +58,10 @@ async def serve(
     Args:
         engine: What hears, thinks and speaks.
         faults: Switches by server name (deepgram, openai, cartesia, twilio) to begin with.
-        port: Port of the first server, the others follow; 0 takes free ones.
+        port: Port of the first server, the others take the free ones after it; 0 takes any.
 
     Raises:
-        OSError: A port is taken.
+        OSError: That port is taken.
     """
     switches = dict(faults or {})
     log = WireLog()
@@ -74,8 +75,10 @@ async def serve(
     if switches:
         raise ValueError(f"no such provider: {', '.join(switches)}")
     try:
-        for index, server in enumerate(providers.servers):
-            await server.start(port + index if port else 0)
+        next_port = port
+        for server in providers.servers:
+            await server.start(next_port)
+            next_port = free_port(server.port + 1) if port else 0
         yield providers
     finally:
         for server in providers.servers:

@@ -2,6 +2,10 @@
 
 import pytest
 
+from tests.machine import machine
+
+__all__ = ["anyio_backend", "machine"]
+
 
 @pytest.fixture
 def anyio_backend() -> str:

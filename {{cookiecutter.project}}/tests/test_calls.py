@@ -277,7 +277,10 @@ async def test_an_interrupted_answer_is_kept_as_far_as_it_was_heard(
         greeting=greeting, hears=("Stop, please.",), answers=(Answer(says="All right."),)
     )
     async with stage.caller(transport) as caller:
-        await caller.hear(within=SECONDS)
+        greeted = await caller.hear(within=SECONDS)
+        async with asyncio.timeout(SECONDS):
+            while caller.heard.end < greeted.start + 0.6:
+                await asyncio.sleep(0.02)
         said = await stage.say(caller)
         await caller.hear(since=said.end, within=SECONDS)
         await caller.hear_out(quiet=0.5, within=SECONDS)

@@ -23,6 +23,7 @@ from tests.stage import RECORDS_AUDIO, SECONDS, Stage, set_stage
 
 pytestmark = [
     pytest.mark.anyio,
+    pytest.mark.alone,
     pytest.mark.slow,
     pytest.mark.skipif(not RECORDS_AUDIO, reason="this project does not record"),
 ]
