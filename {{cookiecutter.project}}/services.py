@@ -48,18 +48,7 @@ def create_llm(instructions: str) -> "LLMService[Any]":
     Args:
         instructions: The system prompt, from prompt.md.
     """
-    from pipecat.services.openai import llm
-
-    class OpenAILLMService(llm.OpenAILLMService):
-        """Closes its connection with the call; Pipecat 1.14 leaves it to the garbage collector."""
-
-        def create_client(self, *args: Any, **kwargs: Any) -> Any:
-            self.client = super().create_client(*args, **kwargs)
-            return self.client
-
-        async def cleanup(self) -> None:
-            await super().cleanup()
-            await self.client.close()
+    from pipecat.services.openai.llm import OpenAILLMService
 
     return OpenAILLMService(
         api_key=setting("OPENAI_API_KEY"),
