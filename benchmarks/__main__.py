@@ -7,7 +7,7 @@ from pathlib import Path
 
 from loguru import logger
 
-from benchmarks import faults, frames, long_call, markers, stall
+from benchmarks import crowd, faults, frames, long_call, markers, speed, stall
 
 README = Path(__file__).with_name("README.md")
 
@@ -17,6 +17,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "long_call": long_call.report,
     "markers": markers.report,
     "faults": faults.report,
+    "speed": speed.report,
+    "crowd": crowd.report,
 }
 
 

@@ -34,9 +34,9 @@ from benchmarks.scaffold import generate
 OURS, SCAFFOLD = "ours", "pipecat init 1.14.0"
 TRANSPORTS = ("twilio", "webrtc")
 
-CALLS, TURNS = 4, 10
+CALLS, TURNS = 3, 9
 """Per bot and transport: so many calls of so many turns."""
-IMPORTS, STARTS = 7, 3
+IMPORTS, STARTS = 7, 4
 MEMORY_CALLS, AT_ONCE = 50, 5
 
 SECONDS = 60.0
