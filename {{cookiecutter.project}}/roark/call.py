@@ -368,6 +368,9 @@ class CallRecord:
         over = sounds[last][1] if last >= 0 else start
         if begun < end and start_low <= begun - start <= start_high:
             start = begun
+        if turn.role == "user" and not turn.detected:
+            # Too short for the voice detector: the turn's end is when somebody decided, much later.
+            end_low = -inf
         if over > start and end_low <= over - end <= end_high:
             end = over
         return start, max(start, end)

@@ -107,6 +107,17 @@ def test_a_detector_that_a_busy_machine_held_up_is_set_right_by_the_audio():
     assert (turn["start_ms"], turn["end_ms"]) == (2000, 3200)
 
 
+def test_a_word_too_short_for_the_detector_ends_where_its_sound_ends():
+    record = record_of(
+        event("user-turn", 2060, edge="start"),
+        event("sound", 2900, role="user", start_ms=2000.0, end_ms=2150.0),
+        event("transcript", 3300, text="Fine.", spaced=False),
+        event("user-turn", 3450, edge="stop"),
+    )
+    [turn] = record.as_dict()["turns"]
+    assert (turn["start_ms"], turn["end_ms"]) == (2000, 2150)
+
+
 def test_noise_far_from_the_detectors_edges_moves_nothing():
     record = record_of(
         *user(2000, 3000, "Hi."),
