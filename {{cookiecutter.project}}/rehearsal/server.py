@@ -267,7 +267,7 @@ class ProviderServer:
     @asynccontextmanager
     async def websocket(self, request: web.Request, entry: Request) -> AsyncIterator[Connection]:
         """Accept the handshake of an admitted request; the socket is closed at the end."""
-        # Audio does not get smaller, and deflating it is a tenth of what a call costs.
+        # Deflating audio would cost the bot processor time and save next to nothing.
         response = web.WebSocketResponse(compress=False)
         await response.prepare(request)
         entry.status = 101
