@@ -139,7 +139,7 @@ class Ending:
             return
         patience = CONNECT_SECONDS
         dead_for = 0.0
-        while dead_for < patience:
+        while dead_for < patience and not line.is_closed():
             await asyncio.sleep(LOOK_EVERY_SECONDS)
             if line.is_alive():
                 patience, dead_for = DEAD_LINE_SECONDS, 0.0

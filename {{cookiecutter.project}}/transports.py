@@ -48,7 +48,8 @@ class Line:
         audio_in_hz: Rate of the caller's audio through the pipeline.
         audio_out_hz: Rate of the bot's audio through the pipeline.
         is_phone: Whether a telephone is at the other end: no RTVI client, no "ready" to wait for.
-        is_alive: Whether the caller's end still shows signs of life; None where Pipecat tells.
+        is_alive: Whether the caller's end shows signs of life; None where Pipecat tells if not.
+        is_closed: Whether the connection was closed, perhaps before Pipecat listened for that.
     """
 
     transport: BaseTransport
@@ -56,6 +57,7 @@ class Line:
     audio_out_hz: int = 24000
     is_phone: bool = False
     is_alive: Callable[[], bool] | None = None
+    is_closed: Callable[[], bool] = lambda: False
 
     @property
     def client_ready_seconds(self) -> float:
@@ -79,7 +81,12 @@ async def answer(runner_args: RunnerArguments) -> Line:
         return Line(transport, is_phone=dialled_in)
     if isinstance(runner_args, SmallWebRTCRunnerArguments):
         transport = await create_transport(runner_args, {"webrtc": _webrtc_params})
-        return Line(transport, is_alive=runner_args.webrtc_connection.is_connected)
+        connection = runner_args.webrtc_connection
+        return Line(
+            transport,
+            is_alive=connection.is_connected,
+            is_closed=lambda: connection.pc.connectionState in ("closed", "failed"),
+        )
     raise ValueError(
         f"this session came without a transport ({type(runner_args).__name__}): start it with a "
         "Daily room, over /api/offer (webrtc) or over /ws (twilio)"
