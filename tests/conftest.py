@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from baking import ROOT, Bake, BakedProject, CommandLine, tracked_files
 from cookiecutter.main import cookiecutter
-from tests.machine import machine
+from machine import machine
 
 __all__ = ["machine"]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.machine import machine
+from machine import machine
 
 __all__ = ["anyio_backend", "machine"]
 
