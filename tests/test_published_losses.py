@@ -33,13 +33,12 @@ pytest.importorskip(
 from rehearsal.roark import ReceivedCall, RoarkReceiver
 from rehearsal.script import Answer, Script
 
-from benchmarks import frames, markers
+from benchmarks import markers
 from benchmarks.calls import SECONDS, VOICE_HZ, caller, host, world
 from benchmarks.faults import FAULTS, one_row
 from benchmarks.subjects import OURS, PUBLISHED, subject
 
-# What is compared is measured in time.
-pytestmark = [pytest.mark.anyio, pytest.mark.slow, pytest.mark.alone]
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 FAST_FAULTS = (
     "unreachable throughout",
@@ -70,6 +69,7 @@ async def test_a_killed_process_costs_no_more_than_five_seconds_of_audio() -> No
     assert ours.seconds is not None and ours.seconds <= 5.0
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("condition", markers.CONDITIONS[1:], ids=lambda condition: condition.name)
 async def test_markers_are_on_the_audio_where_the_published_ones_are_not(
     condition: markers.Condition, tmp_path: Path
@@ -83,6 +83,7 @@ async def test_markers_are_on_the_audio_where_the_published_ones_are_not(
     assert np.percentile(theirs, 95) > 100
 
 
+@pytest.mark.alone
 async def test_of_an_interrupted_sentence_only_what_was_heard_is_kept(tmp_path: Path) -> None:
     """The voice gives no word timestamps; the published transcript has all of it, or nothing."""
     answer = " ".join(f"number{number}" for number in range(40))
@@ -144,19 +145,6 @@ async def test_a_roark_that_fails_is_seen_in_the_bots_log(tmp_path: Path) -> Non
         logger.remove(sink)
     assert not [line for line in lines if line.startswith("pipecat_roark")]
     assert any(line.startswith("roark") and "401" in line for line in lines)
-
-
-async def test_a_frame_nobody_handles_is_eight_times_cheaper(tmp_path: Path) -> None:
-    observers = {
-        OURS: subject(OURS, api_key=None, calls_dir=tmp_path).observer,
-        PUBLISHED: subject(PUBLISHED).observer,
-    }
-    kind = frames.KINDS["the same audio frame"]
-    best = dict.fromkeys(observers, float("inf"))
-    for _ in range(5):
-        for name, observer in observers.items():
-            best[name] = min(best[name], await frames.microseconds(observer, kind, count=20_000))
-    assert best[PUBLISHED] / best[OURS] >= 8
 
 
 async def report(said: Sequence[Frame], calls_dir: Path, **fault: Any) -> dict[str, ReceivedCall]:

@@ -93,6 +93,7 @@ def assert_recording_shows(stage: Stage, ended: dict[str, Any]) -> None:
         assert is_silent(samples[first:last, 1 - side])
 
 
+@pytest.mark.slow
 @BOTH_TRANSPORTS
 async def test_the_bot_says_goodbye_and_hangs_up(
     stage: Stage, transport: str, monkeypatch: pytest.MonkeyPatch
@@ -126,6 +127,7 @@ async def test_the_bot_says_goodbye_and_hangs_up(
     assert len(hang_ups) == (1 if transport == "twilio" else 0)
 
 
+@pytest.mark.slow
 async def test_each_call_runs_at_the_rate_of_its_line(stage: Stage) -> None:
     for number, transport in enumerate(["twilio", "webrtc"]):
         async with stage.caller(transport) as caller:
@@ -158,6 +160,7 @@ async def test_every_server_the_bot_talks_to_is_this_machine(stage: Stage) -> No
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("speaks_rtvi", [True, False])
 async def test_a_web_client_is_greeted_exactly_once(stage: Stage, speaks_rtvi: bool) -> None:
     async with stage.caller("webrtc", rtvi=speaks_rtvi) as caller:
@@ -201,6 +204,7 @@ async def test_without_twilio_credentials_the_call_works_and_the_log_says_so_onc
     assert len([line for line in lines if "TWILIO_ACCOUNT_SID" in line]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accepts", [True, False])
 async def test_a_message_is_sent_only_after_the_caller_agreed(
     stage: Stage, monkeypatch: pytest.MonkeyPatch, accepts: bool
@@ -268,6 +272,7 @@ async def test_a_socket_that_is_no_phone_call_ends_in_one_clear_line(stage: Stag
     assert "Twilio" in lines[0]
 
 
+@pytest.mark.slow
 @BOTH_TRANSPORTS
 async def test_an_interrupted_answer_is_kept_as_far_as_it_was_heard(
     stage: Stage, transport: str

@@ -108,6 +108,7 @@ async def test_a_browser_that_vanishes_is_noticed_within_ten_seconds(stage: Stag
         await assert_ended(stage, "client-disconnected", detail="went dead")
 
 
+@pytest.mark.slow
 @BOTH_TRANSPORTS
 async def test_the_time_limit_ends_the_call_with_a_goodbye(
     stage: Stage, transport: str, monkeypatch: pytest.MonkeyPatch
@@ -123,6 +124,7 @@ async def test_the_time_limit_ends_the_call_with_a_goodbye(
     assert stage.received.ended["transcript"][-1]["content"] == "Time is up. Goodbye."
 
 
+@pytest.mark.slow
 @BOTH_TRANSPORTS
 async def test_the_platforms_session_limit_is_recorded_as_such(
     stage: Stage, transport: str
@@ -138,6 +140,7 @@ async def test_the_platforms_session_limit_is_recorded_as_such(
         await waiting
 
 
+@pytest.mark.slow
 @BOTH_TRANSPORTS
 async def test_a_goodbye_that_hangs_does_not_hang_the_call(
     stage: Stage, transport: str, monkeypatch: pytest.MonkeyPatch
@@ -190,6 +193,7 @@ async def test_a_service_that_cannot_be_closed_does_not_hold_up_the_end(
         closable.set()
 
 
+@pytest.mark.slow
 @BOTH_TRANSPORTS
 async def test_an_exception_of_ours_ends_the_call_and_closes_the_line(
     stage: Stage, transport: str, monkeypatch: pytest.MonkeyPatch
@@ -205,6 +209,7 @@ async def test_an_exception_of_ours_ends_the_call_and_closes_the_line(
     assert "LookupError" in stage.record["ending"]["detail"]
 
 
+@pytest.mark.slow
 @BOTH_TRANSPORTS
 async def test_a_call_that_cannot_be_answered_is_hung_up(
     stage: Stage, transport: str, monkeypatch: pytest.MonkeyPatch

@@ -66,6 +66,7 @@ async def assert_failed(stage: Stage, provider: str) -> None:
     assert stage.received.ended["callEndedReason"] == "error"
 
 
+@pytest.mark.slow
 @BOTH_TRANSPORTS
 @pytest.mark.parametrize("provider", ["deepgram", "openai"])
 async def test_a_wrong_key_is_apologised_for_and_ends_the_call(
@@ -105,6 +106,7 @@ async def test_a_recogniser_that_is_down_is_apologised_for(stage: Stage) -> None
     assert said_by_bot(stage)[-1] == failures.APOLOGY
 
 
+@pytest.mark.slow
 async def test_an_llm_that_fails_once_is_asked_again(stage: Stage) -> None:
     stage.providers.openai.faults.cuts = 1
     async with stage.caller("twilio") as caller:
@@ -207,6 +209,7 @@ async def test_a_voice_that_fails_once_speaks_again_and_the_call_goes_on(
         assert answer not in spoken[:-1], "never played, recorded as spoken"
 
 
+@pytest.mark.slow
 @BOTH_TRANSPORTS
 async def test_a_voice_that_hangs_ends_the_call_and_is_not_recorded_as_heard(
     stage: Stage, transport: str

@@ -82,6 +82,7 @@ async def test_a_summary_that_fails_does_not_disturb_the_call(
     assert len(spoken) == 5
 
 
+@pytest.mark.slow
 async def test_what_is_meant_for_eyes_does_not_reach_the_voice(stage: Stage) -> None:
     stage.engine.script = Script.parse(
         {

@@ -622,6 +622,7 @@ def test_a_long_call_plays_from_the_recording_beside_its_page(
     assert alone.page.get_by_role("button", name="Play", exact=True).is_disabled()
 
 
+@pytest.mark.slow
 def test_hostile_text_is_shown_and_never_run_nor_wider_than_a_phone(open_page, folder: Path):
     turns = tuple(
         ("user", text, 1000 * number, 1000 * number + 500) for number, text in enumerate(HOSTILE)

@@ -40,6 +40,7 @@ def said_by_bot(stage: Stage) -> list[str]:
     return [turn["content"] for turn in ended["transcript"] if turn["role"] == "assistant"]
 
 
+@pytest.mark.slow
 @BOTH_TRANSPORTS
 async def test_silence_is_asked_about_twice_and_then_ends_the_call(
     stage: Stage, transport: str

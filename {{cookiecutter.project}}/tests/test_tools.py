@@ -30,6 +30,7 @@ async def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         yield stage
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["hangs", "raises"])
 async def test_the_llm_speaks_after_a_tool_that_fails(
     stage: Stage, monkeypatch: pytest.MonkeyPatch, fault: str

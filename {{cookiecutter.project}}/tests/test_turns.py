@@ -49,6 +49,7 @@ def user_messages(stage: Stage) -> list[str]:
     return [m["content"] for m in bodies[-1]["messages"] if m["role"] == "user"]
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 @BOTH_TRANSPORTS
 async def test_mhm_does_not_cut_the_bot_and_an_interruption_does_within_300_ms(
