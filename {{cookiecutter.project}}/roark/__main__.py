@@ -20,7 +20,7 @@ from loguru import logger
 
 from roark.client import RoarkClient
 from roark.folder import Folder, call_folders
-from roark.outbox import Flushed, Outbox
+from roark.outbox import Flushed, Outbox, setting
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
 
     load_dotenv(find_dotenv(usecwd=True))
-    directory = Path(os.environ.get("CALLS_DIR", "").strip() or "calls")
+    directory = Path(setting("CALLS_DIR") or "calls")
     match chosen.command:
         case "calls":
             return list_calls(directory)
@@ -73,11 +73,11 @@ def list_calls(directory: Path) -> int:
 
 def deliver(directory: Path) -> int:
     """Delivers what earlier processes left, once, with a line per call."""
-    api_key = os.environ.get("ROARK_API_KEY", "").strip()
+    api_key = setting("ROARK_API_KEY")
     if not api_key:
         print("ROARK_API_KEY is not set: there is nobody to deliver to.", file=sys.stderr)
         return 2
-    base_url = os.environ.get("ROARK_BASE_URL", "").strip() or None
+    base_url = setting("ROARK_BASE_URL")
     client = RoarkClient(api_key=api_key, base_url=base_url)
     outbox = Outbox(directory, client, delivers_leftovers=False)
 

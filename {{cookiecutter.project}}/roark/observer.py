@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
-import os
 import re
 import sys
 import time
@@ -65,7 +64,7 @@ from pipecat.transports.base_output import BaseOutputTransport
 from pipecat.utils.asyncio.task_manager import BaseTaskManager
 
 from roark.call import ENDINGS, CallRecord, Event, Rank, Redact
-from roark.outbox import outbox_for
+from roark.outbox import outbox_for, setting
 from roark.recorder import CallRecorder, Sounds, sounds_of
 from roark.redaction import card_and_phone_numbers
 
@@ -682,11 +681,6 @@ def open_folder(
 ) -> CallFolder:
     """Return the folder of this call in the process's outbox for `calls_dir`."""
     return outbox_for(calls_dir, api_key=api_key or None, base_url=base_url).open(call_id)
-
-
-def setting(name: str) -> str | None:
-    """An environment variable; a blank one counts as unset."""
-    return os.environ.get(name, "").strip() or None
 
 
 def seconds_setting(name: str) -> float:

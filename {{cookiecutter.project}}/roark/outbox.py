@@ -645,10 +645,16 @@ def outbox_from_environment() -> Outbox:
 
     Called when a server starts, it delivers what the last one left before the first call comes.
     """
-    directory = Path(os.environ.get("CALLS_DIR", "").strip() or "calls")
-    api_key = os.environ.get("ROARK_API_KEY", "").strip() or None
-    base_url = os.environ.get("ROARK_BASE_URL", "").strip() or None
-    return outbox_for(directory, api_key=api_key, base_url=base_url)
+    return outbox_for(
+        Path(setting("CALLS_DIR") or "calls"),
+        api_key=setting("ROARK_API_KEY"),
+        base_url=setting("ROARK_BASE_URL"),
+    )
+
+
+def setting(name: str) -> str | None:
+    """An environment variable; a blank one counts as unset."""
+    return os.environ.get(name, "").strip() or None
 
 
 def replay(
@@ -662,7 +668,7 @@ def replay(
 
 def _number(name: str, default: float) -> float:
     try:
-        return float(os.environ.get(name, "").strip() or default)
+        return float(setting(name) or default)
     except ValueError:
         logger.warning(f"Roark: {name} is not a number; {default:g} is used")
         return default
