@@ -6,6 +6,7 @@ caller. What stays broken ends the call, with an apology if there is still a voi
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from loguru import logger
@@ -47,6 +48,8 @@ ANSWER_SECONDS = 8.0
 # A model may be overloaded for a moment; a voice that fails twice cannot say that it is sorry.
 LLM_ATTEMPTS = 3
 TTS_ATTEMPTS = 2
+# An interruption is through the pipeline in milliseconds; one that is stuck is not waited for.
+SETTLE_SECONDS = 1.0
 
 # Spoken as they stand, for the LLM that could put them better may be what failed.
 ONE_MOMENT = "One moment, please."
@@ -222,19 +225,24 @@ class Failures(BaseObserver):
         logger.warning(f"A turn failed ({self._failed_in_a_row} in a row): {detail}")
         has_voice = not isinstance(service, TTSService)
         if self._failed_in_a_row < (LLM_ATTEMPTS if has_voice else TTS_ATTEMPTS):
-            self._run(
-                self._worker.queue_frames(
-                    [
-                        InterruptionFrame(),
-                        TTSSpeakFrame(ONE_MOMENT, append_to_context=False),
-                        instruction(SAY_AGAIN),
-                    ]
-                )
-            )
+            self._run(self._try_again())
         elif has_voice:
             self._apologise(detail)
         else:
             self._run(self._ending.now("error", detail))
+
+    async def _try_again(self) -> None:
+        """Break the answer off, say a word to the caller, and have the LLM answer again."""
+        await self._worker.queue_frame(InterruptionFrame())
+        # What was heard of the answer is in the context only then. The instruction comes after it,
+        # for an LLM that finds words of its own at the end may take them for its answer.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(SETTLE_SECONDS):
+                await self._worker.flush_pipeline(SETTLE_SECONDS)
+        if not self._ending.has_begun:
+            await self._worker.queue_frames(
+                [TTSSpeakFrame(ONE_MOMENT, append_to_context=False), instruction(SAY_AGAIN)]
+            )
 
     def _apologise(self, detail: str) -> None:
         self._ending.after(

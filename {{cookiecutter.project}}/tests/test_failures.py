@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipecat.frames.frames import Frame, InterruptionFrame
+from pipecat.processors.aggregators.llm_response_universal import LLMAssistantAggregator
+from pipecat.processors.frame_processor import FrameDirection
 
 import bot
 import failures
@@ -113,6 +116,37 @@ async def test_an_llm_that_fails_once_is_asked_again(stage: Stage) -> None:
         await greeting_of(caller)
     await stage.over()
     assert " ".join(said_by_bot(stage)).endswith(f"{failures.ONE_MOMENT} Here is my answer again.")
+
+
+@pytest.mark.slow
+async def test_what_was_heard_of_an_answer_is_in_the_context_before_the_llm_is_asked_again(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However late it is known: an LLM that finds it at the end takes it for its answer."""
+    openai, is_asked_again = stage.providers.openai, asyncio.Event()
+    take = LLMAssistantAggregator.process_frame
+
+    async def take_late(
+        self: LLMAssistantAggregator, frame: Frame, direction: FrameDirection
+    ) -> None:
+        if isinstance(frame, InterruptionFrame):
+            with suppress(TimeoutError):
+                await asyncio.wait_for(is_asked_again.wait(), 0.3)
+        await take(self, frame, direction)
+
+    async with stage.caller("twilio") as caller:
+        await greeting_of(caller)
+        said = await stage.say(caller)
+        await caller.hear(since=said.end, within=SECONDS)
+        questions = len(openai.requests)
+        monkeypatch.setattr(LLMAssistantAggregator, "process_frame", take_late)
+        await stage.providers.cartesia.drop()
+        await stage.providers.log.until(lambda: len(openai.requests) > questions, within_s=SECONDS)
+        is_asked_again.set()
+    await stage.over()
+    heard, instruction = openai.requests[-1].body["messages"][-2:]
+    assert heard["role"] == "assistant" and TALK.answers[1].says.startswith(heard["content"])
+    assert instruction["content"] == failures.SAY_AGAIN
 
 
 @pytest.mark.slow
