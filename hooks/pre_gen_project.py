@@ -6,14 +6,13 @@ import re
 import sys
 
 # A raw string keeps the JSON's backslashes; its own lines keep the JSON's quotes off the literal's.
-ANSWERS = json.loads(
+ANSWERS, CHOICES, TAKEN_NAMES = json.loads(
     r"""
-{{ cookiecutter | tojson }}
+{{ [cookiecutter, choices(), taken_names()] | tojson }}
 """
 )
 MAX_PURPOSE_CHARACTERS = 4000
-# C0 and C1 but the newline, bidirectional overrides (text that reads differently than it looks),
-# and halves of surrogate pairs (no file can hold them).
+# C0 and C1 but the newline, overrides of the reading direction, halves of surrogate pairs.
 CONTROL = "[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 
 
@@ -22,7 +21,7 @@ def refusal(project: str, purpose: str) -> str | None:
     if not re.fullmatch("[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", project):
         return f"project: {project!a} must be 1 to 63 lowercase letters, digits and inner hyphens."
     module = re.sub("-+", "_", project)
-    if module in sys.stdlib_module_names or module.replace("_", "-") in ANSWERS["_taken_names"]:
+    if module in sys.stdlib_module_names or module.replace("_", "-") in TAKEN_NAMES:
         return f"project: {project!a} is already a module, package or device; try '{project}-bot'."
     if not purpose.strip():
         return "purpose: say in a sentence who the bot is and what it does; it is blank."
@@ -30,6 +29,9 @@ def refusal(project: str, purpose: str) -> str | None:
         return f"purpose: {len(purpose)} characters are too many; at most {MAX_PURPOSE_CHARACTERS}."
     if found := re.search(CONTROL, purpose):
         return f"purpose: U+{ord(found[0]):04X} is a control character; only newlines are allowed."
+    for name, allowed in CHOICES.items():
+        if ANSWERS[name] not in allowed:
+            return f"{name}: {ANSWERS[name]!a} is none of {', '.join(map(str, allowed))}."
     if left := set(os.listdir()) - {".git"}:
         return f"project: the folder {project!a} is not empty ({min(left)!a} is in it)."
     return None

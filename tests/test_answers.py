@@ -2,7 +2,9 @@
 
 import ast
 import json
+import os
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -11,6 +13,9 @@ from typing import Any
 import pytest
 from baking import FOLDER, ROOT, Bake, BakedProject, CommandLine, succeed, tracked_files
 from cookiecutter.exceptions import FailedHookException
+from cookiecutter.main import cookiecutter
+
+from answer_checks import taken_names
 
 PURPOSES = {
     "double quotes": 'You are "Ann".',
@@ -99,17 +104,27 @@ def test_any_purpose_arrives_verbatim_and_touches_no_other_file(
     assert project.differences(default_project) == {"prompt.md"}
 
 
+@pytest.fixture(scope="session")
+def defaults(form: dict[str, Any]) -> dict[str, Any]:
+    """The answer to each question that Enter gives."""
+    return {
+        name: default[0] if isinstance(default, list) else default
+        for name, default in form.items()
+        if not name.startswith("_")
+    }
+
+
 @pytest.mark.parametrize("way", ["argument", "replay file", "configuration file"])
 def test_a_purpose_full_of_markup_arrives_verbatim_however_it_is_given(
     command_line: CommandLine,
     template: Path,
     prompt_around: tuple[str, str],
+    defaults: dict[str, Any],
     tmp_path: Path,
     way: str,
 ) -> None:
     purpose = 'Say "{{ cookiecutter.project }}", {% x %}, # <% raw %>, \\ \U0001f600.\n"""Two"""'
-    answers = {"project": "my-voice-bot", "purpose": purpose, "transport": "webrtc"}
-    answers |= {"region": "us-west", "record_audio": True}
+    answers = defaults | {"purpose": purpose}
     file = tmp_path / "answers.json"  # JSON is also YAML, but for an emoji in two halves.
     file.write_text(json.dumps({"cookiecutter": answers, "default_context": answers}))
     arguments = {
@@ -154,6 +169,126 @@ def test_the_command_line_refuses_with_the_sentence_first_and_a_failing_exit_cod
     assert not list(tmp_path.iterdir())
 
 
+UNKNOWN = "'trasport' is no question of this template (project, purpose, "
+MISTAKES = {
+    "an unknown question as an argument": ("argument", {"trasport": "daily"}, UNKNOWN),
+    "an unknown question in a configuration": ("config", {"trasport": "daily"}, UNKNOWN),
+    "an unknown question in a replay file": ("replay", {"trasport": "daily"}, UNKNOWN),
+    "a bad choice in a configuration": ("config", {"transport": "fax"}, "transport: 'fax' is none"),
+    "a bad choice in a replay file": ("replay", {"transport": "fax"}, "transport: 'fax' is none"),
+    "neither yes nor no": (
+        "config",
+        {"record_audio": "perhaps"},
+        "record_audio: 'perhaps' is none",
+    ),
+    "a number for yes": ("config", {"record_audio": 3}, "record_audio: 3 is none of True, False."),
+    "a list for a choice": ("config", {"transport": ["daily"]}, "transport: ['daily'] is none of"),
+}
+
+
+@pytest.mark.parametrize(("way", "given", "sentence"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistyped_question_or_choice_is_refused_in_a_sentence_before_anything_is_asked(
+    command_line: CommandLine,
+    template: Path,
+    defaults: dict[str, Any],
+    tmp_path: Path,
+    way: str,
+    given: dict[str, Any],
+    sentence: str,
+) -> None:
+    file = tmp_path / "answers.json"
+    file.write_text(json.dumps({"cookiecutter": defaults | given, "default_context": given}))
+    arguments = {
+        "argument": [f"{name}={answer}" for name, answer in given.items()],
+        "config": ["--config-file", file],
+        "replay": ["--replay-file", file],
+    }[way]
+
+    done = command_line(template, *arguments, "--output-dir", tmp_path / "out")
+
+    assert done.returncode == 1
+    (line,) = done.stdout.splitlines()
+    assert line.startswith(sentence)
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_nearest_question_is_suggested_where_one_is_near(
+    command_line: CommandLine, template: Path, tmp_path: Path
+) -> None:
+    near = command_line("--no-input", template, "trasport=daily", "--output-dir", tmp_path)
+    far = command_line("--no-input", template, "colour=blue", "--output-dir", tmp_path)
+
+    assert near.stdout.endswith("; did you mean 'transport'?\n")
+    assert far.stdout.endswith(", record_audio).\n")
+
+
+def test_a_bad_choice_as_an_argument_is_refused_by_cookiecutter_itself_and_leaves_nothing(
+    command_line: CommandLine, template: Path, tmp_path: Path
+) -> None:
+    """With a traceback: it raises before it has loaded a line of any template."""
+    done = command_line("--no-input", template, "transport=fax", "--output-dir", tmp_path)
+
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(
+        "ValueError: fax provided for choice variable transport, but the choices are ['webrtc',"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bad_choice_that_only_the_hook_sees_is_refused_there(
+    template: Path,
+    cookiecutter_home: Path,
+    defaults: dict[str, Any],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """As it comes from a replay file by way of cookiecutter's Python API."""
+    file = tmp_path / "answers.json"
+    config, output = cookiecutter_home / "config.yaml", tmp_path / "out"
+    file.write_text(json.dumps({"cookiecutter": defaults | {"region": "atlantis"}}))
+
+    with pytest.raises(FailedHookException):
+        cookiecutter(
+            str(template), replay=str(file), config_file=str(config), output_dir=str(output)
+        )
+
+    assert capfd.readouterr().err.startswith("region: 'atlantis' is none of us-west, us-east, ")
+    assert not list(output.iterdir())
+
+
+def test_yes_may_be_said_in_a_configuration_as_at_the_prompt(
+    command_line: CommandLine, template: Path, tmp_path: Path, bake: Bake
+) -> None:
+    file = tmp_path / "answers.yaml"
+    file.write_text("default_context:\n  record_audio: 'No'\n  transport: twilio\n")
+
+    succeed(command_line("--no-input", "--config-file", file, template, "--output-dir", tmp_path))
+
+    given = bake(record_audio=False, transport="twilio")
+    assert not BakedProject(tmp_path / "my-voice-bot").differences(given)
+
+
+def test_answers_to_other_templates_in_a_user_s_own_configuration_are_no_mistake(
+    template: Path, cookiecutter_home: Path, tmp_path: Path
+) -> None:
+    settings = json.loads((cookiecutter_home / "config.yaml").read_text())
+    settings["default_context"] = {"github_username": "ann", "region": "ap-south"}
+    file = tmp_path / "cookiecutterrc"
+    file.write_text(json.dumps(settings))
+
+    done = subprocess.run(
+        [sys.executable, "-m", "cookiecutter", "--no-input", template, "-o", tmp_path],
+        env={**os.environ, "COOKIECUTTER_CONFIG": str(file), "TMPDIR": str(tmp_path)},
+        text=True,
+        capture_output=True,
+        timeout=60,
+    )
+
+    succeed(done)
+    assert "ap-south" in BakedProject(tmp_path / "my-voice-bot").read("pcc-deploy.toml")
+
+
 def test_nothing_is_generated_over_a_project_that_exists(
     command_line: CommandLine, template: Path, tmp_path: Path
 ) -> None:
@@ -186,7 +321,8 @@ def imported_names(node: ast.AST) -> list[str]:
     return [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
 
 
-def test_every_name_a_project_would_clash_with_is_taken(form: dict[str, Any]) -> None:
+def test_every_name_a_project_would_clash_with_is_taken() -> None:
+    taken = taken_names(ROOT)
     lock = tomllib.loads((ROOT / "uv.lock").read_text(encoding="utf-8"))
     packages = {package["name"] for package in lock["package"]}
     imports = {
@@ -201,7 +337,7 @@ def test_every_name_a_project_would_clash_with_is_taken(form: dict[str, Any]) ->
     needed = {re.sub("[-_.]+", "-", name) for name in {*packages, *imports, *own, *folders}}
 
     missing = {name for name in needed if re.fullmatch("[a-z0-9][a-z0-9-]*", name)}
-    missing -= {"cookiecutter-pipecat-roark", *form["_taken_names"], *sys.stdlib_module_names}
+    missing -= {"cookiecutter-pipecat-roark", *taken, *sys.stdlib_module_names}
 
-    assert not missing, "add these to _taken_names in cookiecutter.json"
-    assert form["_taken_names"] == sorted(set(form["_taken_names"]))
+    assert not missing, "add these to taken_names.txt"
+    assert taken == sorted(set(taken))

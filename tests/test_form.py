@@ -35,6 +35,8 @@ and appointments.): \
     Choose from [1/2/3/4] (1): \
   [5/5] Record each call's audio [y/n] (y): \
 
+The template is no git clone: the project is not linked to its later versions.
+
 A voice bot. Rehearse a call with it first: no account, no key.
 
     cd my-voice-bot

@@ -149,9 +149,12 @@ def test_what_cannot_be_swept_is_named_and_the_project_stays(
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError
 
+    hook = (ROOT / "hooks" / "post_gen_project.py").read_text(encoding="utf-8")
+    rendered = tmp_path / "post_gen_project.py"
+    rendered.write_text(re.sub(r"^\{\{.*\}\}$", "[false, null]", hook, flags=re.MULTILINE))
     monkeypatch.setattr(Path, "unlink", refuse)
 
-    runpy.run_path(str(ROOT / "hooks" / "post_gen_project.py"))
+    runpy.run_path(str(rendered))
 
     assert capsys.readouterr().err == (
         f"Could not remove {Path('roark', '.env')}, which is not part of the project.\n"

@@ -43,7 +43,8 @@ def test_the_hooks_are_short_and_need_nothing_but_python() -> None:
 def test_the_template_is_linted_and_formatted_where_it_lies() -> None:
     repository = BakedProject(ROOT)
 
-    for folder in (FOLDER, "hooks", "tests", "verbatim_answers.py"):
+    extensions = [path.name for path in ROOT.glob("*.py")]
+    for folder in (FOLDER, "hooks", "tests", *extensions):
         succeed(repository.tool("ruff", "check", "--no-cache", folder))
         succeed(repository.tool("ruff", "format", "--check", "--no-cache", folder))
 
