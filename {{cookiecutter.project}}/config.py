@@ -4,10 +4,33 @@ import os
 import sys
 from contextlib import AbstractAsyncContextManager, nullcontext
 
+# Without one of these no call can be held. With each, where to get it.
 REQUIRED = {
-    "DEEPGRAM_API_KEY": "hears the caller (https://console.deepgram.com)",
-    "OPENAI_API_KEY": "decides what to say (https://platform.openai.com/api-keys)",
-    "CARTESIA_API_KEY": "speaks (https://play.cartesia.ai/keys)",
+    # <% if "deepgram" in (cookiecutter.stt, cookiecutter.tts) %>
+    "DEEPGRAM_API_KEY": "Deepgram (https://console.deepgram.com)",
+    # <% endif %>
+    # <% if cookiecutter.stt == "assemblyai" %>
+    "ASSEMBLYAI_API_KEY": "AssemblyAI (https://www.assemblyai.com/app/api-keys)",
+    # <% endif %>
+    # <% if "openai" in (cookiecutter.stt, cookiecutter.llm) %>
+    "OPENAI_API_KEY": "OpenAI (https://platform.openai.com/api-keys)",
+    # <% endif %>
+    # <% if cookiecutter.llm == "anthropic" %>
+    "ANTHROPIC_API_KEY": "Anthropic (https://platform.claude.com/settings/keys)",
+    # <% endif %>
+    # <% if cookiecutter.llm == "google" %>
+    "GOOGLE_API_KEY": "Google Gemini (https://aistudio.google.com/apikey)",
+    # <% endif %>
+    # <% if cookiecutter.llm == "compatible" %>
+    "LLM_URL": "the language model's server, such as http://localhost:11434/v1",
+    "LLM_MODEL": "the model's name on that server",
+    # <% endif %>
+    # <% if cookiecutter.tts == "cartesia" %>
+    "CARTESIA_API_KEY": "Cartesia (https://play.cartesia.ai/keys)",
+    # <% endif %>
+    # <% if cookiecutter.tts == "elevenlabs" %>
+    "ELEVENLABS_API_KEY": "ElevenLabs (https://elevenlabs.io/app/settings/api-keys)",
+    # <% endif %>
 }
 
 
@@ -26,7 +49,7 @@ def seconds(name: str, default: float) -> float:
 
 
 def missing_keys() -> dict[str, str]:
-    """Each required variable that is not set, with what it is for."""
+    """Each required variable that is not set, with what it is."""
     return {name: purpose for name, purpose in REQUIRED.items() if not setting(name)}
 
 

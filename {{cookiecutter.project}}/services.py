@@ -4,6 +4,12 @@ Each factory imports its service when a call needs it. Every base URL can be poi
 environment: at a proxy, at a region, or at the rehearsal on this machine.
 """
 
+# <% if false %>
+# In the template each choice of the form stands here; only the last of each kind is in force.
+# ruff: noqa: F811
+# pyright: reportRedeclaration=false
+
+# <% endif %>
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +34,7 @@ SUMMARY_TIMEOUT_SECONDS = 30.0
 LINK = re.compile(r"(?:https?://|www\.)(?:www\.)?([\w.-]*\w)(?:[/?#:](?:\S*[^\s.,;:!?)])?)?")
 
 
+# <% if cookiecutter.stt == "deepgram" %>
 def create_stt() -> "STTService":
     """Deepgram: speech to text."""
     from pipecat.services.deepgram.stt import DeepgramSTTService
@@ -42,6 +49,8 @@ def create_stt() -> "STTService":
     )
 
 
+# <% endif %>
+# <% if cookiecutter.llm == "openai" %>
 def create_llm(instructions: str) -> "LLMService[Any]":
     """OpenAI: what to say next.
 
@@ -62,6 +71,8 @@ def create_llm(instructions: str) -> "LLMService[Any]":
     )
 
 
+# <% endif %>
+# <% if cookiecutter.tts == "cartesia" %>
 def create_tts() -> "TTSService":
     """Cartesia: text to speech."""
     from pipecat.services.cartesia.tts import CartesiaTTSService
@@ -80,6 +91,7 @@ def create_tts() -> "TTSService":
     )
 
 
+# <% endif %>
 async def name_links(text: str, _type: object) -> str:
     """Leave of every web address its site's name: nobody wants to hear the rest."""
     return LINK.sub(r"\1", text)

@@ -17,7 +17,7 @@ from aiohttp import web
 
 from rehearsal.engine import Engine
 from rehearsal.faults import Faults
-from rehearsal.server import Connection, ProviderServer, WireLog
+from rehearsal.server import HOST, Connection, ProviderServer, WireLog
 
 LEAD_SECONDS = 0.4
 """How far the audio runs ahead of its playing; enough to survive a busy machine."""
@@ -37,6 +37,7 @@ class CartesiaServer(ProviderServer):
     """Speaks with the engine; several contexts at once on one socket."""
 
     name = "cartesia"
+    speaks_to = "CartesiaTTSService"
 
     def __init__(self, engine: Engine, log: WireLog, faults: Faults | None = None) -> None:
         """Prepare the server; `start` makes it listen."""
@@ -47,6 +48,15 @@ class CartesiaServer(ProviderServer):
     def routes(self) -> Iterable[web.RouteDef]:
         """Return the one route of the websocket API."""
         return [web.get("/tts/websocket", self._converse)]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables that point a bot here."""
+        return {
+            "CARTESIA_API_KEY": "rehearsal",
+            "CARTESIA_VOICE_ID": "rehearsal",
+            "CARTESIA_BASE_URL": f"ws://{HOST}:{self.port}/tts/websocket",
+        }
 
     def key_of(self, request: web.Request) -> str:
         """Cartesia's key has a header of its own."""

@@ -15,7 +15,7 @@ from aiohttp import web
 
 from rehearsal.engine import Engine, Heard
 from rehearsal.faults import Faults
-from rehearsal.server import Connection, ProviderServer, WireLog
+from rehearsal.server import HOST, Connection, ProviderServer, WireLog
 
 _ERRORS = {
     401: ("INVALID_AUTH", "Invalid credentials."),
@@ -28,6 +28,7 @@ class DeepgramServer(ProviderServer):
     """Hears with the engine, one ear per connection."""
 
     name = "deepgram"
+    speaks_to = "DeepgramSTTService"
 
     def __init__(self, engine: Engine, log: WireLog, faults: Faults | None = None) -> None:
         """Prepare the server; `start` makes it listen."""
@@ -37,6 +38,14 @@ class DeepgramServer(ProviderServer):
     def routes(self) -> Iterable[web.RouteDef]:
         """Return the one route of the live API."""
         return [web.get("/v1/listen", self._listen)]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables that point a bot here."""
+        return {
+            "DEEPGRAM_API_KEY": "rehearsal",
+            "DEEPGRAM_BASE_URL": f"ws://{HOST}:{self.port}",
+        }
 
     def error(self, status: int) -> Mapping[str, Any]:
         """Return Deepgram's error object."""

@@ -13,9 +13,9 @@ from uuid import uuid4
 
 from aiohttp import web
 
-from rehearsal.engine import Engine, TextDelta
+from rehearsal.engine import Engine, TextDelta, with_instructions
 from rehearsal.faults import Faults
-from rehearsal.server import ProviderServer, WireLog, cut
+from rehearsal.server import HOST, ProviderServer, WireLog, cut
 
 _CUT_AFTER_CHUNKS = 4
 _CHARACTERS_PER_TOKEN = 4
@@ -31,6 +31,7 @@ class OpenAIServer(ProviderServer):
     """Thinks with the engine."""
 
     name = "openai"
+    speaks_to = "OpenAILLMService"
 
     def __init__(self, engine: Engine, log: WireLog, faults: Faults | None = None) -> None:
         """Prepare the server; `start` makes it listen."""
@@ -40,6 +41,17 @@ class OpenAIServer(ProviderServer):
     def routes(self) -> Iterable[web.RouteDef]:
         """Return the one route a voice bot needs."""
         return [web.post("/v1/chat/completions", self._complete)]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables that point a bot here."""
+        return {
+            "OPENAI_API_KEY": "rehearsal",
+            "OPENAI_BASE_URL": f"http://{HOST}:{self.port}/v1",
+            # The same protocol for any other server that speaks it.
+            "LLM_URL": f"http://{HOST}:{self.port}/v1",
+            "LLM_MODEL": "rehearsal",
+        }
 
     def error(self, status: int) -> Mapping[str, Any]:
         """Return OpenAI's error object."""
@@ -73,7 +85,8 @@ class OpenAIServer(ProviderServer):
         """Yield the `delta` objects of an answer: role first, then text and tool calls."""
         role: dict[str, Any] = {"role": "assistant", "content": ""}
         calls = 0
-        async for piece in self._engine.think(body["messages"], body.get("tools", [])):
+        messages = with_instructions(body["messages"])
+        async for piece in self._engine.think(messages, body.get("tools", [])):
             if isinstance(piece, TextDelta):
                 if role:
                     yield role

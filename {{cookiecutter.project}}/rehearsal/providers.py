@@ -1,4 +1,4 @@
-"""Deepgram, OpenAI, Cartesia and Twilio's REST API on this machine, each on a port of its own."""
+"""The providers of all services a bot may use, and Twilio's REST API, on this machine."""
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -10,13 +10,13 @@ from rehearsal.deepgram import DeepgramServer
 from rehearsal.engine import Engine
 from rehearsal.faults import Faults
 from rehearsal.openai import OpenAIServer
-from rehearsal.server import HOST, ProviderServer, WireLog
+from rehearsal.server import ProviderServer, WireLog
 from rehearsal.twilio_rest import TwilioServer
 
 
 @dataclass(frozen=True)
 class Providers:
-    """The running servers, and the log of what passed on their wires."""
+    """The running servers, each on a port of its own, and the log of what passed on their wires."""
 
     deepgram: DeepgramServer
     openai: OpenAIServer
@@ -27,20 +27,19 @@ class Providers:
     @property
     def servers(self) -> tuple[ProviderServer, ...]:
         """All servers, in the order of their ports."""
-        return (self.deepgram, self.openai, self.cartesia, self.twilio)
+        return tuple(part for part in vars(self).values() if isinstance(part, ProviderServer))
+
+    @property
+    def by_service(self) -> dict[str, ProviderServer]:
+        """The server that speaks to each of Pipecat's service classes, by the class's name."""
+        return {server.speaks_to: server for server in self.servers if server.speaks_to}
 
     @property
     def environment(self) -> dict[str, str]:
         """The variables that point a bot here. The keys are placeholders; any key is taken."""
-        return {
-            "DEEPGRAM_API_KEY": "rehearsal",
-            "DEEPGRAM_BASE_URL": f"ws://{HOST}:{self.deepgram.port}",
-            "OPENAI_API_KEY": "rehearsal",
-            "OPENAI_BASE_URL": f"http://{HOST}:{self.openai.port}/v1",
-            "CARTESIA_API_KEY": "rehearsal",
-            "CARTESIA_VOICE_ID": "rehearsal",
-            "CARTESIA_BASE_URL": f"ws://{HOST}:{self.cartesia.port}/tts/websocket",
-            "TWILIO_BASE_URL": f"http://{HOST}:{self.twilio.port}",
+        soon = ("ASSEMBLYAI", "ANTHROPIC", "GOOGLE", "ELEVENLABS")
+        return {f"{name}_API_KEY": "rehearsal" for name in soon} | {
+            name: value for server in self.servers for name, value in server.environment.items()
         }
 
     @property
@@ -57,14 +56,14 @@ async def serve(
 
     Args:
         engine: What hears, thinks and speaks.
-        faults: Switches by server name (deepgram, openai, cartesia, twilio) to begin with.
+        faults: Switches by server name (deepgram, openai, cartesia, ...) to begin with.
         port: Port of the first server, the others take the free ones after it; 0 takes any.
 
     Raises:
         OSError: That port is taken.
     """
-    switches = dict(faults or {})
     log = WireLog()
+    switches = dict(faults or {})
     providers = Providers(
         deepgram=DeepgramServer(engine, log, switches.pop("deepgram", None)),
         openai=OpenAIServer(engine, log, switches.pop("openai", None)),

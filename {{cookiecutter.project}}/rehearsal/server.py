@@ -20,7 +20,7 @@ from rehearsal.faults import Faults
 
 HOST = "127.0.0.1"
 
-_SECRET_HEADERS = {"authorization", "x-api-key"}
+_SECRET_HEADERS = {"authorization", "x-api-key", "x-goog-api-key"}
 # A handler that hangs on purpose would otherwise hold the shutdown for aiohttp's 60 seconds.
 _SHUTDOWN_SECONDS = 0.1
 
@@ -149,9 +149,17 @@ class Connection:
 
 
 class ProviderServer:
-    """A provider on its own port of 127.0.0.1. Subclasses speak its protocol."""
+    """A provider on its own port of 127.0.0.1. Subclasses speak its protocol.
+
+    Attributes:
+        name: Of the provider; with the role where it has two.
+        speaks_to: Name of Pipecat's service class at the other end; empty where it is none.
+        wrong_key_status: The HTTP status that answers a missing or wrong key.
+    """
 
     name: str
+    speaks_to: str = ""
+    wrong_key_status: int = 401
 
     def __init__(self, log: WireLog, faults: Faults | None = None) -> None:
         """Prepare the server; `start` makes it listen."""
@@ -164,6 +172,11 @@ class ProviderServer:
 
     def routes(self) -> Iterable[web.RouteDef]:
         """Return the protocol's routes."""
+        raise NotImplementedError
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables that point a bot here. The keys are placeholders; any key is taken."""
         raise NotImplementedError
 
     def key_of(self, request: web.Request) -> str:
@@ -252,6 +265,8 @@ class ProviderServer:
         self._log.requests.append(entry)
         self._log.changed()
         status = self.faults.refusal() or (None if entry.key else 401)
+        if status == 401:
+            status = self.wrong_key_status
         logger.debug(
             f"rehearsal: {self.name} got {request.method} {request.path}: {status or 'ok'}"
         )
@@ -263,6 +278,16 @@ class ProviderServer:
         entry.status = status
         self._log.changed()
         return web.json_response(dict(self.error(status)), status=status, headers=headers)
+
+    async def refuse_in_socket(
+        self, request: web.Request, error: Mapping[str, Any], *, code: int, reason: str
+    ) -> web.WebSocketResponse:
+        """Accept a handshake that `admit` refused, only to say why and close with `code`."""
+        response = web.WebSocketResponse()
+        await response.prepare(request)
+        await response.send_json(dict(error))
+        await response.close(code=code, message=reason.encode())
+        return response
 
     @asynccontextmanager
     async def websocket(self, request: web.Request, entry: Request) -> AsyncIterator[Connection]:

@@ -10,7 +10,7 @@ from typing import Any
 from aiohttp import BasicAuth, web
 
 from rehearsal.faults import Faults
-from rehearsal.server import ProviderServer, WireLog
+from rehearsal.server import HOST, ProviderServer, WireLog
 
 _ERRORS = {
     400: (20001, "Status must be completed"),
@@ -35,6 +35,11 @@ class TwilioServer(ProviderServer):
     def routes(self) -> Iterable[web.RouteDef]:
         """Return the route of the call resource."""
         return [web.post("/2010-04-01/Accounts/{account}/Calls/{call}.json", self._update)]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variable that points a bot here."""
+        return {"TWILIO_BASE_URL": f"http://{HOST}:{self.port}"}
 
     def key_of(self, request: web.Request) -> str:
         """Return the password, if the login is the account itself or an API key (`SK…`)."""

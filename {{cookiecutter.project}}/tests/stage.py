@@ -10,21 +10,26 @@ import wave
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 import bot
+import config
+import services
 from rehearsal.base_image import BaseImage, Session, serve
 from rehearsal.caller import Caller, Utterance
+from rehearsal.engine import Speech, TextDelta, ToolCall
 from rehearsal.loopback_ice import keep_ice_on_loopback
 from rehearsal.providers import Providers
 from rehearsal.providers import serve as serve_providers
 from rehearsal.roark import ReceivedCall, RoarkReceiver
-from rehearsal.script import Script, ScriptedEngine
+from rehearsal.script import Script, ScriptedEar, ScriptedEngine
+from rehearsal.server import ProviderServer
 from rehearsal.twilio_caller import TwilioCaller
 from rehearsal.webrtc_caller import WebRTCCaller
 
@@ -32,6 +37,72 @@ RECORDS_AUDIO = "roark.audio_processor" in Path(bot.__file__).read_text(encoding
 SECONDS = 30.0
 """What anything may take on a busy machine before its test gives up."""
 VOICE_HZ = 16000
+
+
+class ListenedTo(ScriptedEngine):
+    """A scripted engine that remembers what the bot's services asked of it.
+
+    Attributes:
+        asked: The conversations to answer, each a list of messages as OpenAI writes them.
+        spoken: The texts to say, in order.
+        hears_at_hz: The sample rates of the ears, one for each connection.
+        speaks_at_hz: The sample rates of the texts to say.
+    """
+
+    def __init__(self) -> None:
+        """Play the default script."""
+        super().__init__(Script())
+        self.asked: list[list[dict[str, Any]]] = []
+        self.spoken: list[str] = []
+        self.hears_at_hz: list[int] = []
+        self.speaks_at_hz: list[int] = []
+
+    def listen(self, sample_rate: int) -> ScriptedEar:
+        """Return an ear at the beginning of the script."""
+        self.hears_at_hz.append(sample_rate)
+        return super().listen(sample_rate)
+
+    def think(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]
+    ) -> AsyncIterator[TextDelta | ToolCall]:
+        """Give the script's answer, word by word."""
+        self.asked.append(messages)
+        return super().think(messages, tools)
+
+    def speak(self, text: str, sample_rate: int) -> AsyncIterator[Speech]:
+        """Say `text`, as the script's voice does."""
+        self.spoken.append(text)
+        self.speaks_at_hz.append(sample_rate)
+        return super().speak(text, sample_rate)
+
+
+@cache
+def classes() -> dict[str, str]:
+    """The names of the classes that services.py builds, for "stt", "llm" and "tts"."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in config.REQUIRED:
+            patch.setenv(name, "a-key")
+        built = {
+            "stt": services.create_stt(),
+            "llm": services.create_llm(""),
+            "tts": services.create_tts(),
+        }
+    return {kind: type(service).__name__ for kind, service in built.items()}
+
+
+def server_of(providers: Providers, kind: str) -> ProviderServer:
+    """Return the server behind the bot's "stt", "llm" or "tts"; skip where there is none."""
+    name = classes()[kind]
+    if name not in providers.by_service:
+        pytest.skip(f"{name} asks no server")
+    return providers.by_service[name]
+
+
+def skip_unless_scripted() -> None:
+    """Skip the test where a script cannot say what the bot hears."""
+    parts = get_type_hints(Providers).values()
+    if classes()["stt"] not in {getattr(part, "speaks_to", "") for part in parts}:
+        pytest.skip(f"{classes()['stt']} hears what is said, not what a script says")
 
 
 @dataclass
@@ -46,9 +117,13 @@ class Stage:
     url: str
     calls_dir: Path
     image: BaseImage
-    engine: ScriptedEngine
+    engine: ListenedTo
     providers: Providers
     roark: RoarkReceiver
+
+    def server(self, kind: str) -> ProviderServer:
+        """Return the server behind the bot's "stt", "llm" or "tts"; skip where there is none."""
+        return server_of(self.providers, kind)
 
     def caller(self, transport: str, **options: Any) -> Caller:
         """Return a caller on "twilio" or "webrtc", not yet connected."""
@@ -100,8 +175,9 @@ class Stage:
 @asynccontextmanager
 async def set_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncIterator[Stage]:
     """Start everything, and point the bot's environment at it."""
+    skip_unless_scripted()
     keep_ice_on_loopback()
-    engine = ScriptedEngine(Script())
+    engine = ListenedTo()
     calls_dir = tmp_path / "calls"
     async with serve_providers(engine) as providers, RoarkReceiver() as roark:
         # As in the image, ENV is not set.

@@ -53,10 +53,11 @@ async def test_twenty_calls_leave_no_task_no_open_file_and_no_object(
 
 async def one_call(stage: Stage, number: int) -> None:
     """A phone or a web call; in every other pair the caller gives up before the bot has spoken."""
-    stage.providers.cartesia.faults.hang = number % 4 >= 2
+    voice = stage.server("tts")
+    voice.faults.hang = number % 4 >= 2
     call = stage.caller("twilio" if number % 2 else "webrtc")
     async with call as caller:
-        if stage.providers.cartesia.faults.hang:
+        if voice.faults.hang:
             await asyncio.sleep(0.3)
         else:
             await caller.hear(within=SECONDS)

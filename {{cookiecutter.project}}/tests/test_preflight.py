@@ -10,19 +10,15 @@ import pytest
 import preflight
 from rehearsal.providers import Providers, serve
 from rehearsal.script import ScriptedEngine
+from tests.stage import classes, server_of, skip_unless_scripted
 
 pytestmark = pytest.mark.anyio
-
-NAMES = {
-    "deepgram": "DeepgramSTTService",
-    "openai": "OpenAILLMService",
-    "cartesia": "CartesiaTTSService",
-}
 
 
 @pytest.fixture
 async def providers(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Providers]:
     """The providers, and an environment that points at them."""
+    skip_unless_scripted()
     async with serve(ScriptedEngine()) as providers:
         for name, value in providers.environment.items():
             monkeypatch.setenv(name, value)
@@ -30,30 +26,30 @@ async def providers(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Providers]
 
 
 async def test_services_that_work_are_said_to(providers: Providers) -> None:
-    assert await preflight.check() == dict.fromkeys(NAMES.values(), "")
+    assert await preflight.check() == dict.fromkeys(classes().values(), "")
 
 
-@pytest.mark.parametrize("provider", NAMES)
-async def test_a_wrong_key_is_named_with_its_service(providers: Providers, provider: str) -> None:
-    getattr(providers, provider).faults.wrong_key = True
+@pytest.mark.parametrize("kind", ["stt", "llm", "tts"])
+async def test_a_wrong_key_is_named_with_its_service(providers: Providers, kind: str) -> None:
+    server_of(providers, kind).faults.wrong_key = True
     results = await preflight.check()
-    assert results[NAMES[provider]].startswith("authentication")
+    assert results[classes()[kind]].startswith("authentication")
     broken = {name for name, problem in results.items() if problem}
     # Without an answer there is nothing to say.
-    assert broken - {NAMES["cartesia"]} <= {NAMES[provider]}
+    assert broken - {classes()["tts"]} <= {classes()[kind]}
 
 
-@pytest.mark.parametrize("provider", ["openai", "cartesia"])
+@pytest.mark.parametrize("kind", ["llm", "tts"])
 async def test_a_service_that_hangs_is_given_up_on(
-    providers: Providers, provider: str, monkeypatch: pytest.MonkeyPatch
+    providers: Providers, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preflight, "TIMEOUT_SECONDS", 1.0)
-    getattr(providers, provider).faults.hang = True
-    assert (await preflight.check())[NAMES[provider]] == "no answer in 1 s"
+    server_of(providers, kind).faults.hang = True
+    assert (await preflight.check())[classes()[kind]] == "no answer in 1 s"
 
 
 async def test_the_exit_status_tells(providers: Providers, tmp_path: Path) -> None:
-    providers.openai.faults.wrong_key = True
+    server_of(providers, "llm").faults.wrong_key = True
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-W", "ignore", str(Path(preflight.__file__))),
         cwd=tmp_path,
@@ -62,5 +58,5 @@ async def test_the_exit_status_tells(providers: Providers, tmp_path: Path) -> No
     output, _ = await asyncio.wait_for(process.communicate(), 60)
     assert process.returncode == 1
     lines = output.decode().splitlines()
-    assert [line.split()[0] for line in lines] == list(NAMES.values())
+    assert [line.split()[0] for line in lines] == list(classes().values())
     assert lines[0].endswith("works") and "authentication" in lines[1]

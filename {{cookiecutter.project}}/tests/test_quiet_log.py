@@ -9,6 +9,7 @@ import aiohttp
 import pytest
 from loguru import logger
 
+import config
 import quiet_log
 from rehearsal.bot_process import BotProcess, free_port, run_bot
 from rehearsal.caller import Caller
@@ -19,14 +20,16 @@ from rehearsal.roark import RoarkReceiver
 from rehearsal.script import Answer, Script, ScriptedEngine
 from rehearsal.twilio_caller import TwilioCaller
 from rehearsal.webrtc_caller import WebRTCCaller
+from tests.stage import server_of, skip_unless_scripted
 from twilio_gate import Gate
 
 SECONDS = 30.0
 PUBLIC_HOST = "voice.example.org"
+SERVICE_KEYS = {
+    name: f"{name.lower()}-8f1c" for name in config.REQUIRED if name.endswith("_API_KEY")
+}
 KEYS = {
-    "DEEPGRAM_API_KEY": "deepgram-key-8f1c",
-    "OPENAI_API_KEY": "openai-key-8f1c",
-    "CARTESIA_API_KEY": "cartesia-key-8f1c",
+    **SERVICE_KEYS,
     "ROARK_API_KEY": "roark-key-8f1c",
     "TWILIO_ACCOUNT_SID": "ACtwilio8f1c",
     "TWILIO_AUTH_TOKEN": "twilio-token-8f1c",
@@ -213,7 +216,7 @@ async def talk(bot: BotProcess, transport: str, engine: ScriptedEngine) -> str:
 
 def let_providers_fail(providers: Providers, monkeypatch: pytest.MonkeyPatch) -> None:
     """One request of each kind fails in the middle of it all, with a text that tells too much."""
-    providers.openai.faults.rate_limited = 1
+    server_of(providers, "llm").faults.rate_limited = 1
     providers.twilio.faults.server_errors = 1
     for server in providers.servers:
         said = f"{ERROR_TEXT}: {server.name}-key-8f1c said {HEARD}"
@@ -232,6 +235,7 @@ async def test_the_log_of_faulty_calls_holds_no_key_no_token_and_no_word_of_thei
     transport: str, everything: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At TRACE. With LOG_EVERYTHING it does hold them: the search can find."""
+    skip_unless_scripted()
     engine = ScriptedEngine(TALK)
     async with serve_providers(engine) as providers, RoarkReceiver() as roark:
         let_providers_fail(providers, monkeypatch)
@@ -251,7 +255,8 @@ async def test_the_log_of_faulty_calls_holds_no_key_no_token_and_no_word_of_thei
         options = ["-v"] + (["-x", PUBLIC_HOST] if transport == "twilio" else [])
         async with run_bot(transport, free_port(), world, options=options) as bot:
             tokens = [await talk(bot, transport, engine)]
-            for broken in (providers.deepgram, providers.openai, providers.cartesia):
+            for kind in ("stt", "llm", "tts"):
+                broken = server_of(providers, kind)
                 broken.faults.wrong_key = True
                 tokens.append(await talk(bot, transport, engine))
                 broken.faults.wrong_key = False

@@ -21,6 +21,7 @@ import aiohttp
 import numpy as np
 import pytest
 
+import config
 import rehearsal
 from rehearsal.bot_process import free_port
 from rehearsal.call import conversation, recorded_voice
@@ -174,9 +175,7 @@ async def test_the_servers_alone_print_what_points_a_bot_at_them() -> None:
         base_url = await servers.line(r"^ROARK_BASE_URL=http://127\.0\.0\.1:(\d+)$")
         names = [line.split("=")[0] for line in servers.lines]
         assert {"DEEPGRAM_BASE_URL", "OPENAI_BASE_URL", "CARTESIA_BASE_URL"} < set(names)
-        assert {"DEEPGRAM_API_KEY", "OPENAI_API_KEY", "CARTESIA_API_KEY", "ROARK_API_KEY"} < set(
-            names
-        )
+        assert {*config.REQUIRED, "ROARK_API_KEY"} < set(names)
         assert is_listening(int(base_url[1]))
         servers.process.send_signal(signal.SIGTERM)
         assert await servers.finish() == 0

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rehearsal.script import Script
-from tests.stage import SECONDS, Stage, set_stage
+from tests.stage import SECONDS, Stage, classes, set_stage
 
 pytestmark = pytest.mark.anyio
 
@@ -79,7 +79,7 @@ async def test_a_recogniser_that_hangs_is_told_from_a_silent_caller(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SILENCE_SECONDS", "1.5")
-    stage.providers.deepgram.faults.hang = True
+    stage.server("stt").faults.hang = True
     async with stage.caller("twilio") as caller:
         await caller.hear(within=SECONDS)
         for _ in range(3):
@@ -90,4 +90,4 @@ async def test_a_recogniser_that_hangs_is_told_from_a_silent_caller(
     await stage.over()
     assert "Once more, please." in said_by_bot(stage)
     assert stage.record["ending"]["reason"] == "error"
-    assert "Deepgram" in stage.record["ending"]["detail"]
+    assert classes()["stt"] in stage.record["ending"]["detail"]

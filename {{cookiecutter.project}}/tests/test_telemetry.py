@@ -23,6 +23,7 @@ from rehearsal.providers import serve as serve_providers
 from rehearsal.roark import RoarkReceiver
 from rehearsal.script import Answer, Script, ScriptedEngine
 from rehearsal.twilio_caller import TwilioCaller
+from tests.stage import classes, server_of, skip_unless_scripted
 
 SECONDS = 30.0
 HEARD, ANSWER, SETTING = "Xylophone", "Zephyranth", "Saltimbanco"
@@ -96,6 +97,7 @@ async def running_bot(
     settings: dict[str, str], tmp_path: Path, engine: ScriptedEngine
 ) -> AsyncIterator[tuple[str, Providers, RoarkReceiver]]:
     """`python bot.py` with these settings, in a process of its own."""
+    skip_unless_scripted()
     async with serve_providers(engine) as providers, RoarkReceiver() as roark:
         world = {
             **providers.environment,
@@ -188,12 +190,12 @@ async def test_sentry_hears_what_broke_in_which_call_and_no_word_of_it(tmp_path:
         dsn = {"SENTRY_DSN": f"http://public@127.0.0.1:{sentry.port}/1"}
         async with running_bot(dsn, tmp_path, engine) as (url, providers, roark):
             await call(url, engine)
-            providers.openai.faults.wrong_key = True
+            server_of(providers, "llm").faults.wrong_key = True
             await call(url, engine)
             await sentry.until(lambda: len(events_of(sentry)) >= 1)
             ids = list(roark.calls)
         (refused,) = events_of(sentry)
-        assert "OpenAILLMService: authentication" in refused["message"]
+        assert f"{classes()['llm']}: authentication" in refused["message"]
         assert refused["tags"] == {"call": ids[1]}
 
         # What converse() reads as a number; its complaint repeats what it read.

@@ -2,7 +2,6 @@
 
 import asyncio
 from pathlib import Path
-from typing import Any
 
 import pytest
 from pipecat.frames.frames import (
@@ -45,8 +44,7 @@ async def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 
 def user_messages(stage: Stage) -> list[str]:
-    bodies: list[Any] = [request.body for request in stage.providers.openai.requests]
-    return [m["content"] for m in bodies[-1]["messages"] if m["role"] == "user"]
+    return [m["content"] for m in stage.engine.asked[-1] if m["role"] == "user"]
 
 
 @pytest.mark.slow
