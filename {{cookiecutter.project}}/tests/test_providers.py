@@ -1,26 +1,16 @@
 """The loopback providers, as Pipecat's own service classes see them: healthy, then failing."""
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import aiohttp
 import pytest
 from pipecat.frames.frames import (
     EndFrame,
-    ErrorFrame,
-    Frame,
-    InputAudioRawFrame,
     InterimTranscriptionFrame,
     InterruptionFrame,
-    LLMContextFrame,
-    LLMFullResponseEndFrame,
-    LLMFullResponseStartFrame,
     LLMRunFrame,
     LLMTextFrame,
-    MetricsFrame,
     TranscriptionFrame,
     TTSAudioRawFrame,
     TTSSpeakFrame,
@@ -28,32 +18,24 @@ from pipecat.frames.frames import (
     TTSTextFrame,
     VADUserStoppedSpeakingFrame,
 )
-from pipecat.metrics.metrics import LLMTokenUsage, LLMUsageMetricsData
-from pipecat.pipeline.pipeline import Pipeline
-from pipecat.pipeline.worker import PipelineParams, PipelineWorker
 from pipecat.processors.aggregators.llm_context import LLMContext
 from pipecat.processors.aggregators.llm_response_universal import LLMContextAggregatorPair
-from pipecat.processors.frame_processor import FrameDirection, FrameProcessor
 from pipecat.serializers.twilio import TwilioFrameSerializer
 from pipecat.services.cartesia.tts import CartesiaTTSService
 from pipecat.services.deepgram.stt import DeepgramSTTService
 from pipecat.services.llm_service import FunctionCallParams
 from pipecat.services.openai.llm import OpenAILLMService
 from pipecat.utils.errors import ErrorCategory
-from pipecat.workers.runner import WorkerRunner
 
 from rehearsal.engine import ToolCall
 from rehearsal.faults import ALWAYS, Faults
 from rehearsal.providers import Providers, serve
 from rehearsal.script import Answer, Script, ScriptedEngine
-
-F = TypeVar("F", bound=Frame)
+from tests.line import SAMPLE_RATE, answer, ask, line, spoken, usage
 
 pytestmark = pytest.mark.anyio
 
 KEY = "a-secret-of-the-bot"
-SAMPLE_RATE = 16000
-FRAME_BYTES = 640
 
 
 def deepgram(providers: Providers) -> DeepgramSTTService:
@@ -72,104 +54,6 @@ def cartesia(providers: Providers) -> CartesiaTTSService:
     )
 
 
-class Line(FrameProcessor):
-    """The end of a pipeline: keeps what comes out of the service under test."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.frames: list[Frame] = []
-        self.errors: list[ErrorFrame] = []
-        self.worker: PipelineWorker | None = None
-        self._changed = asyncio.Event()
-
-    async def process_frame(self, frame: Frame, direction: FrameDirection) -> None:
-        await super().process_frame(frame, direction)
-        self.frames.append(frame)
-        self._changed.set()
-        await self.push_frame(frame, direction)
-
-    @property
-    def text(self) -> str:
-        """What the LLM wrote."""
-        return "".join(frame.text for frame in self.of(LLMTextFrame))
-
-    def fail(self, error: ErrorFrame) -> None:
-        self.errors.append(error)
-        self._changed.set()
-
-    def of(self, kind: type[F]) -> list[F]:
-        return [frame for frame in self.frames if isinstance(frame, kind)]
-
-    async def send(self, *frames: Frame) -> None:
-        assert self.worker
-        await self.worker.queue_frames(list(frames))
-
-    async def until(self, happened: Callable[[], object], within_s: float = 5.0) -> None:
-        async with asyncio.timeout(within_s):
-            while not happened():
-                self._changed.clear()
-                await self._changed.wait()
-
-
-@asynccontextmanager
-async def line(*processors: FrameProcessor) -> AsyncIterator[Line]:
-    """Run processors in a pipeline that ends in a `Line`."""
-    end = Line()
-    worker = PipelineWorker(
-        Pipeline([*processors, end]),
-        params=PipelineParams(
-            audio_in_sample_rate=SAMPLE_RATE, enable_metrics=True, enable_usage_metrics=True
-        ),
-        cancel_on_idle_timeout=False,
-        enable_rtvi=False,
-    )
-    end.worker = worker
-    started = asyncio.Event()
-
-    @worker.event_handler("on_pipeline_started")
-    async def on_pipeline_started(worker: PipelineWorker, frame: Frame) -> None:
-        started.set()
-
-    @worker.event_handler("on_pipeline_error")
-    async def on_pipeline_error(worker: PipelineWorker, frame: ErrorFrame) -> None:
-        end.fail(frame)
-
-    runner = WorkerRunner(handle_sigint=False)
-    await runner.add_workers(worker)
-    running = asyncio.create_task(runner.run())
-    try:
-        async with asyncio.timeout(20):
-            await started.wait()
-        yield end
-    finally:
-        await runner.cancel()
-        await running
-
-
-async def spoken(text: str = "Some words that are spoken") -> list[Frame]:
-    """Return a caller's audio: speech, then silence, then what the VAD says about it."""
-    pcm = b"".join([s.pcm async for s in ScriptedEngine().speak(text, SAMPLE_RATE)])
-    pcm = b"\0" * 16000 + pcm + b"\0" * 6400
-    frames: list[Frame] = [
-        InputAudioRawFrame(
-            audio=pcm[at : at + FRAME_BYTES], sample_rate=SAMPLE_RATE, num_channels=1
-        )
-        for at in range(0, len(pcm), FRAME_BYTES)
-    ]
-    return [*frames, VADUserStoppedSpeakingFrame(stop_secs=0.2)]
-
-
-def answer(*texts: str) -> list[Frame]:
-    """Return an LLM's answer as the voice gets it."""
-    pieces = [LLMTextFrame(text) for text in texts]
-    return [LLMFullResponseStartFrame(), *pieces, LLMFullResponseEndFrame()]
-
-
-def usage(call: Line) -> list[LLMTokenUsage]:
-    metrics = [data for frame in call.of(MetricsFrame) for data in frame.data]
-    return [data.value for data in metrics if isinstance(data, LLMUsageMetricsData)]
-
-
 def finalized(providers: Providers) -> int:
     return providers.deepgram.connections[0].received.count({"type": "Finalize"})
 
@@ -185,10 +69,6 @@ def sent_in(providers: Providers, context_id: str) -> list[dict[str, Any]]:
 
 def sent_kinds(providers: Providers, connection: int) -> list[str]:
     return [message["type"] for message in providers.cartesia.connections[connection].sent]
-
-
-def ask(text: str, **context: Any) -> LLMContextFrame:
-    return LLMContextFrame(LLMContext([{"role": "user", "content": text}], **context))
 
 
 async def test_deepgram_hears_what_the_script_says_when_somebody_spoke() -> None:
