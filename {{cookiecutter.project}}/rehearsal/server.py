@@ -20,7 +20,7 @@ from rehearsal.faults import Faults
 
 HOST = "127.0.0.1"
 
-_SECRET_HEADERS = {"authorization", "x-api-key", "x-goog-api-key"}
+_SECRET_HEADERS = {"authorization", "x-api-key", "x-goog-api-key", "xi-api-key"}
 # A handler that hangs on purpose would otherwise hold the shutdown for aiohttp's 60 seconds.
 _SHUTDOWN_SECONDS = 0.1
 
@@ -132,11 +132,17 @@ class Connection:
         """Send a JSON message."""
         await self._send(message, message)
 
-    async def send_audio(self, message: dict[str, Any], pcm: bytes) -> None:
-        """Send a JSON message that carries `pcm` as base64 in its field `data`."""
+    async def send_audio(self, message: dict[str, Any], pcm: bytes, *, field: str = "data") -> None:
+        """Send a JSON message that carries `pcm` as base64 in one of its fields."""
         self.audio_bytes += len(pcm)
         encoded = base64.b64encode(pcm).decode()
-        await self._send({**message, "data": encoded}, {**message, "data": len(pcm)})
+        await self._send({**message, field: encoded}, {**message, field: len(pcm)})
+
+    async def send_binary(self, pcm: bytes) -> None:
+        """Send audio as a binary message."""
+        self.audio_bytes += len(pcm)
+        self._log.changed()
+        await self._socket.send_bytes(pcm)
 
     def cut(self) -> None:
         """Break off without goodbye."""
