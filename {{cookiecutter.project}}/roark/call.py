@@ -77,6 +77,8 @@ SOONEST_TRANSCRIPT_NS = 200_000_000
 LATEST_TRANSCRIPT_NS = 5_000_000_000
 # After a pause this long a murmur and what is said next are two turns.
 MURMUR_NS = 1_500_000_000
+# An interruption is noted where it begins, and is through the pipeline within this.
+OVERTAKEN_NS = 500_000_000
 # How far from a detected (start, end) the edge of a sound may be to be the one that was meant, ms.
 # A busy machine makes a caller's voice detector late. What a transport tells of the bot encloses
 # its sound: silence may lead it and trail it.
@@ -174,6 +176,7 @@ class CallRecord:
         self._bot: Turn | None = None
         self._bot_heard = False
         self._speech = Speech()
+        self._interrupted_at: int | None = None
         self._unanswered: Turn | None = None
         self._waits: dict[str, float] = {}
         self._tools: dict[str, Tool] = {}
@@ -457,13 +460,21 @@ class CallRecord:
                 self._bot.answers, self._bot.waits = self._unanswered, self._waits
                 self._unanswered, self._waits = None, {}
         elif self._bot:
-            self._bot.pieces += self._speech.ends(at)
-            self._end_bot_turn(self._bot, at)
+            bot = self._bot
+            if self._is_overtaken(at) and not self._speech.is_played(bot.start_at, at):
+                bot.interrupted_at = at
+                self._cut_bot_turn(bot, at)
+                self._speech.take_back_first()
+                return
+            bot.pieces += self._speech.ends(at)
+            self._end_bot_turn(bot, at)
 
     def _on_say(self, at: int, event: Event) -> None:
         self._speech.say(event)
 
     def _on_voice(self, at: int, event: Event) -> None:
+        if not self._bot and self._is_overtaken(at):
+            self._speech.take_back_before(event.get("context"))
         self._speech.voice(at, event)
 
     def _on_voiced(self, at: int, event: Event) -> None:
@@ -481,7 +492,12 @@ class CallRecord:
             self._cut_bot_turn(self._bot, at)
         elif not self._bot_heard:
             self._unheard_turn()
+        self._interrupted_at = at
         self._speech.take_back()
+
+    def _is_overtaken(self, at: int) -> bool:
+        """Whether an interruption may still be on its way through the pipeline."""
+        return self._interrupted_at is not None and at - self._interrupted_at < OVERTAKEN_NS
 
     def _cut_bot_turn(self, bot: Turn, at: int) -> None:
         pieces, bot.estimated = self._speech.heard_until(bot.start_at, at)

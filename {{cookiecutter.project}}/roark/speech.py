@@ -13,6 +13,8 @@ from typing import Any
 
 Piece = tuple[str, bool]
 
+# By so much less than a sentence's audio the bot may be told to have spoken.
+EARLY_SECONDS = 0.1
 # How long a sentence takes is known when all its audio is there. Before that it has to be guessed:
 # English speech runs at about this rate.
 CHARACTERS_PER_SECOND = 15.0
@@ -201,6 +203,29 @@ class Speech:
         # Words already on their way come after the interruption that overtook them.
         kept = {sentence.context for sentence in self._sentences}
         self._taken_back |= {s.context for s in dropped if s.context} - kept
+
+    def is_played(self, began: int, at: int) -> bool:
+        """Whether the speech in hand was made to its end, and there was time to play it."""
+        seconds = 0.0
+        for sentence in self._sentences:
+            seconds += sentence.seconds
+            if sentence.last:
+                return (at - began) / 1e9 > seconds - EARLY_SECONDS
+        return False
+
+    def take_back_first(self) -> None:
+        """An interruption stopped the speech in hand, which began when it was on its way."""
+        self._take_back({self._sentences[0].context} if self._sentences else set())
+
+    def take_back_before(self, context: str | None) -> None:
+        """A voice makes one speech at a time: an unfinished one before this was interrupted."""
+        unfinished = {s.context for s in self._sentences} - {context}
+        self._take_back(unfinished - {s.context for s in self._sentences if s.last})
+
+    def _take_back(self, contexts: set[str | None]) -> None:
+        dropped = [s for s in self._sentences if s.context in contexts and not s.keep]
+        self._sentences = [s for s in self._sentences if s not in dropped]
+        self._taken_back |= {s.context for s in dropped if s.context}
 
     def take_all(self) -> list[Word]:
         """All words, heard or not; for a pipeline without an output transport."""

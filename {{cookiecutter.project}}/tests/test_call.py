@@ -224,6 +224,41 @@ def test_words_that_an_interruption_overtook_are_not_heard_later():
     assert texts(record) == [("assistant", "We are"), ("assistant", "Yes?")]
 
 
+@pytest.mark.parametrize("is_made", [True, False])
+def test_speech_that_an_interruption_met_on_its_way_is_heard_as_far_as_it_was_played(is_made):
+    overtaken = spoken(1020, ("We", 0), ("are", 300), ("open.", 900), context="a")
+    record = record_of(
+        event("interruption", 1000),
+        *(overtaken if is_made else overtaken[:-1]),
+        event("bot", 1040, edge="stop"),
+        *spoken(1200, ("One", 0), ("moment.", 300), context="b"),
+        event("bot", 2000, edge="stop"),
+    )
+    assert texts(record) == [("assistant", "We"), ("assistant", "One moment.")]
+
+
+def test_speech_that_an_interruption_met_before_it_began_to_play_is_not_heard():
+    made = [e for e in spoken(1020, ("We", 0), ("are", 300), context="a") if e["event"] != "bot"]
+    voiced = event("voice", 1180, context="b")
+    begins, *rest = spoken(1200, ("One", 0), ("moment.", 300), context="b")
+    record = record_of(
+        event("interruption", 1000),
+        *made[:-1],
+        *(begins, voiced, *rest),
+        event("bot", 2000, edge="stop"),
+    )
+    assert texts(record) == [("assistant", "One moment.")]
+
+
+def test_an_answer_right_after_an_interruption_is_heard_whole():
+    record = record_of(
+        event("interruption", 1000),
+        *spoken(1050, ("Yes.", 0), context="a"),
+        event("bot", 1450, edge="stop"),
+    )
+    assert texts(record) == [("assistant", "Yes.")]
+
+
 def test_speech_that_cannot_be_interrupted_is_heard_whole():
     record = record_of(
         event("say", 950, context="c", segment=1, text="This call is recorded.", keep=True),
