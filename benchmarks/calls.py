@@ -26,7 +26,7 @@ from rehearsal.twilio_caller import TwilioCaller
 from rehearsal.webrtc_caller import WebRTCCaller
 
 from benchmarks import PROJECT, REPOSITORY
-from benchmarks.host import Measured, Settings
+from benchmarks.host import Measured, Settings, loop_is_over
 from benchmarks.subjects import OURS, PUBLISHED, TUNER
 from benchmarks.tuner_receiver import TunerReceiver
 
@@ -110,12 +110,14 @@ class Host:
 
     async def measured(self, within: float = SECONDS) -> Measured:
         """Wait for the call's end and return what the bot measured."""
-        async with asyncio.timeout(within):
-            while not self.result.exists():
-                await asyncio.sleep(0.02)
+        await _exists(self.result, within)
         found = Measured(**json.loads(self.result.read_text(encoding="utf-8")))
         self.result.unlink()
         return found
+
+    async def loop_is_over(self) -> None:
+        """Wait until the event loop of a `once` host is gone, with all its tasks."""
+        await _exists(loop_is_over(self.result), SECONDS)
 
 
 @asynccontextmanager
@@ -174,6 +176,12 @@ async def host(
         except TimeoutError:
             process.kill()
             await process.wait()
+
+
+async def _exists(path: Path, within: float) -> None:
+    async with asyncio.timeout(within):
+        while not path.exists():
+            await asyncio.sleep(0.02)
 
 
 async def _answers(process: asyncio.subprocess.Process, url: str, log: Path) -> None:

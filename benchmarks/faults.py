@@ -45,7 +45,8 @@ class Fault:
         leaves_early: The caller hangs up after the greeting.
         ends_by: Ends the process in the middle of the call, instead of the caller hanging up.
         flush: Where the observers are flushed, see `Settings`.
-        once: The process ends with the call.
+        once: The process ends with the call; call-ended is answered when its event loop is gone,
+            as by a Roark that takes longer than the process has left.
         ends_on_signal: The bot ends its calls on SIGTERM, as ours does.
     """
 
@@ -102,8 +103,7 @@ FAULTS = (
     ),
     Fault("SIGKILL", ends_by=SIGKILL),
     Fault(
-        "host is asyncio.run(bot()), aflush not awaited, call-ended takes 3 s",
-        ({"step": "call-ended", "slow_s": 3.0},),
+        "host is asyncio.run(bot()), aflush not awaited, call-ended outlasts the loop",
         flush="never",
         once=True,
     ),
@@ -163,8 +163,9 @@ async def one_row(fault: Fault, observers: tuple[str, ...] = (OURS, PUBLISHED, T
     """Hold a call under `fault` and see what is missing in the end."""
     with TemporaryDirectory() as folder:
         async with world(Path(folder)) as around:
-            await _apply(fault, around)
-            line, measured = await _call(fault, around, observers)
+            loop_is_over = asyncio.Event()
+            await _apply(fault, around, loop_is_over)
+            line, measured = await _call(fault, around, observers, loop_is_over)
             call_seconds = line.heard.end - line.heard.utterances[0].start
             if measured is not None:
                 call_seconds = measured.audio_seconds
@@ -187,10 +188,12 @@ async def one_row(fault: Fault, observers: tuple[str, ...] = (OURS, PUBLISHED, T
     )
 
 
-async def _apply(fault: Fault, world: World) -> None:
+async def _apply(fault: Fault, world: World, loop_is_over: asyncio.Event) -> None:
     for receiver in world.receivers.values():
         for switch in fault.switches:
             receiver.fail(**switch)
+        if fault.once:
+            receiver.fail("call-ended", held=loop_is_over)
         if fault.down:
             await receiver.stop()
     for switch in fault.switches:
@@ -211,7 +214,7 @@ async def _heal(fault: Fault, world: World) -> None:
 
 
 async def _call(
-    fault: Fault, world: World, observers: tuple[str, ...]
+    fault: Fault, world: World, observers: tuple[str, ...], loop_is_over: asyncio.Event
 ) -> tuple[Caller, Measured | None]:
     program: dict[str, Any] = {"program": ("-m", "benchmarks.host")} if fault.once else {}
     async with host(
@@ -234,6 +237,8 @@ async def _call(
         # pipecat-roark takes a minute when everything hangs.
         measured = await bot.measured(within=SECONDS + 60.0)
         if fault.once:
+            await bot.loop_is_over()
+            loop_is_over.set()
             await asyncio.wait_for(bot.process.wait(), SECONDS)
         elif not fault.switches and not fault.down:
             await asyncio.sleep(0.5)
@@ -269,7 +274,6 @@ async def _deliver(world: World) -> None:
 
 def _lost(call: ReceivedCall, expected: tuple[tuple[str, str], ...], call_seconds: float) -> Lost:
     ended = call.ended or {}
-    said = [(turn["role"], turn["content"]) for turn in ended.get("transcript", [])]
     rate = int(ended.get("recordingSampleRate", 8000))
     stored = len(call.recording) / 4 / rate
     # Silence that a recorder made up must not hide a chunk that was asked for and never stored.
@@ -280,7 +284,7 @@ def _lost(call: ReceivedCall, expected: tuple[tuple[str, str], ...], call_second
             for name, body in (("call-started", call.started), ("call-ended", call.ended))
             if not body
         ],
-        turns=sum(turn not in said for turn in expected),
+        turns=_missing(expected, [(t["role"], t["content"]) for t in ended.get("transcript", [])]),
         tools=(TOOL_RECORDS - len(ended.get("toolCalls", []))) if len(expected) > 1 else 0,
         seconds=max(0.0, call_seconds - stored, len(holes) * CHUNK_SECONDS),
     )
@@ -289,8 +293,16 @@ def _lost(call: ReceivedCall, expected: tuple[tuple[str, str], ...], call_second
 def _lost_by_tuner(calls: list[dict[str, Any]], expected: tuple[tuple[str, str], ...]) -> Lost:
     roles = {"agent": "assistant", "user": "user"}
     entries = calls[0]["transcript_with_tool_calls"] if calls else []
-    said = [(roles.get(entry["role"]), entry.get("text")) for entry in entries]
-    return Lost(turns=sum(turn not in said for turn in expected))
+    said = [(roles.get(entry["role"], ""), entry.get("text") or "") for entry in entries]
+    return Lost(turns=_missing(expected, said))
+
+
+def _missing(expected: tuple[tuple[str, str], ...], said: list[tuple[str, str]]) -> int:
+    """Count the turns that nobody said, be it in several pieces: a busy machine makes pauses."""
+    return sum(
+        content not in " ".join(text for role, text in said if role == speaker)
+        for speaker, content in expected
+    )
 
 
 async def measure(

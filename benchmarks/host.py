@@ -8,6 +8,7 @@ and how long each observer took to finish.
 """
 
 import asyncio
+import gc
 import json
 import os
 import sys
@@ -264,9 +265,17 @@ async def _one_call(port: int) -> None:
     serving.cancel()
 
 
+def loop_is_over(result: Path) -> Path:
+    """The file that tells that the event loop of a `once` host is gone, with all its tasks."""
+    return result.with_suffix(".loop-is-over")
+
+
 if __name__ == "__main__":
     if Settings.read().once:
         asyncio.run(_one_call(int(sys.argv[sys.argv.index("--port") + 1])))
+        # A socket that a cancelled task held is closed with the task.
+        gc.collect()
+        loop_is_over(Path(Settings.read().result)).touch()
     else:
         from pipecat.runner.run import main
 

@@ -121,6 +121,7 @@ class Fault:
     slow_s: float
     cut: bool
     after_storing: bool
+    held: asyncio.Event | None
 
     def takes(self, step: Step | None, chunk: int | None) -> bool:
         """Whether this request is one of those meant; counts it when it is."""
@@ -210,6 +211,7 @@ class RoarkReceiver:
         slow_s: float = 0.0,
         cut: bool = False,
         after_storing: bool = False,
+        held: asyncio.Event | None = None,
     ) -> Fault:
         """Switches a fault on; the first switched on that matches a request decides.
 
@@ -223,6 +225,7 @@ class RoarkReceiver:
             slow_s: Seconds before the answer.
             cut: The connection is reset in the middle of the request body.
             after_storing: The request takes effect, only its answer is lost.
+            held: No answer before this is set; no effect either if the client has gone by then.
         """
         if isinstance(retry_after, datetime):
             retry_after = format_datetime(retry_after, usegmt=True)
@@ -236,6 +239,7 @@ class RoarkReceiver:
             slow_s=slow_s,
             cut=cut,
             after_storing=after_storing,
+            held=held,
         )
         self._faults.append(fault)
         return fault
@@ -378,9 +382,14 @@ class RoarkReceiver:
             if request.headers.get("x-roark-api-key") != self._api_key:
                 status = 401
         lost = fault is not None and (fault.hang or fault.cut)
-        stores = (status < 300 and not lost) or (fault is not None and fault.after_storing)
         if fault is not None and fault.slow_s:
             await self._wait(fault.slow_s)
+        if fault is not None and fault.held is not None:
+            await fault.held.wait()
+            # By then this server knows who hung up meanwhile.
+            await self._wait(0.1)
+            lost = lost or request.transport is None or request.transport.is_closing()
+        stores = (status < 300 and not lost) or (fault is not None and fault.after_storing)
         answer = store(call) if stores else {"error": f"rehearsed {status}"}
         arrived = Request(step, call_id, chunk, body, key, 0 if lost else status, stores)
         call.requests.append(arrived)

@@ -198,3 +198,19 @@ async def test_waiting_for_a_call_that_never_comes_says_what_came_instead(roark,
 @pytest.mark.anyio
 async def test_it_listens_on_loopback_only(roark):
     assert roark.url.startswith("http://127.0.0.1:")
+
+
+@pytest.mark.anyio
+async def test_an_answer_that_is_held_has_no_effect_for_a_client_that_hung_up(roark, http):
+    held = asyncio.Event()
+    roark.fail(held=held)
+    stays = asyncio.create_task(post(http, roark, STARTED))
+    async with aiohttp.ClientSession() as hasty:
+        with pytest.raises(TimeoutError):
+            timeout = aiohttp.ClientTimeout(total=0.2)
+            await hasty.post(roark.url + EVENTS, json=ENDED, headers=AUTH, timeout=timeout)
+    held.set()
+    assert await stays == 200
+    await roark.until(lambda: len(roark.requests) == 2)
+    assert roark.calls["a"].started == STARTED
+    assert roark.calls["a"].ended is None
