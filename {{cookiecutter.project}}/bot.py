@@ -131,7 +131,7 @@ async def converse(
     worker = PipelineWorker(
         pipeline,
         params=PipelineParams(
-            audio_in_sample_rate=line.audio_in_hz,
+            audio_in_sample_rate=services.RECOGNISER_HZ or line.audio_in_hz,
             audio_out_sample_rate=line.audio_out_hz,
             enable_metrics=True,
             enable_usage_metrics=True,

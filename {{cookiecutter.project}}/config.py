@@ -30,6 +30,7 @@ REQUIRED = {
     # <% endif %>
     # <% if cookiecutter.tts == "elevenlabs" %>
     "ELEVENLABS_API_KEY": "ElevenLabs (https://elevenlabs.io/app/settings/api-keys)",
+    "ELEVENLABS_VOICE_ID": "the voice it speaks with (https://elevenlabs.io/app/voice-library)",
     # <% endif %>
 }
 

@@ -21,6 +21,14 @@ if TYPE_CHECKING:
     from pipecat.services.stt_service import STTService
     from pipecat.services.tts_service import TTSService
 
+# The rate at which the recogniser wants the caller's audio, Hz; None: as the line brings it.
+# <% if cookiecutter.stt == "local" %>
+# Whisper hears nonsense at any other rate, and does not resample: a phone call has 8000.
+RECOGNISER_HZ: int | None = 16000
+# <% endif %>
+# <% if cookiecutter.stt != "local" %>
+RECOGNISER_HZ: int | None = None
+# <% endif %>
 # A tool that has not answered by then is reported to the LLM as timed out. Pipecat's own default
 # is to wait for ever, with the caller in silence.
 TOOL_TIMEOUT_SECONDS = 10.0
@@ -34,6 +42,84 @@ SUMMARY_TIMEOUT_SECONDS = 30.0
 LINK = re.compile(r"(?:https?://|www\.)(?:www\.)?([\w.-]*\w)(?:[/?#:](?:\S*[^\s.,;:!?)])?)?")
 
 
+# <% if cookiecutter.stt == "assemblyai" %>
+def create_stt() -> "STTService":
+    """AssemblyAI: speech to text."""
+    from pipecat.services.assemblyai.stt import AssemblyAISTTService
+    from pipecat.transcriptions.language import Language
+
+    return AssemblyAISTTService(
+        api_key=setting("ASSEMBLYAI_API_KEY"),
+        api_endpoint_base_url=setting(
+            "ASSEMBLYAI_BASE_URL", "wss://streaming.assemblyai.com/v3/ws"
+        ),
+        settings=AssemblyAISTTService.Settings(
+            model=setting("ASSEMBLYAI_MODEL", "universal-3-6-pro"),
+            # Not `language`, which this service never sends.
+            language_codes=[Language(setting("ASSEMBLYAI_LANGUAGE", "en"))],
+        ),
+    )
+
+
+# <% endif %>
+# <% if cookiecutter.stt == "openai" %>
+def create_stt() -> "STTService":
+    """OpenAI: speech to text."""
+    from pipecat.frames.frames import Frame, InterimTranscriptionFrame, VADUserStoppedSpeakingFrame
+    from pipecat.services.openai.stt import OpenAIRealtimeSTTService
+
+    stt = OpenAIRealtimeSTTService(
+        api_key=setting("OPENAI_API_KEY"),
+        base_url=setting("OPENAI_STT_BASE_URL", "wss://api.openai.com/v1/realtime"),
+        settings=OpenAIRealtimeSTTService.Settings(
+            model=setting("OPENAI_STT_MODEL", "gpt-realtime-whisper"),
+            language=setting("OPENAI_STT_LANGUAGE", "en"),
+        ),
+    )
+    heard: dict[str, str] = {}
+
+    @stt.event_handler("on_before_process_frame")
+    async def on_before_process_frame(_stt, frame: Frame):
+        if isinstance(frame, VADUserStoppedSpeakingFrame):
+            # The next transcript is all that was said. Without a word about it the turn would
+            # wait for more of it, 1.66 s each time.
+            stt.request_finalize()
+            stt.confirm_finalize()
+
+    @stt.event_handler("on_before_push_frame")
+    async def on_before_push_frame(_stt, frame: Frame):
+        if isinstance(frame, InterimTranscriptionFrame) and frame.result:
+            # It has only what is new; the others' have all that was heard so far.
+            item = frame.result["item_id"]
+            heard[item] = frame.text = heard.get(item, "") + frame.text
+
+    return stt
+
+
+# <% endif %>
+# <% if cookiecutter.stt == "local" %>
+def create_stt() -> "STTService":
+    """Whisper, in this process: speech to text. Its model is downloaded when first used."""
+    from functools import cache
+
+    from pipecat.services.whisper import stt as whisper
+
+    names = whisper.__dict__
+    if isinstance(names["WhisperModel"], type):
+        # Each call would load a model of its own, for seconds, while the others wait.
+        names["WhisperModel"] = cache(names["WhisperModel"])
+    return whisper.WhisperSTTService(
+        # Half the time and memory of the default on a CPU, and hardly an error more.
+        compute_type="int8",
+        settings=whisper.WhisperSTTService.Settings(
+            # A name, or a folder with a model in CTranslate2's format.
+            model=setting("WHISPER_MODEL", "base.en"),
+            language=setting("WHISPER_LANGUAGE", "en"),
+        ),
+    )
+
+
+# <% endif %>
 # <% if cookiecutter.stt == "deepgram" %>
 def create_stt() -> "STTService":
     """Deepgram: speech to text."""
@@ -47,6 +133,91 @@ def create_stt() -> "STTService":
             language=setting("DEEPGRAM_LANGUAGE", "en"),
         ),
     )
+
+
+# <% endif %>
+# <% if cookiecutter.llm == "anthropic" %>
+def create_llm(instructions: str) -> "LLMService[Any]":
+    """Anthropic: what to say next.
+
+    Args:
+        instructions: The system prompt, from prompt.md.
+    """
+    from anthropic import AsyncAnthropic, DefaultAsyncHttpxClient
+    from pipecat.services.anthropic.llm import AnthropicLLMService
+    from pipecat.utils.http import connection_limits
+
+    key = setting("ANTHROPIC_API_KEY")
+    client = AsyncAnthropic(
+        api_key=key,
+        # Given in full, for the SDK takes a blank ANTHROPIC_BASE_URL at its word.
+        base_url=setting("ANTHROPIC_BASE_URL", "https://api.anthropic.com"),
+        # The SDK would hang up after 5 s without a request, and every turn connect anew.
+        http_client=DefaultAsyncHttpxClient(limits=connection_limits(keepalive_expiry=None)),
+    )
+    return AnthropicLLMService(
+        api_key=key,
+        client=client,
+        function_call_timeout_secs=TOOL_TIMEOUT_SECONDS,
+        settings=AnthropicLLMService.Settings(
+            model=setting("ANTHROPIC_MODEL", "claude-sonnet-4-6"),
+            system_instruction=instructions,
+        ),
+    )
+
+
+# <% endif %>
+# <% if cookiecutter.llm == "google" %>
+def create_llm(instructions: str) -> "LLMService[Any]":
+    """Google Gemini: what to say next.
+
+    Args:
+        instructions: The system prompt, from prompt.md.
+    """
+    from google.genai.types import HttpOptions, HttpRetryOptions
+    from pipecat.services.google.llm import GoogleLLMService
+
+    return GoogleLLMService(
+        api_key=setting("GOOGLE_API_KEY"),
+        http_options=HttpOptions(
+            base_url=setting("GOOGLE_BASE_URL", "https://generativelanguage.googleapis.com"),
+            # Left to itself the SDK never repeats a refused request, and waits up to 10 s before
+            # it repeats one that could not be made.
+            retry_options=HttpRetryOptions(
+                attempts=3, initial_delay=0.5, max_delay=1.0, jitter=0.25
+            ),
+        ),
+        function_call_timeout_secs=TOOL_TIMEOUT_SECONDS,
+        settings=GoogleLLMService.Settings(
+            model=setting("GOOGLE_MODEL", "gemini-3.6-flash"),
+            system_instruction=instructions,
+        ),
+    )
+
+
+# <% endif %>
+# <% if cookiecutter.llm == "compatible" %>
+def create_llm(instructions: str) -> "LLMService[Any]":
+    """Any server that speaks OpenAI's chat completions: what to say next.
+
+    Args:
+        instructions: The system prompt, from prompt.md.
+    """
+    from pipecat.services.openai.llm import OpenAILLMService
+
+    llm = OpenAILLMService(
+        # Never blank: the SDK would send OPENAI_API_KEY instead, to somebody else's server.
+        api_key=setting("LLM_API_KEY", "none"),
+        base_url=setting("LLM_URL"),
+        function_call_timeout_secs=TOOL_TIMEOUT_SECONDS,
+        settings=OpenAILLMService.Settings(
+            model=setting("LLM_MODEL"),
+            system_instruction=instructions,
+        ),
+    )
+    # Most of these servers refuse OpenAI's role "developer", or ignore what is said in it.
+    llm.supports_developer_role = False
+    return llm
 
 
 # <% endif %>
@@ -68,6 +239,69 @@ def create_llm(instructions: str) -> "LLMService[Any]":
             model=setting("OPENAI_MODEL", "gpt-4.1"),
             system_instruction=instructions,
         ),
+    )
+
+
+# <% endif %>
+# <% if cookiecutter.tts == "elevenlabs" %>
+def create_tts() -> "TTSService":
+    """ElevenLabs: text to speech."""
+    from pipecat.services.elevenlabs.tts import ElevenLabsTTSService
+    from pipecat.utils.text.transforms import strip_markdown
+
+    return ElevenLabsTTSService(
+        api_key=setting("ELEVENLABS_API_KEY"),
+        url=setting("ELEVENLABS_BASE_URL", "wss://api.elevenlabs.io"),
+        settings=ElevenLabsTTSService.Settings(
+            model=setting("ELEVENLABS_MODEL", "eleven_flash_v2_5"),
+            # Required: ElevenLabs has no voice that every account may use.
+            voice=setting("ELEVENLABS_VOICE_ID"),
+        ),
+        # Models write for eyes now and then, whatever the prompt says.
+        text_transforms=[("*", strip_markdown), ("*", name_links)],
+    )
+
+
+# <% endif %>
+# <% if cookiecutter.tts == "deepgram" %>
+def create_tts() -> "TTSService":
+    """Deepgram: text to speech."""
+    from pipecat.services.deepgram.tts import DeepgramTTSService
+    from pipecat.utils.text.transforms import strip_markdown
+
+    return DeepgramTTSService(
+        api_key=setting("DEEPGRAM_API_KEY"),
+        base_url=setting("DEEPGRAM_TTS_BASE_URL", "wss://api.deepgram.com"),
+        settings=DeepgramTTSService.Settings(
+            # At Deepgram the voice is the model.
+            voice=setting("DEEPGRAM_TTS_VOICE", "aura-2-andromeda-en"),
+        ),
+        # Models write for eyes now and then, whatever the prompt says.
+        text_transforms=[("*", strip_markdown), ("*", name_links)],
+    )
+
+
+# <% endif %>
+# <% if cookiecutter.tts == "local" %>
+def create_tts() -> "TTSService":
+    """Piper, in this process: text to speech. Its voice is downloaded when first used."""
+    from functools import cache
+    from pathlib import Path
+
+    from pipecat.services.piper.tts import PiperTTSService
+    from pipecat.utils.text.transforms import strip_markdown
+    from piper import PiperVoice
+
+    if not hasattr(PiperVoice.load, "cache_info"):
+        # Each call would load a voice of its own, while the others wait.
+        PiperVoice.load = cache(PiperVoice.load)
+    # A name, or a voice's .onnx file with its .onnx.json beside it.
+    voice = Path(setting("PIPER_VOICE", "en_US-joe-medium"))
+    return PiperTTSService(
+        download_dir=voice.parent if voice.suffix == ".onnx" else None,
+        settings=PiperTTSService.Settings(voice=voice.name.removesuffix(".onnx")),
+        # Models write for eyes now and then, whatever the prompt says.
+        text_transforms=[("*", strip_markdown), ("*", name_links)],
     )
 
 

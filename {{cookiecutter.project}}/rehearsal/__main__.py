@@ -208,7 +208,8 @@ async def _engine(options: argparse.Namespace) -> AsyncIterator[Engine]:
 async def _providers(engine: Engine, port: int = 0) -> AsyncIterator[Providers]:
     async with serve(engine, port=port) as providers:
         if isinstance(engine, LocalEngine):
-            providers.cartesia.lead_s = LOCAL_LEAD_SECONDS
+            for voice in providers.voices:
+                voice.lead_s = LOCAL_LEAD_SECONDS
         yield providers
 
 

@@ -31,7 +31,7 @@ class AnthropicServer(ProviderServer):
     """Thinks with the engine."""
 
     name = "anthropic"
-    speaks_to = "AnthropicLLMService"
+    speaks_to = ("AnthropicLLMService",)
 
     def __init__(self, engine: Engine, log: WireLog, faults: Faults | None = None) -> None:
         """Prepare the server; `start` makes it listen."""
@@ -137,6 +137,10 @@ def _tools(body: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def _may_call_several(body: dict[str, Any]) -> bool:
+    return not body.get("tool_choice", {}).get("disable_parallel_tool_use")
+
+
 def _message(body: dict[str, Any]) -> dict[str, Any]:
     """Return an answer without its content."""
     return {
@@ -185,6 +189,8 @@ async def _events(
             is_text_open = False
             yield _closed(index)
             index += 1
+        if stop_reason == "tool_use" and not _may_call_several(body):
+            break
         stop_reason = "tool_use"
         arguments = json.dumps(piece.arguments)
         yield _opened(index, _tool_use(piece))

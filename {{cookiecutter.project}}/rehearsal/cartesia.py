@@ -37,7 +37,7 @@ class CartesiaServer(ProviderServer):
     """Speaks with the engine; several contexts at once on one socket."""
 
     name = "cartesia"
-    speaks_to = "CartesiaTTSService"
+    speaks_to = ("CartesiaTTSService",)
 
     def __init__(self, engine: Engine, log: WireLog, faults: Faults | None = None) -> None:
         """Prepare the server; `start` makes it listen."""

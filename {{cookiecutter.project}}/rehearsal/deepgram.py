@@ -28,7 +28,7 @@ class DeepgramServer(ProviderServer):
     """Hears with the engine, one ear per connection."""
 
     name = "deepgram"
-    speaks_to = "DeepgramSTTService"
+    speaks_to = ("DeepgramSTTService",)
 
     def __init__(self, engine: Engine, log: WireLog, faults: Faults | None = None) -> None:
         """Prepare the server; `start` makes it listen."""

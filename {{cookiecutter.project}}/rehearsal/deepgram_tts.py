@@ -30,7 +30,7 @@ class DeepgramSpeakServer(ProviderServer):
     """Speaks with the engine, one voice per connection."""
 
     name = "deepgram_tts"
-    speaks_to = "DeepgramTTSService"
+    speaks_to = ("DeepgramTTSService",)
 
     def __init__(self, engine: Engine, log: WireLog, faults: Faults | None = None) -> None:
         """Prepare the server; `start` makes it listen."""

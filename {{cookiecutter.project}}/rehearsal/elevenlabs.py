@@ -37,7 +37,7 @@ class ElevenLabsServer(ProviderServer):
     """Speaks with the engine; several contexts at once on one socket."""
 
     name = "elevenlabs"
-    speaks_to = "ElevenLabsTTSService"
+    speaks_to = ("ElevenLabsTTSService",)
 
     def __init__(self, engine: Engine, log: WireLog, faults: Faults | None = None) -> None:
         """Prepare the server; `start` makes it listen."""

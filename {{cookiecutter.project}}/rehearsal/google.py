@@ -35,7 +35,7 @@ class GoogleServer(ProviderServer):
     """Thinks with the engine."""
 
     name = "google"
-    speaks_to = "GoogleLLMService"
+    speaks_to = ("GoogleLLMService",)
     wrong_key_status = 400
 
     def __init__(self, engine: Engine, log: WireLog, faults: Faults | None = None) -> None:
@@ -197,7 +197,7 @@ def _response(
     *,
     is_last: bool = False,
 ) -> dict[str, Any]:
-    """Return an answer; tokens are estimated, of the prompt by its length, of the rest by pieces."""
+    """Return an answer; its tokens are estimated, by the length of the prompt and its pieces."""
     candidate = {"content": {"role": "model", "parts": parts}, "index": 0}
     prompt = len(json.dumps(body["contents"])) // _CHARACTERS_PER_TOKEN
     return {

@@ -4,12 +4,18 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from rehearsal.anthropic import AnthropicServer
+from rehearsal.assemblyai import AssemblyAIServer
 from rehearsal.bot_process import free_port
 from rehearsal.cartesia import CartesiaServer
 from rehearsal.deepgram import DeepgramServer
+from rehearsal.deepgram_tts import DeepgramSpeakServer
+from rehearsal.elevenlabs import ElevenLabsServer
 from rehearsal.engine import Engine
 from rehearsal.faults import Faults
+from rehearsal.google import GoogleServer
 from rehearsal.openai import OpenAIServer
+from rehearsal.openai_stt import OpenAIListenServer
 from rehearsal.server import ProviderServer, WireLog
 from rehearsal.twilio_rest import TwilioServer
 
@@ -19,8 +25,14 @@ class Providers:
     """The running servers, each on a port of its own, and the log of what passed on their wires."""
 
     deepgram: DeepgramServer
+    assemblyai: AssemblyAIServer
+    openai_stt: OpenAIListenServer
     openai: OpenAIServer
+    anthropic: AnthropicServer
+    google: GoogleServer
     cartesia: CartesiaServer
+    elevenlabs: ElevenLabsServer
+    deepgram_tts: DeepgramSpeakServer
     twilio: TwilioServer
     log: WireLog
 
@@ -30,15 +42,19 @@ class Providers:
         return tuple(part for part in vars(self).values() if isinstance(part, ProviderServer))
 
     @property
+    def voices(self) -> tuple[CartesiaServer, ElevenLabsServer, DeepgramSpeakServer]:
+        """The servers that speak."""
+        return (self.cartesia, self.elevenlabs, self.deepgram_tts)
+
+    @property
     def by_service(self) -> dict[str, ProviderServer]:
         """The server that speaks to each of Pipecat's service classes, by the class's name."""
-        return {server.speaks_to: server for server in self.servers if server.speaks_to}
+        return {name: server for server in self.servers for name in server.speaks_to}
 
     @property
     def environment(self) -> dict[str, str]:
         """The variables that point a bot here. The keys are placeholders; any key is taken."""
-        soon = ("ASSEMBLYAI", "ANTHROPIC", "GOOGLE", "ELEVENLABS")
-        return {f"{name}_API_KEY": "rehearsal" for name in soon} | {
+        return {
             name: value for server in self.servers for name, value in server.environment.items()
         }
 
@@ -66,8 +82,14 @@ async def serve(
     switches = dict(faults or {})
     providers = Providers(
         deepgram=DeepgramServer(engine, log, switches.pop("deepgram", None)),
+        assemblyai=AssemblyAIServer(engine, log, switches.pop("assemblyai", None)),
+        openai_stt=OpenAIListenServer(engine, log, switches.pop("openai_stt", None)),
         openai=OpenAIServer(engine, log, switches.pop("openai", None)),
+        anthropic=AnthropicServer(engine, log, switches.pop("anthropic", None)),
+        google=GoogleServer(engine, log, switches.pop("google", None)),
         cartesia=CartesiaServer(engine, log, switches.pop("cartesia", None)),
+        elevenlabs=ElevenLabsServer(engine, log, switches.pop("elevenlabs", None)),
+        deepgram_tts=DeepgramSpeakServer(engine, log, switches.pop("deepgram_tts", None)),
         twilio=TwilioServer(log, switches.pop("twilio", None)),
         log=log,
     )

@@ -23,6 +23,8 @@ HOST = "127.0.0.1"
 _SECRET_HEADERS = {"authorization", "x-api-key", "x-goog-api-key", "xi-api-key"}
 # A handler that hangs on purpose would otherwise hold the shutdown for aiohttp's 60 seconds.
 _SHUTDOWN_SECONDS = 0.1
+# Who looks keys up behind an open socket takes a moment; a client believes itself connected.
+_LOOKUP_SECONDS = 0.1
 
 
 @dataclass
@@ -159,12 +161,12 @@ class ProviderServer:
 
     Attributes:
         name: Of the provider; with the role where it has two.
-        speaks_to: Name of Pipecat's service class at the other end; empty where it is none.
+        speaks_to: Names of the service classes of Pipecat, or of services.py, at the other end.
         wrong_key_status: The HTTP status that answers a missing or wrong key.
     """
 
     name: str
-    speaks_to: str = ""
+    speaks_to: tuple[str, ...] = ()
     wrong_key_status: int = 401
 
     def __init__(self, log: WireLog, faults: Faults | None = None) -> None:
@@ -291,6 +293,7 @@ class ProviderServer:
         """Accept a handshake that `admit` refused, only to say why and close with `code`."""
         response = web.WebSocketResponse()
         await response.prepare(request)
+        await asyncio.sleep(_LOOKUP_SECONDS)
         await response.send_json(dict(error))
         await response.close(code=code, message=reason.encode())
         return response
