@@ -113,16 +113,13 @@ def _results(heard: Heard, *, from_finalize: bool = False) -> dict[str, Any]:
 
 
 def _words(heard: Heard) -> list[dict[str, Any]]:
-    """Spread the words over the time that was really spoken, by their length."""
-    words = heard.text.split()
-    letters = sum(map(len, words))
-    at = heard.start_s
-    spread: list[dict[str, Any]] = []
-    for word in words:
-        end = at + heard.duration_s * len(word) / letters
-        plain = word.strip(punctuation).lower()
-        spread.append(
-            {"word": plain, "punctuated_word": word, "start": at, "end": end, "confidence": 0.99}
-        )
-        at = end
-    return spread
+    return [
+        {
+            "word": word.text.strip(punctuation).lower(),
+            "punctuated_word": word.text,
+            "start": word.start_s,
+            "end": word.end_s,
+            "confidence": 0.99,
+        }
+        for word in heard.words()
+    ]

@@ -26,6 +26,18 @@ class Heard:
     start_s: float
     duration_s: float
 
+    def words(self) -> list["Word"]:
+        """Spread the words over the time that was really spoken, by their length."""
+        texts = self.text.split()
+        per_letter = self.duration_s / max(1, sum(map(len, texts)))
+        spread: list[Word] = []
+        at = self.start_s
+        for text in texts:
+            end = at + per_letter * len(text)
+            spread.append(Word(text, at, end))
+            at = end
+        return spread
+
 
 class Ear(Protocol):
     """Listens to one connection. Audio is mono PCM16 little-endian, in pieces of any size."""
@@ -56,7 +68,7 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """A spoken word; times are seconds from the first sample of the text it belongs to."""
+    """A spoken word; times are seconds from the first sample of the text or the audio it is in."""
 
     text: str
     start_s: float
