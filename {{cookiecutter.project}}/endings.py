@@ -49,7 +49,10 @@ def forget_soon() -> None:
 
 def instruction(text: str) -> LLMMessagesAppendFrame:
     """Tell the LLM something the caller does not hear, and have it speak."""
-    return LLMMessagesAppendFrame([{"role": "developer", "content": text}], run_llm=True)
+    # Most LLMs know no role "developer": Pipecat passes it on as the caller's. The brackets tell
+    # them apart.
+    content = f"[{text}]"
+    return LLMMessagesAppendFrame([{"role": "developer", "content": content}], run_llm=True)
 
 
 class Ending:

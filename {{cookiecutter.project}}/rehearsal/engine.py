@@ -108,3 +108,21 @@ class Engine(Protocol):
     async def aclose(self) -> None:
         """Give back what the engine holds (models, threads, connections)."""
         ...
+
+
+def with_instructions(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a conversation in which the bot's instructions have the role "developer" again.
+
+    Where a model does not know that role, Pipecat sends them as if the caller had said them. The
+    bot writes them in square brackets, for the model's sake and for ours.
+    """
+    return [
+        {**message, "role": "developer"} if _is_instruction(message) else message
+        for message in messages
+    ]
+
+
+def _is_instruction(message: dict[str, Any]) -> bool:
+    content = message.get("content")
+    is_bracketed = isinstance(content, str) and content.startswith("[") and content.endswith("]")
+    return message["role"] == "user" and is_bracketed
