@@ -13,27 +13,48 @@ ANSWERS: dict[str, list[Any]] = {
     "project": ["my-voice-bot", "another-bot"],
     "purpose": ["You tell callers the time.", "You take orders for a pizzeria."],
     "transport": ["webrtc", "daily", "twilio"],
+    "stt": ["deepgram", "assemblyai", "openai", "local"],
+    "llm": ["openai", "anthropic", "google", "compatible"],
+    "tts": ["cartesia", "elevenlabs", "deepgram", "local"],
     "region": ["us-west", "us-east", "eu-central", "ap-south"],
     "record_audio": [True, False],
 }
 
 TRANSCRIPT = """\
-  [1/5] Project name: the folder, the package and the agent on Pipecat Cloud (my-voice-bot): \
-  [2/5] Purpose: one sentence to the bot, who it is and what it does \
+  [1/8] Project name: the folder, the package and the agent on Pipecat Cloud (my-voice-bot): \
+  [2/8] Purpose: one sentence to the bot, who it is and what it does \
 (You are the friendly receptionist of a small dental practice and help callers with opening hours \
 and appointments.): \
-  [3/5] Transport to start with (the code has all three)
+  [3/8] Transport to start with (the code has all three)
     1 - WebRTC: a browser page on your own machine, no account
     2 - Daily: rooms for browsers and apps, what Pipecat Cloud uses
     3 - Twilio: phone calls
     Choose from [1/2/3] (1): \
-  [4/5] Pipecat Cloud region to deploy to
+  [4/8] Speech recognition: who hears the caller
+    1 - Deepgram
+    2 - AssemblyAI
+    3 - OpenAI
+    4 - Whisper in the bot's own process: no key, slower, needs a good CPU
+    Choose from [1/2/3/4] (1): \
+  [5/8] Language model: who decides what to say
+    1 - OpenAI
+    2 - Anthropic
+    3 - Google Gemini
+    4 - Any OpenAI-compatible server by its URL, such as Ollama, Groq or vLLM
+    Choose from [1/2/3/4] (1): \
+  [6/8] Voice: who speaks
+    1 - Cartesia
+    2 - ElevenLabs
+    3 - Deepgram
+    4 - Piper in the bot's own process: no key (its licence is GPL-3.0)
+    Choose from [1/2/3/4] (1): \
+  [7/8] Pipecat Cloud region to deploy to
     1 - us-west: Oregon
     2 - us-east: Virginia
     3 - eu-central: Frankfurt
     4 - ap-south: Mumbai
     Choose from [1/2/3/4] (1): \
-  [5/5] Record each call's audio [y/n] (y): \
+  [8/8] Record each call's audio [y/n] (y): \
 
 The template is no git clone: the project is not linked to its later versions.
 
@@ -50,7 +71,7 @@ def test_every_question_and_every_choice_has_a_human_label(form: dict[str, Any])
     labels = form["__prompts__"]
 
     assert {name for name in form if not name.startswith("_")} == ANSWERS.keys() == labels.keys()
-    for name in ("transport", "region"):
+    for name in ("transport", "stt", "llm", "tts", "region"):
         assert form[name] == ANSWERS[name]
         assert labels[name].keys() == {"__prompt__", *ANSWERS[name]}
 
@@ -58,7 +79,7 @@ def test_every_question_and_every_choice_has_a_human_label(form: dict[str, Any])
 def test_enter_enter_enter_gives_the_default_project(
     command_line: CommandLine, template: Path, tmp_path: Path, default_project: BakedProject
 ) -> None:
-    done = command_line(template, "--output-dir", tmp_path, lines=["", "", "", "", ""])
+    done = command_line(template, "--output-dir", tmp_path, lines=[""] * 8)
 
     assert (done.stdout, done.stderr, done.returncode) == (TRANSCRIPT, "", 0)
     assert not BakedProject(tmp_path / "my-voice-bot").differences(default_project)
@@ -68,7 +89,7 @@ def test_answers_typed_at_the_prompts_are_the_answers_given_as_arguments(
     command_line: CommandLine, template: Path, tmp_path: Path, bake: Bake
 ) -> None:
     purpose = 'Say {{ "hi" }} and # <% raw %> \\ with \U0001f600 {%'
-    lines = ["another-bot", purpose, "3", "4", "no"]
+    lines = ["another-bot", purpose, "3", "2", "3", "4", "4", "no"]
 
     succeed(command_line(template, "--output-dir", tmp_path, lines=lines))
 
@@ -77,6 +98,9 @@ def test_answers_typed_at_the_prompts_are_the_answers_given_as_arguments(
         project="another-bot",
         purpose=purpose,
         transport="twilio",
+        stt="assemblyai",
+        llm="google",
+        tts="local",
         region="ap-south",
         record_audio=False,
     )
