@@ -31,7 +31,7 @@ class OpenAIServer(ProviderServer):
     """Thinks with the engine."""
 
     name = "openai"
-    speaks_to = ("OpenAILLMService", "CompatibleLLMService")
+    speaks_to = ("OpenAILLMService",)
 
     def __init__(self, engine: Engine, log: WireLog, faults: Faults | None = None) -> None:
         """Prepare the server; `start` makes it listen."""
