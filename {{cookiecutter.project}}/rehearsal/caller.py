@@ -264,12 +264,6 @@ class Caller(ABC):
                     sent.set_result(None)
 
 
-def answer_seconds(caller: Caller, utterance: Utterance) -> float | None:
-    """Return the time from the caller's last sound to the bot's first after it, seconds."""
-    starts = [heard.start for heard in caller.heard.utterances if heard.start >= utterance.end]
-    return starts[0] - utterance.end if starts else None
-
-
 def is_loud(pcm: bytes, rms: float = LOUD_RMS) -> bool:
     """Tell whether mono PCM16 is louder than `rms` on the whole."""
     samples = np.frombuffer(pcm, dtype="<i2").astype(np.float64)

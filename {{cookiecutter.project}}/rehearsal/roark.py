@@ -248,13 +248,13 @@ class RoarkReceiver:
         """Switches every fault off; URLs that have expired stay expired."""
         self._faults.clear()
 
-    async def complete(self, call_id: str, *, timeout: float = 10.0) -> ReceivedCall:
+    async def complete(self, call_id: str, *, timeout: float = 30.0) -> ReceivedCall:
         """Waits until the call is whole; raises TimeoutError saying what is there instead."""
         call = self.call(call_id)
         await self.until(lambda: call.whole, timeout=timeout, what=f"{call_id} is whole")
         return call
 
-    async def until(self, condition: Any, *, timeout: float = 10.0, what: str = "") -> None:
+    async def until(self, condition: Any, *, timeout: float = 30.0, what: str = "") -> None:
         """Waits for `condition()` to hold, looked at whenever a request was dealt with."""
         try:
             async with asyncio.timeout(timeout), self._changed:
