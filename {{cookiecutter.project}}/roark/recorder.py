@@ -184,13 +184,17 @@ class Track:
             _, start, samples = frames[index]
             latest = min(start, latest - len(samples) / self._native_rate)
             starts[index] = latest
+        placed: list[Samples] = []
         for (arrived, earliest, samples), start in zip(frames, starts, strict=True):
             if arrived > until:
                 break
             self._pending.popleft()
             if earliest - start > GAP_SECONDS:
                 self._late.append((arrived, earliest - start))
-            self._place(samples, start - (was_late(arrived) if was_late else 0.0))
+            placed += self._placed(samples, start - (was_late(arrived) if was_late else 0.0))
+        # All at once: most of what a frame costs is the way into numpy and the resampler.
+        if placed:
+            self._emit(self._resampled(np.concatenate(placed)))
 
     def was_late(self, arrived: float) -> float:
         """How late, in s, the frames were that arrived at that moment."""
@@ -203,7 +207,8 @@ class Track:
         rate = self._native_rate or self._rate
         missing = round(position * rate) - self._cursor
         if missing > 0:
-            self._write(np.zeros(missing, np.int16))
+            self._cursor += missing
+            self._emit(self._resampled(np.zeros(missing, np.int16)))
 
     def finish(self, length: int, end: float) -> None:
         """Make the settled track `length` samples long at the recording's rate."""
@@ -228,17 +233,19 @@ class Track:
             count -= len(part)
         return np.concatenate(parts) if parts else np.zeros(0, np.int16)
 
-    def _place(self, samples: Samples, start: float) -> None:
+    def _placed(self, samples: Samples, start: float) -> list[Samples]:
+        """What a frame that begins at `start` s adds to the track: silence before it, itself."""
         offset = start - self._cursor / self._native_rate
+        added = [samples]
         if offset > GAP_SECONDS:
-            self._write(np.zeros(round(offset * self._native_rate), np.int16))
+            added.insert(0, np.zeros(round(offset * self._native_rate), np.int16))
         elif offset < -AHEAD_SECONDS and np.abs(samples).max(initial=0) < AUDIBLE_LEVEL:
-            return
-        self._write(samples)
+            return []
+        self._cursor += sum(map(len, added))
+        return added
 
-    def _write(self, samples: Samples) -> None:
-        self._cursor += len(samples)
-        self._emit(self._resampler.resample_chunk(samples) if self._resampler else samples)
+    def _resampled(self, samples: Samples) -> Samples:
+        return self._resampler.resample_chunk(samples) if self._resampler else samples
 
     def _emit(self, samples: Samples) -> None:
         if len(samples):
