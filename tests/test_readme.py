@@ -1,8 +1,13 @@
-"""The README's commands, followed literally on a machine that has Python and nothing else."""
+"""The documents' commands: followed literally on a machine that has Python and nothing else.
+
+Which test runs which command, and which need an account instead, is in tests/documented.py.
+"""
 
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import wave
@@ -10,15 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from baking import ROOT
+from baking import FOLDER, ROOT, BakedProject, succeed
+from documented import FOLLOWED, NEEDS, TESTED, commands, shell_blocks
 
 SPOKEN = "he might even have been made amiable himself"
+SECONDS = 900
 
-
-def shell_commands(readme: Path) -> list[str]:
-    """The lines of the README's shell blocks that are to be typed."""
-    blocks = re.findall(r"^```sh\n(.*?)^```", readme.read_text(encoding="utf-8"), re.M | re.S)
-    return [line for block in blocks for line in block.splitlines() if line]
+# Documents of this repository, and of the project it generates.
+OURS = ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")
+THEIRS = ("README.md", "AGENTS.md", "DEPLOY.md", "evals/README.md", "rehearsal/README.md")
 
 
 def fresh_environment(home: Path) -> dict[str, str]:
@@ -30,34 +35,92 @@ def fresh_environment(home: Path) -> dict[str, str]:
     return environment | {"PATH": os.pathsep.join(path), "HOME": str(home)}
 
 
+def follow(command: str, folder: Path, environment: dict[str, str]) -> None:
+    """Type a command; fail with what it printed unless it succeeds."""
+    done = subprocess.run(
+        ["bash", "-e", "-c", command],
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+
+
+def serve(command: str, address: str, folder: Path, environment: dict[str, str]) -> None:
+    """Type a command that serves until Ctrl-C; fail unless it prints a line with its address."""
+    with subprocess.Popen(
+        ["bash", "-c", f"exec {command}"],
+        cwd=folder,
+        env=environment | {"PYTHONUNBUFFERED": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as server:
+        assert server.stdout
+        printed = ""
+        for line in server.stdout:
+            printed += line
+            if re.search(address, line):
+                os.killpg(server.pid, signal.SIGINT)
+                break
+        printed += server.stdout.read()
+    assert server.returncode == 0, f"{command}\n{printed}"
+
+
+def test_every_documented_command_is_run_by_a_test_or_needs_what_no_test_has(
+    default_project: BakedProject,
+) -> None:
+    documented = {
+        command
+        for folder, names in ((ROOT, OURS), (default_project.path, THEIRS))
+        for name in names
+        for command in commands((folder / name).read_text(encoding="utf-8"))
+    }
+
+    known = {*FOLLOWED, *TESTED, *NEEDS}
+    assert documented - known == set(), "say in tests/documented.py which test runs it"
+    assert known - documented == set(), "no document says these any longer"
+    assert len(known) == len(FOLLOWED) + len(TESTED) + len(NEEDS)
+
+
+@pytest.mark.parametrize("place", sorted(set(TESTED.values())))
+def test_the_test_that_is_said_to_run_a_command_exists(place: str) -> None:
+    file, _, name = place.partition("::")
+    source = ROOT / file if (ROOT / file).exists() else ROOT / FOLDER / file
+    assert re.search(rf"\bdef {name}", source.read_text(encoding="utf-8")), place
+
+
 def test_the_readme_has_the_two_commands_it_promises_and_ci_runs_the_second() -> None:
-    _first, second = shell_commands(ROOT / "README.md")
-    assert "-m rehearsal call" in _first
+    first, second = readme_commands()
+    assert "-m rehearsal call" in first
     typed_after_installing_uv = second.split("&&")[-1].strip()
     lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
     assert typed_after_installing_uv in lines
 
 
+def readme_commands() -> list[str]:
+    """The two commands at the top of the README."""
+    blocks = shell_blocks((ROOT / "README.md").read_text(encoding="utf-8"))
+    return [line for block in blocks[:2] for line in block]
+
+
 @pytest.mark.slow
-def test_the_first_command_ends_with_a_human_voice_heard_and_answered_on_both_transports(
+def test_followed_from_nothing_a_human_voice_is_answered_on_both_transports_and_the_rest_works(
     template: Path, tmp_path: Path
 ) -> None:
     home = tmp_path / "home"
     home.mkdir()
-    command = shell_commands(ROOT / "README.md")[0]
+    environment = fresh_environment(home)
+    project = template.parent / "my-voice-bot"
 
-    done = subprocess.run(
-        ["bash", "-c", command],
-        cwd=template,
-        env=fresh_environment(home),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    follow(readme_commands()[0], template, environment)
 
-    records = sorted((template.parent / "my-voice-bot" / "calls").glob("*/call.json"))
+    records = sorted((project / "calls").glob("*/call.json"))
     assert len(records) == 2
     for path in records:
         turns = json.loads(path.read_text(encoding="utf-8"))["turns"]
@@ -73,3 +136,40 @@ def test_the_first_command_ends_with_a_human_voice_heard_and_answered_on_both_tr
             loudness = np.abs(samples[first:last].astype(float)).mean(axis=0)
             speaker = 0 if turn["role"] == "user" else 1
             assert loudness[speaker] > 10 * loudness[1 - speaker]
+
+    for command, address in FOLLOWED.items():
+        if address:
+            serve(command, address, project, environment)
+        else:
+            follow(command, project, environment)
+    assert list((project / "calls").glob("*/report.html"))
+
+
+@pytest.mark.slow
+def test_a_project_installs_and_holds_a_call_with_pip_alone(
+    default_project: BakedProject, tmp_path: Path
+) -> None:
+    """Its README's lines for pip, where there is no uv; but not all of its tests."""
+    blocks = shell_blocks(default_project.read("README.md"))
+    block = next((block for block in blocks if "-m venv" in block[0]), None)
+    if block is None:
+        pytest.skip("the project's README has no lines for pip yet")
+    *install, test = block
+    assert test.startswith("pytest")
+    programs, home = tmp_path / "bin", tmp_path / "home"
+    programs.mkdir()
+    home.mkdir()
+    (programs / "python").symlink_to(Path(sys.base_prefix, "bin", "python3"))
+    path = f"{programs}{os.pathsep}{os.defpath}"
+    if shutil.which("uv", path=path):
+        pytest.skip("uv is installed for the whole system")
+    project = Path(shutil.copytree(default_project.path, tmp_path / "my-voice-bot"))
+    quick = "tests/test_config.py tests/test_calls.py -n 0 -k 'config or arrives_complete'"
+
+    environment = fresh_environment(home) | {"PATH": path}
+    follow("\n".join([*install, f"{test} {quick}"]), project, environment)
+
+    git = BakedProject(project)
+    for command in (["git", "init", "-q"], ["git", "add", "--all"]):
+        succeed(git.run(*command))
+    assert git.run("git", "ls-files").stdout.split() == sorted(default_project.files())

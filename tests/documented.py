@@ -1,0 +1,125 @@
+"""Every command of the documents, and the test that runs it or why none can.
+
+A command stands here as it is typed, without its comment, for the default project.
+"""
+
+import re
+
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+INDENTED = re.compile(r"^    ((?:uvx?|pip|python|\.ci/run)\b.*)$", re.MULTILINE)
+INLINE = re.compile(r"`((?:uvx?|pip|python|pytest) [^`]+)`")
+
+# Typed literally, in this order, in the project that the README's first command made. One with a
+# pattern serves: once it prints a line like that, it is stopped by Ctrl-C.
+FOLLOWED = {
+    "uv sync --extra local": None,
+    'uv run python -m rehearsal call -t webrtc --say "What are your opening hours?"': None,
+    "uv run python -m rehearsal": r"http://localhost:\d+",
+    "uv run --extra local python -m rehearsal": r"http://localhost:\d+",
+    "uv run python -m roark calls": None,
+    "uv run python -m roark report": None,
+    "uv run ruff check . && uv run ruff format --check . && uv run pyright": None,
+    "uv run python -m pipecat.evals --help": None,
+    "uv sync --extra tracing": None,
+    "uv sync --extra sentry": None,
+    "uv lock": None,
+    'uv tool install "pipecat-ai[cli]" --with pipecatcloud': None,
+    "cp env.example .env": None,
+}
+
+README = "tests/test_readme.py::test_followed_from_nothing"
+CI = "tests/test_root_deploy.py::test_the_workflows_run_everything"
+FRESH = "tests/test_rendering.py::test_the_default_rendering_passes_its_own_tests"
+BOT = "tests/test_development_server.py::test_the_server_has_pipecats_routes"
+PROVIDERS = "tests/test_rehearsal_cli.py::test_the_servers_alone_print_what_points_a_bot_at_them"
+DELIVER = "tests/test_roark_cli.py::test_deliver_delivers_what_is_left_with_a_line_per_call"
+CHECK = "tests/test_deploy.py::test_a_project_that_can_be_deployed_passes"
+GATE = "tests/test_gate.py::test_a_call_enters_with_its_token_and_nobody_else"
+TWIML = "tests/test_deploy.py::test_it_alone_is_on_stdout_to_be_pasted"
+EVALS = "tests/test_evals.py::test_the_starter_scenarios_hold"
+
+# The beginning of the name of a test that runs the same program, or sees to it that CI does.
+TESTED = {
+    "pip install uv && uvx cookiecutter . --no-input -o .. && cd ../my-voice-bot && "
+    "uv sync --extra local && uv run python -m rehearsal call -t twilio && "
+    "uv run python -m rehearsal call -t webrtc": README,
+    "pip install uv": README,
+    "uv run python -m rehearsal call -t twilio": README,
+    "uv run --extra local python -m rehearsal call -t twilio": README,
+    "python -m rehearsal": README,
+    "python -m rehearsal call -t twilio": README,
+    "python -m rehearsal providers": PROVIDERS,
+    "pip install uv && uv run pytest": "tests/test_readme.py::test_the_readme_has_the_two_commands",
+    ".ci/run": CI,
+    "uv run pytest": CI,
+    'uv run pytest -m "not slow"': FRESH,
+    "uv sync": FRESH,
+    "uvx cookiecutter .": "tests/test_form.py::test_enter_enter_enter_gives_the_default_project",
+    "uvx cruft update": "tests/test_update.py::test_a_project_takes_a_later_version",
+    "python bot.py": BOT,
+    "uv run python bot.py": BOT,
+    "python bot.py -t twilio": GATE,
+    "uv run python bot.py -t twilio -x HOST": GATE,
+    "uv run python -m preflight": "tests/test_preflight.py::test_the_exit_status_tells",
+    "uv run python -m roark deliver": DELIVER,
+    "python -m roark deliver": DELIVER,
+    "uv run python -m deploy check": CHECK,
+    "python -m deploy check": CHECK,
+    "python -m deploy twiml YOUR-ORG": TWIML,
+    "uv run python -m pipecat.evals run evals --verbose --logs-dir /tmp": EVALS,
+    "ALLOW_EVAL=1 uv run python -m rehearsal --engine scripted --script evals/script.toml": EVALS,
+}
+
+CLOUD = "an account at Pipecat Cloud"
+KEYS = "keys of the services"
+QUIET = "a machine with nothing else to do, and someone who reads what it measured"
+
+# No test has what these need. That the options of `pipecat cloud` exist is a test of the project.
+NEEDS = {
+    "uv run python bot.py -t daily": "an account at Daily",
+    'curl https://api.daily.co/v1 -H "Authorization: Bearer $DAILY_API_KEY" '
+    '-H "Content-Type: application/json" -d \'{"properties": {"pinless_dialin": [{': CLOUD,
+    "ALLOW_EVAL=1 ROARK_API_KEY= uv run python bot.py": KEYS,
+    "pipecat cloud auth login": CLOUD,
+    "uv run python -m deploy secrets": CLOUD,
+    "python -m deploy secrets": CLOUD,
+    "uv run python -m deploy twiml": CLOUD,
+    "pipecat cloud deploy --yes": CLOUD,
+    "pipecat cloud deploy": CLOUD,
+    "pipecat cloud agent start my-voice-bot --use-daily": CLOUD,
+    "pipecat cloud agent logs my-voice-bot": CLOUD,
+    "docker buildx build --platform linux/arm64 --tag docker.io/YOU/my-voice-bot:0.1.0 --push .": (
+        "Docker, and a registry to push to"
+    ),
+    "uv run python -m benchmarks": QUIET,
+    "uv run python -m benchmarks markers": QUIET,
+}
+
+
+def commands(document: str) -> list[str]:
+    """Return the commands of a Markdown text: in blocks, indented, or in the middle of a line."""
+    consoles = [
+        line.removeprefix("$ ")
+        for language, text in FENCED.findall(document)
+        if language in ("console", "")
+        for line in re.sub(r"\\\n\s*", "", text).splitlines()
+        if line.startswith("$ ")
+    ]
+    rest = FENCED.sub("", document)
+    typed = [*consoles, *INDENTED.findall(rest), *INLINE.findall(rest)]
+    fenced = [line for block in shell_blocks(document) for line in block]
+    return [*fenced, *map(without_comment, typed)]
+
+
+def shell_blocks(document: str) -> list[list[str]]:
+    """Return the lines of each block marked `sh`, all of which are to be typed."""
+    return [
+        [without_comment(line) for line in text.splitlines() if line]
+        for language, text in FENCED.findall(document)
+        if language == "sh"
+    ]
+
+
+def without_comment(line: str) -> str:
+    """Return a command without the remark that stands beside it."""
+    return re.sub(r"\s{2,}.*", "", line)
