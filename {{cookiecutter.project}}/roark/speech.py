@@ -71,13 +71,6 @@ class Sentence:
         return [(self.text, False)] if self.text and self.seconds else []
 
     @property
-    def duration(self) -> float:
-        """Seconds the whole sentence takes to say."""
-        if self.complete and self.seconds:
-            return self.seconds
-        return max(self.seconds, len(join(self.pieces) or self.text) / CHARACTERS_PER_SECOND)
-
-    @property
     def is_timed(self) -> bool:
         """Whether the voice told when its words are heard."""
         return any(word.due is not None for word in self.words)
@@ -89,6 +82,15 @@ class Sentence:
         if limit < len(text) and not text[limit].isspace():
             limit = max(text.rfind(" ", 0, limit), 0)
         return [(text[:limit], False)] if text[:limit].strip() else []
+
+
+def _shared(sentences: list[Sentence]) -> list[float]:
+    """Seconds each of these takes, by its share of their text."""
+    lengths = [len(join(sentence.pieces) or sentence.text) for sentence in sentences]
+    made = sum(sentence.seconds for sentence in sentences)
+    if not made or not sentences[-1].complete:
+        made = max(made, sum(lengths) / CHARACTERS_PER_SECOND)
+    return [made * length / max(1, sum(lengths)) for length in lengths]
 
 
 class Speech:
@@ -106,8 +108,6 @@ class Speech:
         """A sentence goes to the voice."""
         if event.get("context") in self._taken_back:
             return
-        for sentence in self._sentences:
-            sentence.complete = True
         self._sentences.append(
             Sentence(
                 event.get("context"), event.get("segment"), event["text"], bool(event.get("keep"))
@@ -129,8 +129,8 @@ class Speech:
             due = event.get("due")
             sentence.words.append(Word(at, event["text"], bool(event.get("spaced")), due))
             sentence.keep = sentence.keep or bool(event.get("keep"))
-            # A voice without timestamps tells the sentence when it has made all of it.
-            sentence.complete = sentence.complete or (due is None and bool(sentence.text))
+            # A voice without timestamps tells the sentence before it makes it, or after all of it.
+            sentence.complete = sentence.complete or (due is None and bool(sentence.seconds))
 
     def voice_done(self, event: dict[str, Any]) -> None:
         """A speech has been made to its end."""
@@ -177,8 +177,7 @@ class Speech:
         pieces: list[Piece] = []
         estimated = False
         seconds_left = (at - began) / 1e9
-        for sentence in self._sentences:
-            seconds = sentence.duration
+        for sentence, seconds in zip(self._sentences, self._durations(), strict=True):
             if sentence.is_timed:
                 pieces += self._heard(sentence, at)
             elif seconds_left >= seconds:
@@ -190,6 +189,20 @@ class Speech:
             if sentence.last:
                 break
         return pieces, estimated
+
+    def _durations(self) -> list[float]:
+        """Seconds each sentence takes to say.
+
+        A voice that is given several at once does not tell whose its audio is: they share it.
+        """
+        durations: list[float] = []
+        together: list[Sentence] = []
+        for sentence in self._sentences:
+            if together and (together[-1].complete or together[-1].context != sentence.context):
+                durations += _shared(together)
+                together = []
+            together.append(sentence)
+        return durations + _shared(together)
 
     @property
     def goes_on(self) -> bool:
@@ -228,8 +241,9 @@ class Speech:
         self._taken_back |= {s.context for s in dropped if s.context}
 
     def take_all(self) -> list[Word]:
-        """All words, heard or not; for a pipeline without an output transport."""
-        words = [word for sentence in self._sentences for word in sentence.words]
+        """All words that were voiced; for a pipeline without an output transport."""
+        voiced = {sentence.context for sentence in self._sentences if sentence.seconds}
+        words = [w for s in self._sentences if s.context in voiced for w in s.words]
         self._sentences = []
         return words
 

@@ -328,6 +328,27 @@ def test_the_second_sentence_is_cut_after_the_first_was_heard_whole():
     assert not turn["text"].endswith("like.")
 
 
+@pytest.mark.parametrize("is_made", [False, True])
+def test_a_voice_that_tells_its_sentences_before_it_makes_them_is_cut_by_their_length(
+    is_made: bool,
+) -> None:
+    first, second = "We are open all day today.", "Come in any time you like."
+    record = record_of(
+        event("say", 900, context="c", segment=1, text=first),
+        event("words", 900, context="c", segment=1, text=first),
+        event("voiced", 990, context="c", seconds=0.5),
+        event("bot", 1000, edge="start"),
+        event("say", 1010, context="c", segment=2, text=second),
+        event("words", 1010, context="c", segment=2, text=second),
+        event("voiced", 1100, context="c", seconds=3.5 if is_made else 2.3),
+        *([event("voice-done", 1110, context="c")] if is_made else []),
+        event("interruption", 4000 if is_made else 3600),
+    )
+    [turn] = record.as_dict()["turns"]
+    assert turn["text"] == f"{first} Come in any"
+    assert turn["estimated_cut"] is True
+
+
 def test_speech_to_speech_deltas_keep_their_own_spacing():
     record = record_of(
         event("bot", 1000, edge="start"),
@@ -340,12 +361,24 @@ def test_speech_to_speech_deltas_keep_their_own_spacing():
 
 def test_without_an_output_transport_the_words_are_as_generated():
     record = record_of(
+        event("voiced", 1000, context="a", seconds=0.5),
         event("words", 1000, context="a", text="Hello"),
         event("words", 1000, context="a", text="there."),
         *user(2000, 3000, "Hi."),
         recorded=False,
     )
     assert texts(record) == [("assistant", "Hello there."), ("user", "Hi.")]
+
+
+def test_words_of_a_voice_that_made_no_sound_are_not_heard():
+    """Pipecat takes them for spoken when it gives the voice up."""
+    record = record_of(
+        event("say", 900, context="a", segment=1, text="Hello there."),
+        event("words", 1000, context="a", segment=1, text="Hello there."),
+        event("interruption", 1100),
+        *user(2000, 3000, "Hello?"),
+    )
+    assert texts(record) == [("user", "Hello?")]
 
 
 def test_a_call_that_ends_while_the_bot_speaks_keeps_what_was_heard():
