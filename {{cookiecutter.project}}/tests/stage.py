@@ -133,7 +133,7 @@ class Stage:
 
     async def say(self, caller: Caller, words: str = "whatever the script hears") -> Utterance:
         """Let the caller speak; what is heard of it is the script's business."""
-        pieces = [piece.pcm async for piece in self.engine.speak(words, VOICE_HZ)]
+        pieces = [piece.pcm async for piece in ScriptedEngine().speak(words, VOICE_HZ)]
         return await caller.say(b"".join(pieces), VOICE_HZ)
 
     async def over(self, number: int = 0) -> Session:
@@ -192,6 +192,8 @@ async def set_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncIte
         }
         for name, value in world.items():
             monkeypatch.setenv(name, value)
+        # The platform sends no caller before.
+        assert bot.readyz()["ready"]
         image = BaseImage(bot)
         async with serve(image) as url:
             yield Stage(url, calls_dir, image, engine, providers, roark)
