@@ -233,6 +233,11 @@ class Folder:
         return bool(self.held or self._unwritten) or not self._is_on_disk
 
     @property
+    def is_journal_dirty(self) -> bool:
+        """Whether a power cut would take events along."""
+        return self._journal_is_dirty
+
+    @property
     def recording_seconds(self) -> float:
         """The length of recording.wav."""
         if self._format is None:

@@ -64,7 +64,8 @@ LEFTOVERS_PAUSE_SECONDS = 300.0
 MAX_UNREACHABLE_IN_A_ROW = 3
 TRIM_EVERY_SECONDS = 600.0
 MAX_SAID = 1000
-JOURNAL_SYNC_SECONDS = 0.2
+# What is in the journal survives a killed process at once, and a power cut after this long.
+JOURNAL_SYNC_SECONDS = 1.0
 DRAIN_SECONDS = 2.0
 
 Reconstruct = Callable[[list[dict[str, Any]], int], tuple[dict[str, Any], dict[str, Any], Any]]
@@ -112,7 +113,6 @@ class CallFolder:
         line = as_json(event) + b"\n"
         if self._reserve(len(line)):
             self._hand_over(self._folder.keep_event, line, reserved=len(line))
-            self._outbox.sync_journal_soon(self._folder)
 
     def chunk(self, index: int, pcm: bytes, sample_rate: int, num_channels: int) -> None:
         """Accepts a chunk of the recording (PCM16LE, interleaved); indexes count from 0.
@@ -238,10 +238,6 @@ class Outbox:
         """Runs a write in the outbox's thread, after those handed over before."""
         self._post(self._keep, folder, action, args, reserved)
 
-    def sync_journal_soon(self, folder: Folder) -> None:
-        """Has the journal synced; events that come close together share one sync."""
-        self._post(self._sync_soon, folder)
-
     def flush(self, folder: Folder, deadline: float, waiter: "Future[Flushed]") -> None:
         """Answers `waiter` when the call is settled, or at the deadline (monotonic seconds)."""
         self._post(self._start_flush, folder, deadline, waiter)
@@ -297,6 +293,8 @@ class Outbox:
         except Exception as error:
             logger.error(f"Roark: call {folder.call_id}: could not be kept: {where(error)}")
         self._look_after_disk(folder, reserved)
+        if folder.is_journal_dirty:
+            self._sync_soon(folder)
         if folder.steps_left and folder.path not in self._turned_away:
             self._deliver(folder)
         else:
@@ -331,6 +329,8 @@ class Outbox:
             logger.error(f"Roark: {message}")
 
     def _sync_soon(self, folder: Folder) -> None:
+        """Has the journal synced; events that come close together share one sync."""
+
         def sync() -> None:
             self._syncing.discard(folder.path)
             folder.sync_journal()
