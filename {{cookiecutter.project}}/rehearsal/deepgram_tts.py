@@ -3,6 +3,8 @@
 The client sends text as `Speak`, `Flush` after the last of a turn and `Clear` when the caller
 barges in; the server sends the audio as binary messages, `Flushed` after the last of a turn and
 `Cleared`. It says neither which text the audio belongs to nor when a word is spoken.
+
+Who is refused learns it from the handshake, and in an open socket from how it closes.
 """
 
 import asyncio
@@ -18,6 +20,7 @@ from rehearsal.pace import LEAD_SECONDS, Pace
 from rehearsal.server import HOST, Connection, ProviderServer, WireLog
 
 _CUT_AFTER_CHUNKS = 3
+_CLOSE_CODE = 1011
 
 _ERRORS = {
     401: ("INVALID_AUTH", "Invalid credentials."),
@@ -71,6 +74,11 @@ class DeepgramSpeakServer(ProviderServer):
                 async for message in connection:
                     match message:
                         case {"type": "Speak", "text": str(text)}:
+                            refusal = self.faults.refusal() if voice.is_idle else None
+                            if refusal is not None:
+                                reason = _ERRORS[refusal][1].encode()
+                                await connection.response.close(code=_CLOSE_CODE, message=reason)
+                                break
                             voice.take(text)
                         case {"type": "Flush"}:
                             voice.flush()
@@ -86,7 +94,11 @@ class DeepgramSpeakServer(ProviderServer):
 
 
 class _Voice:
-    """What one connection says, turn after turn."""
+    """What one connection says, turn after turn.
+
+    Attributes:
+        is_idle: Whether the next text is the first of a turn.
+    """
 
     def __init__(
         self, server: DeepgramSpeakServer, connection: Connection, sample_rate: int
@@ -97,6 +109,7 @@ class _Voice:
         self._pace = Pace(sample_rate, server.lead_s)
         self._gathered = ""
         self._texts: asyncio.Queue[str | None] = asyncio.Queue()
+        self.is_idle = True
         self._sequence_id = 0
         model = {"model_name": connection.request.query["model"], "model_version": "1"}
         ids = {"request_id": str(uuid4()), "model_uuid": str(uuid4())}
@@ -104,6 +117,7 @@ class _Voice:
 
     def take(self, text: str) -> None:
         """Take a piece of text. A sentence is spoken when it is whole."""
+        self.is_idle = False
         self._gathered += text
         if self._gathered.rstrip().endswith((".", "!", "?")):
             self._end_text()
@@ -112,10 +126,12 @@ class _Voice:
         """Speak what is left, and say when all of it is spoken."""
         self._end_text()
         self._texts.put_nowait(None)
+        self.is_idle = True
 
     def clear(self) -> None:
         """Drop all text and audio."""
         self._gathered = ""
+        self.is_idle = True
         self._texts = asyncio.Queue()
         self._task.cancel()
         self._task = asyncio.create_task(self._speak_all("Cleared", sequence_id=self._next_id()))

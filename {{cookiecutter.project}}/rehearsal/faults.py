@@ -15,7 +15,7 @@ ALWAYS = sys.maxsize
 class Faults:
     """The switches of one provider, read at every request. The default is a healthy provider.
 
-    A request is an HTTP request, a websocket handshake or, on Cartesia's socket, a new context.
+    A request is an HTTP request, a websocket handshake or, on the socket of a voice, a new speech.
 
     Attributes:
         wrong_key: Answer 401, as to a key that was revoked.

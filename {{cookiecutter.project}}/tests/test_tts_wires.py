@@ -211,6 +211,18 @@ async def test_a_voice_reconnects_when_its_socket_breaks(vendor: str, fault: str
 
 
 @BOTH
+@pytest.mark.parametrize("fault", ["rate_limited", "server_errors"])
+async def test_a_voice_speaks_again_after_one_refusal_in_a_call(vendor: str, fault: str) -> None:
+    async with scene(vendor) as voice:
+        await voice.say("Hello.")
+        setattr(voice.server.faults, fault, 1)
+        await voice.call.send(*answer("Lost."))
+        await voice.log.until(lambda: len(voice.server.connections) == 2)
+        await voice.say("Hello again.")
+    assert sound(voice.call) == await pcm_of("Hello.", "Hello again.")
+
+
+@BOTH
 async def test_a_voice_that_is_down_lets_the_call_start_and_speaks_when_it_is_up(
     vendor: str,
 ) -> None:
@@ -387,17 +399,6 @@ async def test_elevenlabs_is_given_up_after_three_silent_answers() -> None:
                 assert voice.tts.is_usable
         assert not voice.tts.is_usable
     assert voice.call.errors[-1].category is ErrorCategory.UNKNOWN
-
-
-@pytest.mark.parametrize("fault", ["rate_limited", "server_errors"])
-async def test_elevenlabs_speaks_again_after_one_refusal(fault: str) -> None:
-    async with scene("elevenlabs") as voice:
-        await voice.say("Hello.")
-        setattr(voice.server.faults, fault, 1)
-        await voice.call.send(*answer("Lost."))
-        await voice.log.until(lambda: len(voice.server.connections) == 2)
-        await voice.say("Hello again.")
-    assert sound(voice.call) == await pcm_of("Hello.", "Hello again.")
 
 
 # Deepgram
