@@ -3,13 +3,9 @@
 The client sends pieces of text that belong to a context; the server answers, context by context,
 with `timestamps` (the words), `chunk` (base64 audio), `flush_done` after each piece of text and
 `done` at the end. Every message carries its `context_id`.
-
-Cartesia synthesises far faster than speech. The rehearsal paces the audio near real time, so that
-a context is still open when the caller barges in and the client's `cancel` can be seen.
 """
 
 import asyncio
-import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,12 +13,9 @@ from aiohttp import web
 
 from rehearsal.engine import Engine
 from rehearsal.faults import Faults
+from rehearsal.pace import LEAD_SECONDS, Pace
 from rehearsal.server import HOST, Connection, ProviderServer, WireLog
 
-LEAD_SECONDS = 0.4
-"""How far the audio runs ahead of its playing; enough to survive a busy machine."""
-
-_CHUNK_SECONDS = 0.05
 _CUT_AFTER_CHUNKS = 3
 
 _ERRORS = {
@@ -127,8 +120,8 @@ class _Context:
         self._gathers = first_message.get("max_buffer_delay_ms") != 0
         self._gathered = ""
         self._texts: asyncio.Queue[str | None] = asyncio.Queue()
+        self._pace = Pace(self._sample_rate, server.lead_s)
         self._spoken_samples = 0
-        self._played_until = 0.0
         self._task = asyncio.create_task(self._speak_all())
 
     @property
@@ -161,10 +154,10 @@ class _Context:
         await self._send("done", done=True, status_code=200)
 
     async def _speak(self, text: str) -> None:
-        chunks_until_cut = _CUT_AFTER_CHUNKS if self._server.faults.cut() else None
+        chunks_until_cut = _CUT_AFTER_CHUNKS if self._server.faults.cut() else -1
         begin = self._spoken_samples / self._sample_rate
-        chunk_bytes = 2 * round(_CHUNK_SECONDS * self._sample_rate)
         async for speech in self._server.engine.speak(text, self._sample_rate):
+            self._spoken_samples += len(speech.pcm) // 2
             if speech.words:
                 timestamps = {
                     "words": [word.text for word in speech.words],
@@ -172,21 +165,12 @@ class _Context:
                     "end": [begin + word.end_s for word in speech.words],
                 }
                 await self._send("timestamps", done=False, word_timestamps=timestamps)
-            for at in range(0, len(speech.pcm), chunk_bytes):
-                await self._send_chunk(speech.pcm[at : at + chunk_bytes])
-                if chunks_until_cut is not None:
-                    chunks_until_cut -= 1
-                    if chunks_until_cut == 0:
-                        self._connection.cut()
-
-    async def _send_chunk(self, pcm: bytes) -> None:
-        samples = len(pcm) // 2
-        now = time.monotonic()
-        self._played_until = max(now, self._played_until) + samples / self._sample_rate
-        await asyncio.sleep(self._played_until - now - self._server.lead_s)
-        self._spoken_samples += samples
-        message = {"type": "chunk", "status_code": 206, "done": False, "step_time": 1.0}
-        await self._connection.send_audio({**message, "context_id": self._id}, pcm)
+            async for chunk in self._pace.chunks(speech.pcm):
+                message = {"type": "chunk", "status_code": 206, "done": False, "step_time": 1.0}
+                await self._connection.send_audio({**message, "context_id": self._id}, chunk)
+                chunks_until_cut -= 1
+                if chunks_until_cut == 0:
+                    self._connection.cut()
 
     async def _send(self, kind: str, **fields: Any) -> None:
         message = {"type": kind, "status_code": 206, "context_id": self._id, **fields}
