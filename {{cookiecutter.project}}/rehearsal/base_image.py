@@ -86,6 +86,11 @@ class BaseImage:
         self.app.add_api_route("/api/offer", self.candidates, methods=["PATCH"])
         self.app.add_api_websocket_route("/ws", self.websocket)
 
+    @property
+    def awaits_offer(self) -> bool:
+        """Whether a room-less session was started whose offer has not come yet."""
+        return self._waiting is not None
+
     async def livez(self) -> dict[str, str]:
         """The process is alive."""
         return {"status": "ok"}

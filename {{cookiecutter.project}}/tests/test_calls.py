@@ -1,6 +1,7 @@
 """Whole calls through the bot as it is shipped, over loopback: what is said, heard and reported."""
 
 import asyncio
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,12 @@ async def greeting_of(caller: Caller) -> None:
 
 
 def texts(call: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """Who said what; what a busy machine broke up with a pause is one."""
     assert call
-    return [(turn["role"], turn["content"]) for turn in call["transcript"]]
+    return [
+        (role, " ".join(turn["content"] for turn in turns))
+        for role, turns in groupby(call["transcript"], key=lambda turn: turn["role"])
+    ]
 
 
 def is_silent(track: np.ndarray) -> bool:

@@ -1040,8 +1040,10 @@ async def test_nothing_but_calls_is_ever_removed(roark, open_outbox, calls_dir):
     mine = calls_dir / "2026 notes"
     mine.mkdir(parents=True)
     (mine / "notes.txt").write_text("mine")
-    call = hold(open_outbox(roark.url))
+    outbox = open_outbox(roark.url)
+    call = hold(outbox)
     await call.flush(10)
+    outbox.close()
     open_outbox(roark.url, delivers_leftovers=True, disk_bytes=0)
     await until(lambda: not call.path.exists())
     assert (mine / "notes.txt").exists()

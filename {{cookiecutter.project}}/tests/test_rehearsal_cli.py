@@ -15,6 +15,7 @@ import sys
 import wave
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
+from itertools import groupby
 from pathlib import Path
 
 import aiohttp
@@ -265,7 +266,10 @@ async def test_a_call_is_answered_recorded_and_at_roark(project: Path, line: str
     assert f"kept/{recording.parent.name}/recording.wav" in output
     left, right, rate = channels_of(recording)
     turns = json.loads((recording.parent / "call.json").read_bytes())["turns"]
-    assert [turn["role"] for turn in turns] == ["assistant", "user", "assistant"]
+    # A busy machine pauses between sentences, and makes two turns of a greeting.
+    assert [role for role, _ in groupby(turn["role"] for turn in turns)] == [
+        *("assistant", "user", "assistant")
+    ]
     # The caller speaks between the bot's greeting and its answer: left loud, right silent there.
     loud_left, loud_right = (np.flatnonzero(np.abs(side) > 1000) / rate for side in (left, right))
     during = (loud_right > loud_left[0] + 0.2) & (loud_right < loud_left[-1] - 0.2)
