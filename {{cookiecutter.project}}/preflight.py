@@ -21,6 +21,7 @@ import config
 import services
 
 TIMEOUT_SECONDS = 20.0
+REFUSAL_SECONDS = 1.0
 
 
 async def check() -> dict[str, str]:
@@ -36,9 +37,12 @@ async def check() -> dict[str, str]:
 
     @worker.event_handler("on_pipeline_started")
     async def on_pipeline_started(_worker, _frame):
-        # The recogniser has connected by then; the other two have to show what they can do.
+        # The recogniser has connected by then; the other two have to show what they can do. Some
+        # let everybody in and say a moment later that the key is wrong.
+        await asyncio.sleep(REFUSAL_SECONDS)
         if stt not in errors:
             works.add(stt)
+            await finish_if_known()
 
     @worker.event_handler("on_pipeline_error")
     async def on_pipeline_error(_worker, frame: ErrorFrame):

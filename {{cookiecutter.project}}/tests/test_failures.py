@@ -97,7 +97,8 @@ async def test_a_voice_with_a_wrong_key_ends_the_call_and_is_not_recorded_as_hea
     assert spoken_seconds(caller) == 0
     await assert_failed(stage, "tts")
     assert said_by_bot(stage) == []
-    assert len(stage.server("llm").requests) <= 1, "tried again with a voice that is no use"
+    # Some voices only show by their silence that the key is wrong.
+    assert len(stage.engine.asked) <= failures.TTS_ATTEMPTS
 
 
 @pytest.mark.slow
