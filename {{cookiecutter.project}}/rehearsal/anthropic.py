@@ -80,6 +80,7 @@ class AnthropicServer(ProviderServer):
                 sent += 1
                 if is_cut and sent == _CUT_AFTER_EVENTS:
                     cut(request)
+                    return response
         except ConnectionError:
             raise
         except Exception as error:

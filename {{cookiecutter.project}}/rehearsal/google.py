@@ -6,6 +6,7 @@ the reason why it ends. Gemini 3 signs its thoughts: the first of parallel calls
 text. A client that does not send the signatures back is refused; this server does not look.
 """
 
+import asyncio
 import json
 from base64 import b64encode
 from collections.abc import Iterable, Mapping
@@ -19,7 +20,9 @@ from rehearsal.engine import Engine, TextDelta, ToolCall, with_instructions
 from rehearsal.faults import Faults
 from rehearsal.server import HOST, ProviderServer, WireLog, cut
 
-_CUT_AFTER_CHUNKS = 3
+_CUT_AFTER_CHUNKS = 2
+# Google's SDK forgets what it has received and not yet read when the connection breaks.
+_BEFORE_CUT_SECONDS = 0.05
 _CHARACTERS_PER_TOKEN = 4
 _SIGNATURE = b64encode(b"a thought of the rehearsal").decode()
 
@@ -100,7 +103,9 @@ class GoogleServer(ProviderServer):
                 parts = [_part(piece, is_signed=is_first_call)]
                 await _send(response, _response(request, body, parts, count))
                 if is_cut and count == _CUT_AFTER_CHUNKS:
+                    await asyncio.sleep(_BEFORE_CUT_SECONDS)
                     cut(request)
+                    return response
             last = {"text": ""} if has_called else {"text": "", "thoughtSignature": _SIGNATURE}
             await _send(response, _response(request, body, [last], count, is_last=True))
         except ConnectionError:
