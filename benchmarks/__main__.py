@@ -7,7 +7,7 @@ from pathlib import Path
 
 from loguru import logger
 
-from benchmarks import crowd, faults, frames, long_call, markers, speed, stall
+from benchmarks import crowd, faults, frames, generation, long_call, markers, speed, stall
 
 README = Path(__file__).with_name("README.md")
 
@@ -19,6 +19,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "faults": faults.report,
     "speed": speed.report,
     "crowd": crowd.report,
+    "generation": generation.report,
 }
 
 
