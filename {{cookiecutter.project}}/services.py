@@ -143,9 +143,25 @@ def create_llm(instructions: str) -> "LLMService[Any]":
     Args:
         instructions: The system prompt, from prompt.md.
     """
-    from anthropic import AsyncAnthropic, DefaultAsyncHttpxClient
+    from anthropic import (
+        APIRequest,
+        AsyncAnthropic,
+        AsyncAPIResponse,
+        AsyncCallNext,
+        DefaultAsyncHttpxClient,
+    )
     from pipecat.services.anthropic.llm import AnthropicLLMService
     from pipecat.utils.http import connection_limits
+
+    async def one_tool_at_a_time(
+        request: APIRequest, call_next: AsyncCallNext
+    ) -> AsyncAPIResponse[Any]:
+        # Of several tool calls in one answer Pipecat 1.14 makes only the last.
+        body = request.json
+        if isinstance(body, dict) and body.get("tools"):
+            choice = {"type": "auto", "disable_parallel_tool_use": True}
+            request = request.copy(body={**body, "tool_choice": choice})
+        return await call_next(request)
 
     key = setting("ANTHROPIC_API_KEY")
     client = AsyncAnthropic(
@@ -154,6 +170,7 @@ def create_llm(instructions: str) -> "LLMService[Any]":
         base_url=setting("ANTHROPIC_BASE_URL", "https://api.anthropic.com"),
         # The SDK would hang up after 5 s without a request, and every turn connect anew.
         http_client=DefaultAsyncHttpxClient(limits=connection_limits(keepalive_expiry=None)),
+        middleware=[one_tool_at_a_time],
     )
     return AnthropicLLMService(
         api_key=key,
