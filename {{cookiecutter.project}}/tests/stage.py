@@ -8,6 +8,7 @@ import asyncio
 import inspect
 import json
 import re
+import time
 import wave
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -135,6 +136,17 @@ class Stage:
         """Let the caller speak; what is heard of it is the script's business."""
         pieces = [piece.pcm async for piece in ScriptedEngine().speak(words, VOICE_HZ)]
         return await caller.say(b"".join(pieces), VOICE_HZ)
+
+    async def hear_said(self, caller: Caller, sentence: str) -> None:
+        """Wait until the bot was given `sentence` to say, said it and fell silent."""
+        await self.providers.log.until(
+            lambda: sentence in [text.strip() for text in self.engine.spoken], within_s=SECONDS
+        )
+        given_at = time.monotonic()
+        async with asyncio.timeout(SECONDS):
+            while not any(heard.end > given_at for heard in caller.heard.utterances):
+                await asyncio.sleep(0.02)
+        await caller.hear_out(quiet=1.0, within=SECONDS)
 
     async def over(self, number: int = 0) -> Session:
         """Wait until `bot()` has returned from its n-th session."""
