@@ -33,7 +33,7 @@ from rehearsal.engine import Speech, Word
 from rehearsal.faults import Faults
 from rehearsal.pace import LEAD_SECONDS
 from rehearsal.script import ScriptedEngine
-from rehearsal.server import WireLog
+from rehearsal.server import ProviderServer, WireLog
 from tests.line import Line, answer, line
 
 pytestmark = pytest.mark.anyio
@@ -313,6 +313,7 @@ async def test_elevenlabs_times_words_over_audio_in_which_no_word_begins() -> No
     alignments = [message["alignment"] for message in voice.sent() if message.get("alignment")]
     assert [alignment["charStartTimesMs"][0] for alignment in alignments] == [250, 1500]
     assert [len(alignment["chars"]) for alignment in alignments] == [4, 11]
+    assert min(ms for alignment in alignments for ms in alignment["charDurationsMs"]) >= 0
     ends = [a["charStartTimesMs"][-1] + a["charDurationsMs"][-1] for a in alignments]
     assert ends == [1000, 2000], "the client adds them up to know where the next one begins"
 
@@ -339,25 +340,59 @@ async def test_elevenlabs_drops_what_was_not_flushed_when_it_closes_a_context() 
 
 
 async def test_elevenlabs_gathers_text_that_comes_word_by_word() -> None:
+    spoken: list[str] = []
+
+    class ListenedTo(ScriptedEngine):
+        def speak(self, text: str, sample_rate: int) -> AsyncIterator[Speech]:
+            spoken.append(text)
+            return super().speak(text, sample_rate)
+
     mode = TextAggregationMode.TOKEN
-    async with scene("elevenlabs", text_aggregation_mode=mode) as voice:
+    async with scene("elevenlabs", engine=ListenedTo(), text_aggregation_mode=mode) as voice:
         await voice.say("One ", "two ", "three.")
     assert voice.server.requests[0].query["auto_mode"] == "false"
     assert voice.texts == ["One", "two", "three."]
-    assert sound(voice.call) == await pcm_of("One two three.")
+    assert [text.strip() for text in spoken] == ["One two three."]
     assert voice.words == ["One", "two", "three."]
 
 
-async def test_elevenlabs_keeps_alive_without_a_word() -> None:
-    async with scene("elevenlabs") as voice, aiohttp.ClientSession() as http:
-        path = voice.server.requests[0].path
-        url = f"http://127.0.0.1:{voice.server.port}{path}?output_format=pcm_8000&model_id=m"
-        async with http.ws_connect(url, headers={"xi-api-key": KEY}) as socket:
-            await socket.send_json({"text": ""})
-            await socket.send_json({"text": "", "context_id": "unknown"})
-            await socket.send_json({"close_socket": True})
-            assert (await socket.receive()).type is aiohttp.WSMsgType.CLOSE
+@asynccontextmanager
+async def elevenlabs_socket(
+    server: ProviderServer,
+) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
+    """Connect as a client that is not Pipecat."""
+    path = "/v1/text-to-speech/voice/multi-stream-input?output_format=pcm_8000&model_id=m"
+    headers = {"xi-api-key": KEY}
+    async with (
+        aiohttp.ClientSession(f"http://127.0.0.1:{server.port}", headers=headers) as http,
+        http.ws_connect(path) as socket,
+    ):
+        yield socket
+
+
+async def test_elevenlabs_is_kept_alive_without_opening_a_context() -> None:
+    async with scene("elevenlabs") as voice, elevenlabs_socket(voice.server) as socket:
+        voice.server.faults.server_errors = 1  # of the contexts to be opened
+        await socket.send_json({"text": ""})
+        await socket.send_json({"text": "", "context_id": "unknown"})
+        await socket.send_json({"close_context": True, "context_id": "unknown"})
+        await socket.send_json({"close_socket": True})
+        assert (await socket.receive()).type is aiohttp.WSMsgType.CLOSE
         assert voice.sent(1) == []
+        assert voice.server.faults.server_errors == 1
+
+
+async def test_elevenlabs_gives_its_reason_and_closes() -> None:
+    async with scene("elevenlabs") as voice, elevenlabs_socket(voice.server) as socket:
+        voice.server.faults.wrong_key = True
+        await socket.send_json({"text": " ", "context_id": "a"})
+        message = "Invalid API key"
+        assert await socket.receive_json() == {
+            "message": message,
+            "error": "invalid_api_key",
+            "code": 1008,
+        }
+        assert await socket.receive() == (aiohttp.WSMsgType.CLOSE, 1008, message)
 
 
 @pytest.mark.parametrize(
