@@ -169,6 +169,26 @@ def test_an_edit_where_the_template_changed_too_is_left_for_its_owner_to_decide(
 
 
 @pytest.mark.slow
+def test_where_git_never_saw_the_file_as_it_came_the_template_s_change_lies_beside_it(
+    workplace: Workplace,
+) -> None:
+    workplace.generate()
+    made = workplace.project
+    shutil.rmtree(made.path / ".git")
+    workplace.run("git", "init", "--quiet", cwd=made.path)
+    _, _, rest = made.read(CHANGED).partition("\n")
+    ours = f'"""Ours."""\n{rest}'
+    workplace.edit(CHANGED, ours)
+    workplace.release()
+
+    workplace.cruft("update", "--skip-apply-ask")
+
+    assert made.read(CHANGED) == ours
+    assert f"+{LATER}" in made.read(f"{CHANGED}.rej")
+    assert made.read(ADDED)
+
+
+@pytest.mark.slow
 def test_a_later_version_may_bring_another_extension_under_another_name(
     workplace: Workplace,
 ) -> None:
