@@ -197,7 +197,7 @@ async def _engine(options: argparse.Namespace) -> AsyncIterator[Engine]:
     else:
         brain = await choose_brain(user_settings())
         engine = await LocalEngine.load(brain)
-        _tell(f"Hearing: Moonshine. Speaking: Piper. Thinking: {brain.description}.")
+        _tell(f"Moonshine hears and Piper speaks for the providers; {brain.description} thinks.")
     try:
         yield engine
     finally:

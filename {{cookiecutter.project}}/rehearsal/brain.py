@@ -77,7 +77,7 @@ async def _ollama_model(wanted: str) -> str:
 class ScriptedAnswerer:
     """A few keywords; everything else is repeated."""
 
-    description = "a scripted answerer, no language model"
+    description = "a scripted answerer (no language model)"
 
     async def think(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]

@@ -126,6 +126,12 @@ class Stage:
         """Return the server behind the bot's "stt", "llm" or "tts"; skip where there is none."""
         return server_of(self.providers, kind)
 
+    @property
+    def spoken(self) -> list[str]:
+        """The texts the bot's voice was asked to say; skips where no server is asked."""
+        self.server("tts")
+        return self.engine.spoken
+
     def caller(self, transport: str, **options: Any) -> Caller:
         """Return a caller on "twilio" or "webrtc", not yet connected."""
         if transport == "twilio":
@@ -140,7 +146,7 @@ class Stage:
     async def hear_said(self, caller: Caller, sentence: str) -> None:
         """Wait until the bot was given `sentence` to say, said it and fell silent."""
         await self.providers.log.until(
-            lambda: sentence in [text.strip() for text in self.engine.spoken], within_s=SECONDS
+            lambda: sentence in [text.strip() for text in self.spoken], within_s=SECONDS
         )
         given_at = time.monotonic()
         async with asyncio.timeout(SECONDS):

@@ -173,7 +173,7 @@ async def test_hanging_up_during_the_goodbye_ends_the_call_at_once(
     monkeypatch.setenv("MAX_CALL_SECONDS", "1")
     async with stage.caller(transport) as caller:
         await stage.providers.log.until(
-            lambda: any(LONG_STORY.startswith(text) for text in stage.engine.spoken),
+            lambda: any(LONG_STORY.startswith(text) for text in stage.spoken),
             within_s=SECONDS,
         )
         asked_at = time.monotonic()

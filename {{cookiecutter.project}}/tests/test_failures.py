@@ -14,6 +14,7 @@ import bot
 import failures
 from rehearsal import webrtc_caller
 from rehearsal.caller import Caller
+from rehearsal.faults import ALWAYS
 from rehearsal.script import Script
 from tests.stage import SECONDS, Stage, classes, set_stage
 
@@ -113,6 +114,19 @@ async def test_a_recogniser_that_is_down_is_apologised_for(stage: Stage) -> None
         await bot_hangs_up(caller)
     await assert_failed(stage, "stt")
     assert " ".join(said_by_bot(stage)).endswith(failures.APOLOGY)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    classes()["stt"] != "DeepgramSTTService", reason="others do not hold up the call's beginning"
+)
+async def test_a_recogniser_that_refuses_twice_is_not_waited_for_any_longer(stage: Stage) -> None:
+    stage.server("stt").faults.server_errors = ALWAYS
+    async with stage.caller("twilio") as caller:
+        await bot_hangs_up(caller)
+    await assert_failed(stage, "stt")
+    assert " ".join(said_by_bot(stage)).endswith(failures.APOLOGY)
+    assert len(stage.server("stt").requests) == failures.STT_ATTEMPTS
 
 
 @pytest.mark.slow
@@ -249,7 +263,7 @@ async def test_a_voice_that_fails_once_speaks_again_and_the_call_goes_on(
     again = [failures.ONE_MOMENT, "Here is my answer again.", answer]
     is_refused = fault in ("rate_limited", "server_errors")
     to_say = ["Hello there.", *again] if is_refused else ["Hello there.", answer, *again]
-    assert [text.strip() for text in stage.engine.spoken] == to_say
+    assert [text.strip() for text in stage.spoken] == to_say
     spoken = said_by_bot(stage)
     assert " ".join(spoken).endswith(" ".join(again))
     if is_refused:

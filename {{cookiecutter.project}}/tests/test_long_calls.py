@@ -87,7 +87,7 @@ async def test_what_is_meant_for_eyes_does_not_reach_the_voice(stage: Stage) -> 
         await caller.hear(within=SECONDS)
         await caller.hear_out(quiet=0.5, within=SECONDS)
     await stage.over()
-    spoken = " ".join(stage.engine.spoken)
+    spoken = " ".join(stage.spoken)
     assert not set(spoken) & set("#*[]()_/")
     assert "open today." in spoken
     assert "our page" in spoken and "shop.example." in spoken

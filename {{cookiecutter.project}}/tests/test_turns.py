@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from statistics import median
 
 import pytest
 from pipecat.frames.frames import (
@@ -31,16 +32,17 @@ RECORDED = "Welcome, this call is recorded."
 # OpenAI is told by it when to recognise what was said.
 MHM = "mh" + "m" * 11
 
+INTERRUPTIONS = 3
 # aiortc 1.16 plays nothing to this caller before it has 4 packets of 20 ms.
 HELD_BACK_SECONDS = {"twilio": 0.0, "webrtc": 0.08}
 
 
 @pytest.fixture
 async def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """The bot and its world; the bot greets with a long story."""
+    """The bot and its world; whatever the caller says, the bot tells a long story."""
     async with set_stage(monkeypatch, tmp_path) as stage:
         stage.engine.script = Script.parse(
-            {"greeting": STORY, "hears": ["Mhm.", "Stop, please."], "answers": [{"says": "Yes?"}]}
+            {"greeting": STORY, "hears": ["Mhm.", "Stop, please."], "answers": [{"says": STORY}]}
         )
         yield stage
 
@@ -55,6 +57,8 @@ def user_messages(stage: Stage) -> list[str]:
 async def test_mhm_does_not_cut_the_bot_and_an_interruption_does_within_300_ms(
     stage: Stage, transport: str
 ) -> None:
+    """The median of three interruptions: one may fall into a pause of the machine."""
+    seconds: list[float] = []
     async with stage.caller(transport) as caller:
         story = await caller.hear(within=SECONDS)
         mhm = await stage.say(caller, MHM)
@@ -63,13 +67,16 @@ async def test_mhm_does_not_cut_the_bot_and_an_interruption_does_within_300_ms(
         await asyncio.sleep(1.2)
         assert len(caller.heard.utterances) == 1, "the bot was cut"
         assert caller.heard.utterances[-1].end > mhm.end + 0.5
-        interruption = await stage.say(caller, "whatever the script hears")
-        await caller.hear(since=interruption.end, within=SECONDS)
-        cut_at = caller.heard.utterances[0].end
-        assert caller.heard.utterances[0].start == story.start
-        assert cut_at - interruption.start - HELD_BACK_SECONDS[transport] < 0.3
+        for _ in range(INTERRUPTIONS):
+            interruption = await stage.say(caller, "whatever the script hears")
+            answer = await caller.hear(since=interruption.end, within=SECONDS)
+            (cut_at,) = (u.end for u in caller.heard.utterances if u.start == story.start)
+            seconds.append(cut_at - interruption.start - HELD_BACK_SECONDS[transport])
+            story = answer
+            await asyncio.sleep(0.5)
     await stage.over()
-    assert user_messages(stage) == ["Stop, please."]
+    assert user_messages(stage) == ["Stop, please."] * INTERRUPTIONS
+    assert median(seconds) < 0.3, seconds
 
 
 @pytest.mark.parametrize("protected", [True, False])
@@ -100,7 +107,7 @@ async def test_keys_reach_the_llm_as_text(stage: Stage) -> None:
         for key in "42#":
             await caller.press(key)
         await stage.providers.log.until(
-            lambda: "Noted." in " ".join(stage.engine.spoken), within_s=SECONDS
+            lambda: "Noted." in " ".join(stage.spoken), within_s=SECONDS
         )
     await stage.over()
     assert user_messages(stage) == ["DTMF: 42#"]

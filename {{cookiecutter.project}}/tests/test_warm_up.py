@@ -9,7 +9,6 @@ import pytest
 
 import bot
 import config
-import services
 
 BUILD = """
 import sys
@@ -38,7 +37,7 @@ def test_a_ready_bot_has_imported_what_its_first_call_needs(tmp_path: Path) -> N
     by_the_call, by_readiness = process.stdout.splitlines()
     assert by_the_call == ""
     # As against the quick import, which has none of it.
-    assert {type(services.create_tts()).__module__, "onnxruntime"} <= set(by_readiness.split())
+    assert any(name.startswith("pipecat.services.") for name in by_readiness.split())
 
 
 def test_a_bot_without_keys_is_not_ready_and_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
