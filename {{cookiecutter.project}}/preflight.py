@@ -6,8 +6,10 @@ The LLM is asked for one word and the voice says it, which costs next to nothing
 """
 
 import asyncio
+import re
 import sys
 from textwrap import shorten
+from typing import TYPE_CHECKING
 
 from loguru import logger
 from pipecat.frames.frames import ErrorFrame, Frame, LLMContextFrame, LLMTextFrame, TTSAudioRawFrame
@@ -20,8 +22,13 @@ from pipecat.workers.runner import WorkerRunner
 import config
 import services
 
+if TYPE_CHECKING:
+    from loguru import Message
+
 TIMEOUT_SECONDS = 20.0
 REFUSAL_SECONDS = 1.0
+# Why a service closed its socket Pipecat says nowhere else than in its log.
+CLOSED = re.compile(r"(\S+) connection closed, but with an error: received (.+?); then sent")
 
 
 async def check() -> dict[str, str]:
@@ -34,6 +41,11 @@ async def check() -> dict[str, str]:
     await runner.add_workers(worker)
     works: set[FrameProcessor] = set()
     errors: dict[FrameProcessor, str] = {}
+    closed: dict[str, str] = {}
+
+    def note(message: "Message") -> None:
+        if found := CLOSED.match(message.record["message"]):
+            closed.setdefault(found[1], found[2])
 
     @worker.event_handler("on_pipeline_started")
     async def on_pipeline_started(_worker, _frame):
@@ -48,7 +60,8 @@ async def check() -> dict[str, str]:
     async def on_pipeline_error(_worker, frame: ErrorFrame):
         if frame.processor:
             category = frame.category.value if frame.category else "error"
-            errors.setdefault(frame.processor, shorten(f"{category}: {frame.error}", 120))
+            problem = closed.get(str(frame.processor)) or f"{category}: {frame.error}"
+            errors.setdefault(frame.processor, shorten(problem, 120))
             works.discard(frame.processor)
             await finish_if_known()
 
@@ -67,11 +80,14 @@ async def check() -> dict[str, str]:
 
     context = LLMContext([{"role": "user", "content": "Say yes."}])
     await worker.queue_frame(LLMContextFrame(context))
+    sink = logger.add(note, level="WARNING")
     try:
         async with asyncio.timeout(TIMEOUT_SECONDS):
             await runner.run()
     except TimeoutError:
         pass
+    finally:
+        logger.remove(sink)
     silent = "was not tried" if llm in errors else f"no answer in {TIMEOUT_SECONDS:g} s"
     return {
         type(service).__name__: "" if service in works else errors.get(service, silent)
