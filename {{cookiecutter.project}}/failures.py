@@ -13,6 +13,7 @@ from loguru import logger
 from pipecat.frames.frames import (
     BotStartedSpeakingFrame,
     BotStoppedSpeakingFrame,
+    EndFrame,
     ErrorFrame,
     Frame,
     FunctionCallsStartedFrame,
@@ -48,6 +49,9 @@ ANSWER_SECONDS = 8.0
 # A model may be overloaded for a moment; a voice that fails twice cannot say that it is sorry.
 LLM_ATTEMPTS = 3
 TTS_ATTEMPTS = 2
+# Deepgram's connections before the call has begun. Pipecat tries 3, each 4 s after the one before,
+# and the caller is in silence as long.
+STT_ATTEMPTS = 2
 # An interruption is through the pipeline in milliseconds; one that is stuck is not waited for.
 SETTLE_SECONDS = 1.0
 
@@ -79,6 +83,7 @@ class Failures(BaseObserver):
         self._tts = tts
         self._answer_seconds = config.seconds("ANSWER_SECONDS", ANSWER_SECONDS)
         self._has_started = False
+        self._failed_connections = 0
         self._attempt = 0
         self._failed_attempt = -1
         self._failed_in_a_row = 0
@@ -105,6 +110,8 @@ class Failures(BaseObserver):
         async def on_pipeline_error(_worker, frame: ErrorFrame):
             if frame.processor and not frame.processor.is_usable:
                 await self._on_broken(frame.processor, frame)
+            elif isinstance(frame.processor, STTService) and not self._has_started:
+                await self._on_no_recogniser(frame.processor)
 
         @tts.event_handler("on_disconnected")
         async def on_disconnected(service: TTSService):
@@ -199,6 +206,13 @@ class Failures(BaseObserver):
         else:
             # A transport: the caller no longer takes what is sent.
             await self._ending.now("client-disconnected", detail)
+
+    async def _on_no_recogniser(self, service: STTService) -> None:
+        """Stop waiting for a recogniser that holds up the beginning of the call."""
+        self._failed_connections += 1
+        if self._failed_connections == STT_ATTEMPTS:
+            await service.push_error("no connection", force_treat_as_permanent=True)
+            await service.stop(EndFrame())
 
     def _set_alarm(self) -> None:
         """Wait for an answer exactly while nobody makes a sound and the bot owes one."""

@@ -120,7 +120,9 @@ def _eval_params() -> "EvalTransportParams":
 
 
 def _webrtc_params() -> TransportParams:
-    return TransportParams(audio_in_enabled=True, audio_out_enabled=True)
+    # 20 ms are a packet. What was handed over is played after an interruption, too: Pipecat's 40
+    # ms would let the bot speak on longer.
+    return TransportParams(audio_in_enabled=True, audio_out_enabled=True, audio_out_10ms_chunks=2)
 
 
 def _daily_params() -> TransportParams:
