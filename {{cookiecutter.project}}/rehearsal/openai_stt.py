@@ -155,7 +155,7 @@ def _can_be_met(wishes: dict[str, Any]) -> bool:
     audio = wishes.get("audio", {}).get("input", {})
     return (
         audio.get("format") == {"type": "audio/pcm", "rate": SAMPLE_RATE}
-        and bool(audio.get("transcription", {}).get("model"))
+        and bool((audio.get("transcription") or {}).get("model"))
         and audio.get("turn_detection", {}) is None
     )
 

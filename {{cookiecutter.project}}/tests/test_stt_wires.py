@@ -1,6 +1,5 @@
 """The other recognisers' wires, as Pipecat's own classes see them: healthy, then failing."""
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -156,6 +155,12 @@ async def test_assemblyai_leaves_the_turns_to_the_bot_and_asks_for_each_transcri
     assert query["min_turn_silence"] == query["max_turn_silence"] == "100"
     assert [frame.finalized for frame in call.of(TranscriptionFrame)] == [True, True]
     assert kinds(ear.connection.received) == ["ForceEndpoint", "ForceEndpoint", "Terminate"]
+    turns = [message for message in ear.connection.sent if message["type"] == "Turn"]
+    assert [turn["turn_order"] for turn in turns] == [0, 0, 1, 1]
+    assert [turn["end_of_turn"] for turn in turns] == [False, True, False, True]
+    opening, *_ = kinds(ear.connection.sent)
+    assert opening == "Begin"
+    assert kinds(ear.connection.sent).count("SpeechStarted") == 2
 
 
 async def test_assemblyai_says_when_the_speech_was() -> None:
@@ -191,6 +196,7 @@ async def test_assemblyai_counts_the_audio_of_a_session_it_is_asked_to_end() -> 
     seconds = ear.connection.audio_bytes / 2 / SAMPLE_RATE
     assert goodbye["audio_duration_seconds"] == pytest.approx(seconds)
     assert seconds > 1
+    assert goodbye["session_duration_seconds"] > 0
 
 
 async def test_openai_is_asked_for_24_khz_and_leaves_the_turns_to_the_bot() -> None:
@@ -416,16 +422,31 @@ async def test_assemblyai_wants_pcm_and_a_model(path: str) -> None:
             assert response.status == 400
 
 
-async def test_openai_refuses_a_session_it_cannot_hold() -> None:
-    """Audio of another rate, or turns that it should find itself."""
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {"format": {"type": "audio/pcm", "rate": PHONE_HZ}},
+        {"turn_detection": {"type": "server_vad"}},
+        {"transcription": None},
+    ],
+    ids=lambda wish: next(iter(wish)),
+)
+async def test_openai_refuses_a_session_it_cannot_hold(wish: dict[str, Any]) -> None:
+    possible: dict[str, Any] = {
+        "format": {"type": "audio/pcm", "rate": 24000},
+        "transcription": {"model": "gpt-realtime-whisper"},
+        "turn_detection": None,
+    }
     async with wire(openai) as ear, aiohttp.ClientSession() as http:
         url = f"{ear.server.environment['OPENAI_STT_BASE_URL']}?intent=transcription"
         async with http.ws_connect(url, headers={"Authorization": f"Bearer {KEY}"}) as socket:
             assert (await socket.receive_json())["type"] == "session.created"
-            audio = {"input": {"format": {"type": "audio/pcm", "rate": PHONE_HZ}}}
-            session = {"type": "transcription", "audio": audio}
-            await socket.send_json({"type": "session.update", "session": session})
-            async with asyncio.timeout(5):
-                answer = await socket.receive_json()
-    assert answer["type"] == "error"
-    assert answer["error"]["code"] == "invalid_value"
+            answers: list[Any] = []
+            for audio in (possible, possible | wish):
+                session = {"type": "transcription", "audio": {"input": audio}}
+                await socket.send_json({"type": "session.update", "session": session})
+                answers.append(await socket.receive_json(timeout=5))
+    updated, refused = answers
+    assert updated["type"] == "session.updated"
+    assert refused["type"] == "error"
+    assert refused["error"]["code"] == "invalid_value"
