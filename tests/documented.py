@@ -28,6 +28,7 @@ FOLLOWED = {
 }
 
 README = "tests/test_readme.py::test_followed_from_nothing"
+PIP = "tests/test_readme.py::test_a_project_installs_and_holds_a_call_with_pip_alone"
 CI = "tests/test_root_deploy.py::test_the_workflows_run_everything"
 FRESH = "tests/test_rendering.py::test_the_default_rendering_passes_its_own_tests"
 BOT = "tests/test_development_server.py::test_the_server_has_pipecats_routes"
@@ -46,6 +47,10 @@ TESTED = {
     "pip install uv": README,
     "uv run python -m rehearsal call -t twilio": README,
     "uv run --extra local python -m rehearsal call -t twilio": README,
+    "python -m venv .venv && . .venv/bin/activate": PIP,
+    "pip install --upgrade pip": PIP,
+    "pip install -e . --group dev": PIP,
+    'pytest -m "not slow"': PIP,
     "python -m rehearsal": README,
     "python -m rehearsal call -t twilio": README,
     "python -m rehearsal providers": PROVIDERS,

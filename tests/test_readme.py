@@ -151,9 +151,7 @@ def test_a_project_installs_and_holds_a_call_with_pip_alone(
 ) -> None:
     """Its README's lines for pip, where there is no uv; but not all of its tests."""
     blocks = shell_blocks(default_project.read("README.md"))
-    block = next((block for block in blocks if "-m venv" in block[0]), None)
-    if block is None:
-        pytest.skip("the project's README has no lines for pip yet")
+    (block,) = [block for block in blocks if "-m venv" in block[0]]
     *install, test = block
     assert test.startswith("pytest")
     programs, home = tmp_path / "bin", tmp_path / "home"

@@ -3,6 +3,9 @@
 A service is tested where its SDK is installed: a project brings those of the services it uses.
 """
 
+# Each service is skipped where the project does not use it, and its SDK is missing.
+# pyright: reportMissingImports=false
+
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable

@@ -22,7 +22,6 @@ from pipecat.processors.aggregators.llm_context import LLMContext
 from pipecat.processors.aggregators.llm_response_universal import LLMContextAggregatorPair
 from pipecat.serializers.twilio import TwilioFrameSerializer
 from pipecat.services.cartesia.tts import CartesiaTTSService
-from pipecat.services.deepgram.stt import DeepgramSTTService
 from pipecat.services.llm_service import FunctionCallParams
 from pipecat.services.openai.llm import OpenAILLMService
 from pipecat.utils.errors import ErrorCategory
@@ -32,6 +31,9 @@ from rehearsal.faults import ALWAYS, Faults
 from rehearsal.providers import Providers, serve
 from rehearsal.script import Answer, Script, ScriptedEngine
 from tests.line import SAMPLE_RATE, answer, ask, line, spoken, usage
+
+pytest.importorskip("deepgram", reason="the project does not hear with Deepgram")
+from pipecat.services.deepgram.stt import DeepgramSTTService
 
 pytestmark = pytest.mark.anyio
 
