@@ -136,6 +136,9 @@ class TwilioCaller(Caller):
             if message.type is not aiohttp.WSMsgType.TEXT:
                 continue
             event = json.loads(message.data)
+            if event["streamSid"] != self.stream_sid:
+                # Meant for another call: Twilio would not play it here.
+                continue
             if event["event"] == "media":
                 self._hears(from_mulaw(base64.b64decode(event["media"]["payload"])), at)
                 continue

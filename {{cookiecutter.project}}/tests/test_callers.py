@@ -309,9 +309,12 @@ async def test_a_phone_that_vanishes_says_nothing() -> None:
 
 async def test_a_phone_stops_playing_what_the_bot_clears() -> None:
     async def talk(socket: web.WebSocketResponse) -> None:
+        stream = await stream_of(socket)
         payload = base64.b64encode(to_mulaw(tone(20.0, 8000))).decode()
-        await socket.send_json({"event": "media", "streamSid": "MZ", "media": {"payload": payload}})
-        await socket.send_json({"event": "clear", "streamSid": "MZ"})
+        await socket.send_json(
+            {"event": "media", "streamSid": stream, "media": {"payload": payload}}
+        )
+        await socket.send_json({"event": "clear", "streamSid": stream})
         async for _ in socket:
             pass
 
@@ -320,6 +323,28 @@ async def test_a_phone_stops_playing_what_the_bot_clears() -> None:
         silent_since = await caller.hear_out(quiet=0.1, within=SECONDS)
     assert silent_since - caller.heard.utterances[0].start < 10.0
     assert [event["event"] for _, event in caller.received] == ["clear"]
+
+
+async def test_a_phone_does_not_play_what_is_meant_for_another_call() -> None:
+    async def talk(socket: web.WebSocketResponse) -> None:
+        stream = await stream_of(socket)
+        for sid, seconds in (("MZ-of-another-call", 5.0), (stream, 1.0)):
+            payload = base64.b64encode(to_mulaw(tone(seconds, 8000))).decode()
+            await socket.send_json(
+                {"event": "media", "streamSid": sid, "media": {"payload": payload}}
+            )
+        async for _ in socket:
+            pass
+
+    async with line(talk) as url, TwilioCaller(url) as caller:
+        await caller.hear(within=SECONDS)
+    assert len(caller.heard.pcm()) // 2 == pytest.approx(8000, abs=1)
+
+
+async def stream_of(socket: web.WebSocketResponse) -> str:
+    """Take the two messages a media stream begins with; return its id."""
+    assert (await socket.receive_json())["event"] == "connected"
+    return (await socket.receive_json())["streamSid"]
 
 
 async def test_a_bot_that_hangs_up_is_not_waited_for() -> None:
