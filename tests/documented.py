@@ -27,6 +27,7 @@ FOLLOWED = {
     "cp env.example .env": None,
 }
 
+ARGUMENTS = "tests/test_form.py::test_answers_come_by_arguments_or_by_a_file"
 README = "tests/test_readme.py::test_followed_from_nothing"
 PIP = "tests/test_readme.py::test_a_project_installs_and_holds_a_call_with_pip_alone"
 CI = "tests/test_root_deploy.py::test_the_workflows_run_everything"
@@ -59,6 +60,8 @@ TESTED = {
     "uv run pytest": CI,
     'uv run pytest -m "not slow"': FRESH,
     "uv sync": FRESH,
+    "uvx cookiecutter . --no-input stt=assemblyai llm=anthropic": ARGUMENTS,
+    "uvx cookiecutter . --no-input --config-file answers.yaml": ARGUMENTS,
     "uvx cookiecutter .": "tests/test_form.py::test_enter_enter_enter_gives_the_default_project",
     "uvx cruft update": "tests/test_update.py::test_a_project_takes_a_later_version",
     "python bot.py": BOT,

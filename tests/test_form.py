@@ -108,6 +108,22 @@ def test_answers_typed_at_the_prompts_are_the_answers_given_as_arguments(
     assert not typed.differences(given)
 
 
+def test_answers_come_by_arguments_or_by_a_file(
+    command_line: CommandLine, template: Path, tmp_path: Path, bake: Bake
+) -> None:
+    answers = tmp_path / "answers.yaml"
+    answers.write_text("default_context: {stt: assemblyai, llm: anthropic}")
+    for name, given in (("one", ["stt=assemblyai", "llm=anthropic"]), ("other", [])):
+        by_file = [] if given else ["--config-file", answers]
+        (tmp_path / name).mkdir()
+        command = [template, "--no-input", *given, *by_file, "--output-dir", tmp_path / name]
+        succeed(command_line(*command))
+
+    wanted = bake(stt="assemblyai", llm="anthropic")
+    for name in ("one", "other"):
+        assert not BakedProject(tmp_path / name / "my-voice-bot").differences(wanted)
+
+
 @pytest.mark.parametrize("question", ANSWERS)
 def test_every_answer_to_a_question_gives_a_project_of_its_own(bake: Bake, question: str) -> None:
     projects = [bake(**{question: answer}) for answer in ANSWERS[question]]
