@@ -137,7 +137,7 @@ async def test_the_time_limit_ends_the_call_with_a_goodbye(
 async def test_the_platforms_session_limit_is_recorded_as_such(
     stage: Stage, transport: str
 ) -> None:
-    headers = {"x-daily-transport-type": "webrtc", "x-pcc-max-session-seconds": "2"}
+    headers = {"x-daily-transport-type": "webrtc", "x-pcc-max-session-seconds": "4"}
     async with aiohttp.ClientSession() as platform:
         waiting = asyncio.create_task(platform.post(f"{stage.url}/bot", json={}, headers=headers))
         async with asyncio.timeout(SECONDS):
