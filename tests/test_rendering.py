@@ -190,8 +190,8 @@ def test_what_cannot_be_swept_is_named_and_the_project_stays(
 
 
 @pytest.mark.slow
-def test_the_default_rendering_is_typed(default_project: BakedProject) -> None:
-    succeed(default_project.tool("pyright", "--pythonpath", sys.executable))
+def test_every_rendering_is_typed(project: BakedProject) -> None:
+    succeed(project.tool("pyright", "--pythonpath", sys.executable))
 
 
 @pytest.mark.slow
