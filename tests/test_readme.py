@@ -59,14 +59,14 @@ def serve(command: str, address: str, folder: Path, environment: dict[str, str])
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     ) as server:
         assert server.stdout
         printed = ""
         for line in server.stdout:
             printed += line
             if re.search(address, line):
-                os.killpg(server.pid, signal.SIGINT)
+                # Without a terminal uv hands it on; to the group, Python would get it twice.
+                server.send_signal(signal.SIGINT)
                 break
         printed += server.stdout.read()
     assert server.returncode == 0, f"{command}\n{printed}"

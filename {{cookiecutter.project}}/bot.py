@@ -74,6 +74,10 @@ async def hold(
     """Hold the call on `line` and deliver its record, however it ends."""
     try:
         await converse(line, instructions, roark, runner_args)
+    except asyncio.CancelledError:
+        # Cancelled before the pipeline ran; afterwards endings.py has noted it.
+        roark.note_ending("max-duration", "bot() was cancelled: the host's session limit")
+        raise
     except Exception as error:
         roark.note_ending("error", f"{type(error).__name__} in the bot")
         logger.exception("The call broke")
@@ -128,6 +132,7 @@ async def converse(
             aggregators.assistant(),
         ]
     )
+    is_traced = bool(config.setting("OTEL_EXPORTER_OTLP_ENDPOINT"))
     worker = PipelineWorker(
         pipeline,
         params=PipelineParams(
@@ -139,7 +144,9 @@ async def converse(
         app_resources=call,
         conversation_id=roark.pipecat_call_id,
         enable_rtvi=not line.is_phone,
-        enable_tracing=bool(config.setting("OTEL_EXPORTER_OTLP_ENDPOINT")),
+        enable_tracing=is_traced,
+        # Counts turns for the traces; nobody else asks.
+        enable_turn_tracking=is_traced,
         idle_timeout_secs=runner_args.pipeline_idle_timeout_secs,
         cancel_timeout_secs=endings.TEARDOWN_SECONDS,
         observers=[roark],
