@@ -87,7 +87,7 @@ def exit_without_keys() -> None:
     missing = missing_keys()
     if not missing or {"-h", "--help"} & set(sys.argv):
         return
-    lines = [f"  {name:18} {purpose}" for name, purpose in missing.items()]
+    lines = [f"  {name:19} {purpose}" for name, purpose in missing.items()]
     print(
         "This bot cannot take a call yet. Missing, in the environment or in .env:",
         *lines,

@@ -20,7 +20,7 @@ from rehearsal.roark import RoarkReceiver
 from rehearsal.script import Answer, Script, ScriptedEngine
 from rehearsal.twilio_caller import TwilioCaller
 from rehearsal.webrtc_caller import WebRTCCaller
-from tests.stage import server_of, skip_unless_scripted
+from tests.stage import RECORDS_AUDIO, server_of, skip_unless_scripted
 from twilio_gate import Gate
 
 SECONDS = 30.0
@@ -263,7 +263,8 @@ async def test_the_log_of_faulty_calls_holds_no_key_no_token_and_no_word_of_thei
             await bot.stop()
             log = bot.log.read_text(encoding="utf-8")
 
-    assert {request.status for request in roark.requests} >= {401, 403, 422}
+    refused = {401, 403, 422} if RECORDS_AUDIO else {401, 422}
+    assert {request.status for request in roark.requests} >= refused
     assert {request.status for request in providers.log.requests} >= {401, 429}
     texts = {HEARD, GREETING, ANSWER, GOODBYE, TOOL_ARGUMENT, START_BODY, ERROR_TEXT}
     texts |= {ROARKS_ERROR_TEXT, MESSAGE_TOKEN, "X-Amz-Signature", *roark._urls}
