@@ -1,9 +1,9 @@
 """One call, from pick-up to hang-up.
 
-    python bot.py                 browser, at http://localhost:7860
-    python bot.py -t daily        a Daily room
-    python bot.py -t twilio -x HOST   a phone number; HOST is the public name of this server
-    python -m rehearsal           no account, no key
+    python bot.py                      a browser, at http://localhost:7860
+    python bot.py -t daily             a Daily room
+    python bot.py -t twilio -x HOST    a phone number; HOST is the public name of this server
+    python -m rehearsal                no account, no key
 
 Pipecat Cloud calls `bot()` for every session, as the commands above do.
 """

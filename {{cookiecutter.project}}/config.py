@@ -4,7 +4,7 @@ import os
 import sys
 from contextlib import AbstractAsyncContextManager, nullcontext
 
-# Without one of these no call can be held. With each, where to get it.
+# If any of these is missing, no call can be held. With each, where to get it.
 REQUIRED = {
     # <% if "deepgram" in (cookiecutter.stt, cookiecutter.tts) %>
     "DEEPGRAM_API_KEY": "Deepgram (https://console.deepgram.com)",

