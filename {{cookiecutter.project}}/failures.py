@@ -49,8 +49,8 @@ ANSWER_SECONDS = 8.0
 # A model may be overloaded for a moment; a voice that fails twice cannot say that it is sorry.
 LLM_ATTEMPTS = 3
 TTS_ATTEMPTS = 2
-# Deepgram's connections before the call has begun. Pipecat tries 3, each 4 s after the one before,
-# and the caller is in silence as long.
+# A recogniser's connections before the call has begun. Pipecat tries 3, each 4 s after the one
+# before, and the caller is in silence as long.
 STT_ATTEMPTS = 2
 # An interruption is through the pipeline in milliseconds; one that is stuck is not waited for.
 SETTLE_SECONDS = 1.0

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
+import weights
 from machine import machine
-from tests import weights
 
 __all__ = ["anyio_backend", "machine"]
 

@@ -15,11 +15,11 @@ import pytest
 import soxr
 
 import services
+import weights
 from rehearsal.call import HUMAN_VOICE, recorded_voice
 from rehearsal.caller import Caller
 from rehearsal.local_engine import verify
 from rehearsal.script import Answer, Script
-from tests import weights
 from tests.stage import RECORDS_AUDIO, SECONDS, Stage, classes, set_stage
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
