@@ -30,6 +30,9 @@ TESTS_OF_CALLS = (
     *("test_long_calls", "test_preflight", "test_silence", "test_tools", "test_turns"),
 )
 
+# As in this repository's own run: who was disturbed by a stalled machine gets a second chance.
+AGAIN = ("--reruns", "1")
+
 
 def pairs(answers: dict[str, Any]) -> set[tuple[tuple[str, Any], tuple[str, Any]]]:
     """Return each two of the answers that meet in a form."""
@@ -197,7 +200,7 @@ def test_every_rendering_is_typed(project: BakedProject) -> None:
 @pytest.mark.slow
 def test_every_rendering_passes_its_own_quick_tests_of_calls(project: BakedProject) -> None:
     files = [f"tests/{name}.py" for name in TESTS_OF_CALLS]
-    succeed(project.tool("pytest", "-q", "-n", "0", "-m", "not slow", *files))
+    succeed(project.tool("pytest", "-q", "-n", "0", "-m", "not slow", *AGAIN, *files))
 
 
 @pytest.mark.alone
@@ -234,4 +237,4 @@ def test_the_rendering_farthest_from_the_default_passes_all_its_own_tests(bake: 
         record_audio=False,
     )
 
-    succeed(project.tool("pytest", "-q"))
+    succeed(project.tool("pytest", "-q", *AGAIN))

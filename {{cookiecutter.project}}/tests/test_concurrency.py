@@ -34,7 +34,7 @@ pytestmark = pytest.mark.anyio
 NAMES = (
     "Alexandria Bartholomew Cassiopeia Demosthenes Evangeline Ferdinando Giuseppina Hildegarde "
     "Immaculata Jacqueline Kunigunde Lieselotte Montgomery Nicodemus Oktavianus Persephone "
-    "Quintilian Rosamunde Sebastian Theodora"
+    "Quintilian Rosamunde Sebastian Zachariah"
 ).split()
 SENTENCE = "Yes hello, this is {name} can you hear me?"
 """Silero hears one voice in it from end to end, after any silence; in a bare name it may not."""
@@ -53,21 +53,25 @@ LOUD_RMS = 1000.0
 class Sounds:
     """Knows the names by their sound in the scripted voice, also when it comes in pieces."""
 
-    def __init__(self, spoken: dict[str, NDArray[np.float32]]) -> None:
+    def __init__(
+        self, spoken: dict[str, NDArray[np.float32]], around: NDArray[np.float32]
+    ) -> None:
         self._pieces = {
             name: _normal(np.lib.stride_tricks.sliding_window_view(sound, PIECE))
             for name, sound in spoken.items()
         }
+        self._around = _normal(np.lib.stride_tricks.sliding_window_view(around, PIECE))
 
     @classmethod
     async def learn(cls) -> "Sounds":
         """Listen to every name once."""
         engine = ScriptedEngine()
         spoken: dict[str, NDArray[np.float32]] = {}
-        for name in NAMES:
-            pcm = b"".join([piece.pcm async for piece in engine.speak(name, HZ)])
-            spoken[name] = np.frombuffer(pcm, "<i2").astype(np.float32)
-        return cls(spoken)
+        for words in (*NAMES, SENTENCE.format(name="")):
+            pcm = b"".join([piece.pcm async for piece in engine.speak(words, HZ)])
+            spoken[words] = np.frombuffer(pcm, "<i2").astype(np.float32)
+        around = spoken.pop(SENTENCE.format(name=""))
+        return cls(spoken, around)
 
     def name_in(self, samples: NDArray[np.int16], sample_rate: int) -> str:
         """Return the name whose pieces are most like some pieces of `samples`."""
@@ -77,10 +81,12 @@ class Sounds:
             sound = samples[phase::step].astype(np.float32)
             pieces = sound[: len(sound) // PIECE * PIECE].reshape(-1, PIECE)
             pieces = _normal(pieces[np.sqrt(np.mean(pieces**2, axis=1)) > LOUD_RMS])
+            of_sentence = (pieces @ self._around.T).max(axis=1)
             for name, known in self._pieces.items():
+                of_name = (pieces @ known.T).max(axis=1)
                 # The power makes the few pieces that are the same count for more than the many
-                # of the sentence around the name, which are a little like any.
-                alike = float(((pieces @ known.T).max(axis=1) ** 16).sum())
+                # that are a little like any. What is more like the sentence is not of the name.
+                alike = float((of_name[of_name > of_sentence] ** 16).sum())
                 scores[name] = max(scores[name], alike)
         return max(scores, key=scores.__getitem__)
 
