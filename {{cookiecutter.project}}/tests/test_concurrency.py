@@ -53,9 +53,7 @@ LOUD_RMS = 1000.0
 class Sounds:
     """Knows the names by their sound in the scripted voice, also when it comes in pieces."""
 
-    def __init__(
-        self, spoken: dict[str, NDArray[np.float32]], around: NDArray[np.float32]
-    ) -> None:
+    def __init__(self, spoken: dict[str, NDArray[np.float32]], around: NDArray[np.float32]) -> None:
         self._pieces = {
             name: _normal(np.lib.stride_tricks.sliding_window_view(sound, PIECE))
             for name, sound in spoken.items()
