@@ -76,7 +76,7 @@ async def hold(
         await converse(line, instructions, roark, runner_args)
     except asyncio.CancelledError:
         # Cancelled before the pipeline ran; afterwards endings.py has noted it.
-        roark.note_ending("max-duration", "bot() was cancelled: the host's session limit")
+        roark.note_ending(*endings.SESSION_LIMIT)
         raise
     except Exception as error:
         roark.note_ending("error", f"{type(error).__name__} in the bot")

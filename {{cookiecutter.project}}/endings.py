@@ -35,6 +35,9 @@ FORGET_SECONDS = 0.5
 # Below max_session_duration in pcc-deploy.toml, which ends a call without a goodbye.
 MAX_CALL_SECONDS = 3300.0
 
+SESSION_LIMIT = ("max-duration", "bot() was cancelled: the host's session limit")
+"""The reason and its detail when Pipecat Cloud cancels `bot()`."""
+
 TIME_IS_UP = "This call has reached its time limit. Say so in one sentence, and say goodbye."
 
 
@@ -103,7 +106,7 @@ class Ending:
         except asyncio.CancelledError:
             # So Pipecat Cloud ends a session at its limit. The runner would cancel the call too,
             # but not say why.
-            await self.now("max-duration", "bot() was cancelled: the host's session limit")
+            await self.now(*SESSION_LIMIT)
         finally:
             tasks = [*watches, self._goodbye] if self._goodbye else watches
             for task in tasks:

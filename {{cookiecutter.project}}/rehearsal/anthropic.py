@@ -13,9 +13,8 @@ from uuid import uuid4
 from aiohttp import web
 from loguru import logger
 
-from rehearsal.engine import Engine, TextDelta, ToolCall, with_instructions
-from rehearsal.faults import Faults
-from rehearsal.server import HOST, ProviderServer, WireLog, cut
+from rehearsal.engine import TextDelta, ToolCall, with_instructions
+from rehearsal.server import HOST, EngineServer, cut
 
 _CUT_AFTER_EVENTS = 5
 _CHARACTERS_PER_TOKEN = 4
@@ -27,16 +26,11 @@ _ERRORS = {
 }
 
 
-class AnthropicServer(ProviderServer):
+class AnthropicServer(EngineServer):
     """Thinks with the engine."""
 
     name = "anthropic"
     speaks_to = ("AnthropicLLMService",)
-
-    def __init__(self, engine: Engine, log: WireLog, faults: Faults | None = None) -> None:
-        """Prepare the server; `start` makes it listen."""
-        super().__init__(log, faults)
-        self._engine = engine
 
     def routes(self) -> Iterable[web.RouteDef]:
         """Return the one route a voice bot needs."""
@@ -60,14 +54,10 @@ class AnthropicServer(ProviderServer):
         return {"type": "error", "error": {"type": kind, "message": message}}
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
-        body = await request.json()
-        entry = await self.admit(request, body)
-        if isinstance(entry, web.Response):
-            return entry
-        await self.before_answer()
-        entry.status = 200
-        self._log.changed()
-        pieces = self._engine.think(_conversation(body), _tools(body))
+        body = await self.admit_posted(request)
+        if isinstance(body, web.Response):
+            return body
+        pieces = self.engine.think(_conversation(body), _tools(body))
         if not body.get("stream"):
             return web.json_response(await _whole(body, pieces))
         is_cut = self.faults.cut()

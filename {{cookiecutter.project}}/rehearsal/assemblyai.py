@@ -15,9 +15,8 @@ from uuid import uuid4
 
 from aiohttp import web
 
-from rehearsal.engine import Engine, Heard
-from rehearsal.faults import Faults
-from rehearsal.server import HOST, Connection, ProviderServer, WireLog
+from rehearsal.engine import Heard
+from rehearsal.server import HOST, Connection, EngineServer
 
 _SESSION_SECONDS = 3 * 60 * 60
 
@@ -28,16 +27,11 @@ _ERRORS = {
 }
 
 
-class AssemblyAIServer(ProviderServer):
+class AssemblyAIServer(EngineServer):
     """Hears with the engine, one ear per connection."""
 
     name = "assemblyai"
     speaks_to = ("AssemblyAISTTService",)
-
-    def __init__(self, engine: Engine, log: WireLog, faults: Faults | None = None) -> None:
-        """Prepare the server; `start` makes it listen."""
-        super().__init__(log, faults)
-        self._engine = engine
 
     def routes(self) -> Iterable[web.RouteDef]:
         """Return the one route of the streaming API."""
@@ -71,7 +65,7 @@ class AssemblyAIServer(ProviderServer):
         is_pcm = query.get("encoding", "pcm_s16le") == "pcm_s16le"
         if not is_pcm or not sample_rate.isdecimal() or not query.get("speech_model"):
             raise web.HTTPBadRequest(reason="the rehearsal hears pcm_s16le, and wants a model")
-        ear = self._engine.listen(int(sample_rate))
+        ear = self.engine.listen(int(sample_rate))
         began = time.monotonic()
         async with self.websocket(request, entry) as connection:
             expires = int(time.time()) + _SESSION_SECONDS

@@ -11,10 +11,8 @@ from typing import Any
 
 from aiohttp import web
 
-from rehearsal.engine import Engine
-from rehearsal.faults import Faults
-from rehearsal.pace import LEAD_SECONDS, Pace
-from rehearsal.server import HOST, Connection, ProviderServer, WireLog
+from rehearsal.pace import Pace, VoiceServer
+from rehearsal.server import HOST, Connection
 
 _CUT_AFTER_CHUNKS = 3
 
@@ -26,17 +24,11 @@ _ERRORS = {
 }
 
 
-class CartesiaServer(ProviderServer):
+class CartesiaServer(VoiceServer):
     """Speaks with the engine; several contexts at once on one socket."""
 
     name = "cartesia"
     speaks_to = ("CartesiaTTSService",)
-
-    def __init__(self, engine: Engine, log: WireLog, faults: Faults | None = None) -> None:
-        """Prepare the server; `start` makes it listen."""
-        super().__init__(log, faults)
-        self.engine = engine
-        self.lead_s = LEAD_SECONDS
 
     def routes(self) -> Iterable[web.RouteDef]:
         """Return the one route of the websocket API."""

@@ -13,27 +13,21 @@ from uuid import uuid4
 
 from aiohttp import web
 
-from rehearsal.engine import Engine, Heard
-from rehearsal.faults import Faults
-from rehearsal.server import HOST, Connection, ProviderServer, WireLog
+from rehearsal.engine import Heard
+from rehearsal.server import HOST, Connection, EngineServer
 
-_ERRORS = {
+ERRORS = {
     401: ("INVALID_AUTH", "Invalid credentials."),
     429: ("TOO_MANY_REQUESTS", "Too many requests. Please try again later."),
     500: ("INTERNAL_SERVER_ERROR", "An internal error occurred."),
 }
 
 
-class DeepgramServer(ProviderServer):
+class DeepgramServer(EngineServer):
     """Hears with the engine, one ear per connection."""
 
     name = "deepgram"
     speaks_to = ("DeepgramSTTService",)
-
-    def __init__(self, engine: Engine, log: WireLog, faults: Faults | None = None) -> None:
-        """Prepare the server; `start` makes it listen."""
-        super().__init__(log, faults)
-        self._engine = engine
 
     def routes(self) -> Iterable[web.RouteDef]:
         """Return the one route of the live API."""
@@ -49,8 +43,7 @@ class DeepgramServer(ProviderServer):
 
     def error(self, status: int) -> Mapping[str, Any]:
         """Return Deepgram's error object."""
-        code, message = _ERRORS[status]
-        return {"err_code": code, "err_msg": message, "request_id": str(uuid4())}
+        return error_object(status)
 
     async def _listen(self, request: web.Request) -> web.StreamResponse:
         entry = await self.admit(request)
@@ -61,7 +54,7 @@ class DeepgramServer(ProviderServer):
         is_pcm = query.get("encoding") == "linear16" and query.get("channels", "1") == "1"
         if not is_pcm or not sample_rate.isdecimal():
             raise web.HTTPBadRequest(reason="the rehearsal hears linear16 on one channel")
-        ear = self._engine.listen(int(sample_rate))
+        ear = self.engine.listen(int(sample_rate))
         async with self.websocket(request, entry) as connection:
             async for message in connection:
                 match message:
@@ -91,6 +84,12 @@ class DeepgramServer(ProviderServer):
                 connection.cut()
                 return
             await connection.send(_results(item, from_finalize=from_finalize and item.is_final))
+
+
+def error_object(status: int) -> dict[str, Any]:
+    """Return what Deepgram refuses a request with, whatever was asked for."""
+    code, message = ERRORS[status]
+    return {"err_code": code, "err_msg": message, "request_id": str(uuid4())}
 
 
 def _results(heard: Heard, *, from_finalize: bool = False) -> dict[str, Any]:

@@ -14,32 +14,19 @@ from uuid import uuid4
 
 from aiohttp import web
 
-from rehearsal.engine import Engine
-from rehearsal.faults import Faults
-from rehearsal.pace import LEAD_SECONDS, Pace
-from rehearsal.server import HOST, Connection, ProviderServer, WireLog
+from rehearsal.deepgram import ERRORS, error_object
+from rehearsal.pace import Pace, VoiceServer
+from rehearsal.server import HOST, Connection
 
 _CUT_AFTER_CHUNKS = 3
 _CLOSE_CODE = 1011
 
-_ERRORS = {
-    401: ("INVALID_AUTH", "Invalid credentials."),
-    429: ("TOO_MANY_REQUESTS", "Too many requests. Please try again later."),
-    500: ("INTERNAL_SERVER_ERROR", "An internal error occurred."),
-}
 
-
-class DeepgramSpeakServer(ProviderServer):
+class DeepgramSpeakServer(VoiceServer):
     """Speaks with the engine, one voice per connection."""
 
     name = "deepgram_tts"
     speaks_to = ("DeepgramTTSService",)
-
-    def __init__(self, engine: Engine, log: WireLog, faults: Faults | None = None) -> None:
-        """Prepare the server; `start` makes it listen."""
-        super().__init__(log, faults)
-        self.engine = engine
-        self.lead_s = LEAD_SECONDS
 
     def routes(self) -> Iterable[web.RouteDef]:
         """Return the one route of the websocket API."""
@@ -55,14 +42,13 @@ class DeepgramSpeakServer(ProviderServer):
 
     def error(self, status: int) -> Mapping[str, Any]:
         """Return Deepgram's error object."""
-        code, message = _ERRORS[status]
-        return {"err_code": code, "err_msg": message, "request_id": str(uuid4())}
+        return error_object(status)
 
     async def _converse(self, request: web.Request) -> web.StreamResponse:
         entry = await self.admit(request)
         if isinstance(entry, web.Response):
             # Clients that cannot read the body of a refused handshake find the reason here.
-            entry.headers["dg-error"] = _ERRORS[entry.status][1]
+            entry.headers["dg-error"] = ERRORS[entry.status][1]
             return entry
         rate = entry.query.get("sample_rate", "")
         is_pcm = entry.query.get("encoding") == "linear16" and rate.isdecimal()
@@ -76,7 +62,7 @@ class DeepgramSpeakServer(ProviderServer):
                         case {"type": "Speak", "text": str(text)}:
                             refusal = self.faults.refusal() if voice.is_idle else None
                             if refusal is not None:
-                                reason = _ERRORS[refusal][1].encode()
+                                reason = ERRORS[refusal][1].encode()
                                 await connection.response.close(code=_CLOSE_CODE, message=reason)
                                 break
                             voice.take(text)

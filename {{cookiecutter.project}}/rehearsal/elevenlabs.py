@@ -16,10 +16,9 @@ from typing import Any
 
 from aiohttp import web
 
-from rehearsal.engine import Engine, Word
-from rehearsal.faults import Faults
-from rehearsal.pace import LEAD_SECONDS, Pace
-from rehearsal.server import HOST, Connection, ProviderServer, WireLog
+from rehearsal.engine import Word
+from rehearsal.pace import Pace, VoiceServer
+from rehearsal.server import HOST, Connection
 
 _CUT_AFTER_CHUNKS = 3
 # Without `auto_mode` ElevenLabs gathers about as much before it speaks.
@@ -33,17 +32,11 @@ _ERRORS = {
 }
 
 
-class ElevenLabsServer(ProviderServer):
+class ElevenLabsServer(VoiceServer):
     """Speaks with the engine; several contexts at once on one socket."""
 
     name = "elevenlabs"
     speaks_to = ("ElevenLabsTTSService",)
-
-    def __init__(self, engine: Engine, log: WireLog, faults: Faults | None = None) -> None:
-        """Prepare the server; `start` makes it listen."""
-        super().__init__(log, faults)
-        self.engine = engine
-        self.lead_s = LEAD_SECONDS
 
     def routes(self) -> Iterable[web.RouteDef]:
         """Return the one route of the websocket API."""

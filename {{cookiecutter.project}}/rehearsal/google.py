@@ -16,9 +16,8 @@ from uuid import uuid4
 from aiohttp import web
 from loguru import logger
 
-from rehearsal.engine import Engine, TextDelta, ToolCall, with_instructions
-from rehearsal.faults import Faults
-from rehearsal.server import HOST, ProviderServer, WireLog, cut
+from rehearsal.engine import TextDelta, ToolCall, with_instructions
+from rehearsal.server import HOST, EngineServer, cut
 
 _CUT_AFTER_CHUNKS = 2
 # Google's SDK forgets what it has received and not yet read when the connection breaks.
@@ -34,17 +33,12 @@ _ERRORS = {
 }
 
 
-class GoogleServer(ProviderServer):
+class GoogleServer(EngineServer):
     """Thinks with the engine."""
 
     name = "google"
     speaks_to = ("GoogleLLMService",)
     wrong_key_status = 400
-
-    def __init__(self, engine: Engine, log: WireLog, faults: Faults | None = None) -> None:
-        """Prepare the server; `start` makes it listen."""
-        super().__init__(log, faults)
-        self._engine = engine
 
     def routes(self) -> Iterable[web.RouteDef]:
         """Return the routes of the streamed and the whole answer."""
@@ -75,11 +69,11 @@ class GoogleServer(ProviderServer):
         return {"error": {"code": status, "message": message, "status": code, "details": details}}
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
-        body = await self._admitted(request)
+        body = await self.admit_posted(request)
         if isinstance(body, web.Response):
             return body
         parts, count = list[dict[str, Any]](), 0
-        async for piece in self._engine.think(_conversation(body), _tools(body)):
+        async for piece in self.engine.think(_conversation(body), _tools(body)):
             count += 1
             if isinstance(piece, TextDelta) and parts and "text" in parts[-1]:
                 parts[-1]["text"] += piece.text
@@ -88,7 +82,7 @@ class GoogleServer(ProviderServer):
         return web.json_response(_response(request, body, parts, count, is_last=True))
 
     async def _stream(self, request: web.Request) -> web.StreamResponse:
-        body = await self._admitted(request)
+        body = await self.admit_posted(request)
         if isinstance(body, web.Response):
             return body
         is_cut = self.faults.cut()
@@ -96,7 +90,7 @@ class GoogleServer(ProviderServer):
         await response.prepare(request)
         count, has_called = 0, False
         try:
-            async for piece in self._engine.think(_conversation(body), _tools(body)):
+            async for piece in self.engine.think(_conversation(body), _tools(body)):
                 count += 1
                 is_first_call = isinstance(piece, ToolCall) and not has_called
                 has_called = has_called or is_first_call
@@ -114,16 +108,6 @@ class GoogleServer(ProviderServer):
             logger.warning(f"rehearsal: the engine failed: {error}")
             await _send(response, self.error(500))
         return response
-
-    async def _admitted(self, request: web.Request) -> dict[str, Any] | web.Response:
-        body = await request.json()
-        entry = await self.admit(request, body)
-        if isinstance(entry, web.Response):
-            return entry
-        await self.before_answer()
-        entry.status = 200
-        self._log.changed()
-        return body
 
 
 async def _send(response: web.StreamResponse, event: Mapping[str, Any]) -> None:

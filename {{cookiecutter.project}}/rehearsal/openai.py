@@ -13,9 +13,8 @@ from uuid import uuid4
 
 from aiohttp import web
 
-from rehearsal.engine import Engine, TextDelta, with_instructions
-from rehearsal.faults import Faults
-from rehearsal.server import HOST, ProviderServer, WireLog, cut
+from rehearsal.engine import TextDelta, with_instructions
+from rehearsal.server import HOST, EngineServer, cut
 
 _CUT_AFTER_CHUNKS = 4
 _CHARACTERS_PER_TOKEN = 4
@@ -27,16 +26,11 @@ _ERRORS = {
 }
 
 
-class OpenAIServer(ProviderServer):
+class OpenAIServer(EngineServer):
     """Thinks with the engine."""
 
     name = "openai"
     speaks_to = ("OpenAILLMService",)
-
-    def __init__(self, engine: Engine, log: WireLog, faults: Faults | None = None) -> None:
-        """Prepare the server; `start` makes it listen."""
-        super().__init__(log, faults)
-        self._engine = engine
 
     def routes(self) -> Iterable[web.RouteDef]:
         """Return the one route a voice bot needs."""
@@ -59,13 +53,9 @@ class OpenAIServer(ProviderServer):
         return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
-        body = await request.json()
-        entry = await self.admit(request, body)
-        if isinstance(entry, web.Response):
-            return entry
-        await self.before_answer()
-        entry.status = 200
-        self._log.changed()
+        body = await self.admit_posted(request)
+        if isinstance(body, web.Response):
+            return body
         deltas = self._deltas(body)
         if not body.get("stream"):
             return web.json_response(await _whole(body, deltas))
@@ -86,7 +76,7 @@ class OpenAIServer(ProviderServer):
         role: dict[str, Any] = {"role": "assistant", "content": ""}
         calls = 0
         messages = with_instructions(body["messages"])
-        async for piece in self._engine.think(messages, body.get("tools", [])):
+        async for piece in self.engine.think(messages, body.get("tools", [])):
             if isinstance(piece, TextDelta):
                 if role:
                     yield role

@@ -16,8 +16,7 @@ from uuid import uuid4
 from aiohttp import web
 
 from rehearsal.engine import Engine, Heard
-from rehearsal.faults import Faults
-from rehearsal.server import HOST, Connection, ProviderServer, WireLog
+from rehearsal.server import HOST, Connection, EngineServer, ProviderServer
 
 SAMPLE_RATE = 24000
 """The only one OpenAI hears, in Hz."""
@@ -33,16 +32,11 @@ _ERRORS = {
 }
 
 
-class OpenAIListenServer(ProviderServer):
+class OpenAIListenServer(EngineServer):
     """Hears with the engine, one ear per connection."""
 
     name = "openai_stt"
     speaks_to = ("OpenAIRealtimeSTTService",)
-
-    def __init__(self, engine: Engine, log: WireLog, faults: Faults | None = None) -> None:
-        """Prepare the server; `start` makes it listen."""
-        super().__init__(log, faults)
-        self._engine = engine
 
     def routes(self) -> Iterable[web.RouteDef]:
         """Return the one route of the realtime API."""
@@ -73,7 +67,7 @@ class OpenAIListenServer(ProviderServer):
         if entry.query.get("intent") != "transcription":
             raise web.HTTPBadRequest(reason="the rehearsal transcribes, it does not converse")
         async with self.websocket(request, entry) as connection:
-            await _Session(connection, self._engine, self).run()
+            await _Session(connection, self.engine, self).run()
         return connection.response
 
 

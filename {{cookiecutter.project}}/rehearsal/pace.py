@@ -8,10 +8,27 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 
+from rehearsal.engine import Engine
+from rehearsal.faults import Faults
+from rehearsal.server import EngineServer, WireLog
+
 LEAD_SECONDS = 0.4
 """How far the audio runs ahead of its playing; enough to survive a busy machine."""
 
 _CHUNK_SECONDS = 0.05
+
+
+class VoiceServer(EngineServer):
+    """A provider that speaks.
+
+    Attributes:
+        lead_s: How far its audio runs ahead of its playing, seconds.
+    """
+
+    def __init__(self, engine: Engine, log: WireLog, faults: Faults | None = None) -> None:
+        """Prepare the server; `start` makes it listen."""
+        super().__init__(engine, log, faults)
+        self.lead_s = LEAD_SECONDS
 
 
 class Pace:

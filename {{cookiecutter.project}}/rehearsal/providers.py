@@ -16,6 +16,7 @@ from rehearsal.faults import Faults
 from rehearsal.google import GoogleServer
 from rehearsal.openai import OpenAIServer
 from rehearsal.openai_stt import OpenAIListenServer
+from rehearsal.pace import VoiceServer
 from rehearsal.server import ProviderServer, WireLog
 from rehearsal.twilio_rest import TwilioServer
 
@@ -42,7 +43,7 @@ class Providers:
         return tuple(part for part in vars(self).values() if isinstance(part, ProviderServer))
 
     @property
-    def voices(self) -> tuple[CartesiaServer, ElevenLabsServer, DeepgramSpeakServer]:
+    def voices(self) -> tuple[VoiceServer, ...]:
         """The servers that speak."""
         return (self.cartesia, self.elevenlabs, self.deepgram_tts)
 

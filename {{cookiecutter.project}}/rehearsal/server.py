@@ -16,6 +16,7 @@ from typing import Any
 from aiohttp import WSMsgType, web
 from loguru import logger
 
+from rehearsal.engine import Engine
 from rehearsal.faults import Faults
 
 HOST = "127.0.0.1"
@@ -320,6 +321,30 @@ class ProviderServer:
         if self.faults.hang:
             await asyncio.Event().wait()
         await asyncio.sleep(self.faults.slow_s)
+
+
+class EngineServer(ProviderServer):
+    """A provider of a service, with an engine behind it that hears, thinks and speaks.
+
+    Attributes:
+        engine: Is shared with the other providers, and stays open.
+    """
+
+    def __init__(self, engine: Engine, log: WireLog, faults: Faults | None = None) -> None:
+        """Prepare the server; `start` makes it listen."""
+        super().__init__(log, faults)
+        self.engine = engine
+
+    async def admit_posted(self, request: web.Request) -> dict[str, Any] | web.Response:
+        """Log a posted request; return its body when it is time to answer, or the refusal."""
+        body = await request.json()
+        entry = await self.admit(request, body)
+        if isinstance(entry, web.Response):
+            return entry
+        await self.before_answer()
+        entry.status = 200
+        self._log.changed()
+        return body
 
 
 def cut(request: web.Request) -> None:

@@ -102,6 +102,16 @@ async def wire(create_stt: CreateSTT, faults: Faults | None = None) -> AsyncIter
         await server.aclose()
 
 
+def projects_own(kind: type[STTService], ear: Wire, monkeypatch: pytest.MonkeyPatch) -> STTService:
+    """Return what services.py builds, pointed at this wire; skip where that is another class."""
+    for name, value in ear.server.environment.items():
+        monkeypatch.setenv(name, value)
+    stt = services.create_stt()
+    if not isinstance(stt, kind):
+        pytest.skip("this project hears with another recogniser")
+    return stt
+
+
 def kinds(messages: list[dict[str, object]]) -> list[object]:
     return [message["type"] for message in messages]
 
@@ -229,11 +239,7 @@ async def test_the_projects_openai_ends_turns_at_once_and_its_interim_transcript
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with wire(openai) as ear:
-        for name, value in ear.server.environment.items():
-            monkeypatch.setenv(name, value)
-        stt = services.create_stt()
-        if not isinstance(stt, OpenAIRealtimeSTTService):
-            pytest.skip("this project hears with another recogniser")
+        stt = projects_own(OpenAIRealtimeSTTService, ear, monkeypatch)
         async with line(stt) as call:
             await ear.log.until(lambda: ear.server.connections and ear.connection.received)
             await speak_twice(call)
@@ -245,12 +251,8 @@ async def test_the_projects_assemblyai_is_told_which_language_is_spoken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with wire(assemblyai) as ear:
-        for name, value in ear.server.environment.items():
-            monkeypatch.setenv(name, value)
         monkeypatch.setenv("ASSEMBLYAI_LANGUAGE", "fr")
-        stt = services.create_stt()
-        if not isinstance(stt, AssemblyAISTTService):
-            pytest.skip("this project hears with another recogniser")
+        stt = projects_own(AssemblyAISTTService, ear, monkeypatch)
         async with line(stt):
             await ear.log.until(lambda: ear.server.connections)
     assert ear.connection.request.query["language_codes"] == '["fr"]'
