@@ -6,7 +6,7 @@
 FROM --platform=$BUILDPLATFORM python:3.12-slim-trixie AS bake
 RUN pip install --no-cache-dir "cookiecutter==2.7.1"
 COPY . /template/
-RUN cookiecutter --no-input --output-dir /baked /template && mv /baked/* /bot && rm /bot/deploy.py
+RUN cookiecutter --no-input --output-dir /baked /template && mv /baked/* /bot && rm /bot/preflight.py
 
 FROM dailyco/pipecat-base:0.2.3-py3.12
 ENV UV_COMPILE_BYTECODE=1 UV_LINK_MODE=copy
@@ -19,5 +19,8 @@ RUN --mount=type=cache,target=/root/.cache/uv \
         uv sync --no-install-project --no-dev; \
     fi
 COPY --from=bake /bot/*.py /bot/prompt.md ./
+COPY --from=bake /bot/conversation/ conversation/
+COPY --from=bake /bot/host/ host/
 COPY --from=bake /bot/roark/ roark/
+COPY --from=bake /bot/telephony/ telephony/
 RUN python -c "import bot"

@@ -92,10 +92,10 @@ def report(userland: Path, what: str, code: str) -> None:
 async def call(userland: Path) -> None:
     """Place one scripted call on the emulated bot, through the base image's contract."""
     sys.path.insert(0, str(userland / "app"))
-    from rehearsal.providers import serve
-    from rehearsal.roark import RoarkReceiver
-    from rehearsal.script import ScriptedEngine
-    from rehearsal.twilio_caller import TwilioCaller
+    from rehearsal.callers.twilio import TwilioCaller
+    from rehearsal.engines.scripted import ScriptedEngine
+    from rehearsal.providers.all import serve
+    from rehearsal.providers.roark import RoarkReceiver
 
     class SlowCaller(TwilioCaller):
         async def _microphone(self) -> AsyncIterator[bytes | None]:
@@ -106,7 +106,7 @@ async def call(userland: Path) -> None:
     async with serve(ScriptedEngine()) as providers, RoarkReceiver() as roark:
         keys: Mapping[str, str] = {"ROARK_BASE_URL": roark.url, "ROARK_API_KEY": "rehearsal"}
         process = await asyncio.create_subprocess_exec(
-            *emulated(userland, "python3", "-m", "rehearsal.base_image"),
+            *emulated(userland, "python3", "-m", "rehearsal.host.base_image"),
             env=os.environ | providers.environment | keys,
             stdout=asyncio.subprocess.PIPE,
             stderr=(log := open(userland / "bot.log", "wb")),

@@ -16,14 +16,14 @@ from signal import Signals
 from typing import Any
 
 import aiohttp
-from rehearsal.bot_process import free_port
-from rehearsal.caller import Caller
-from rehearsal.engine import ToolCall
-from rehearsal.providers import Providers, serve
-from rehearsal.roark import ReceivedCall, RoarkReceiver
-from rehearsal.script import Answer, Script, ScriptedEngine
-from rehearsal.twilio_caller import TwilioCaller
-from rehearsal.webrtc_caller import WebRTCCaller
+from rehearsal.callers.caller import Caller
+from rehearsal.callers.twilio import TwilioCaller
+from rehearsal.callers.webrtc import WebRTCCaller
+from rehearsal.engines.engine import ToolCall
+from rehearsal.engines.scripted import Answer, Script, ScriptedEngine
+from rehearsal.host.bot_process import free_port
+from rehearsal.providers.all import Providers, serve
+from rehearsal.providers.roark import ReceivedCall, RoarkReceiver
 
 from benchmarks import PROJECT, REPOSITORY
 from benchmarks.host import Measured, Settings, loop_is_over
@@ -129,7 +129,7 @@ async def host(
     environment: Mapping[str, str] | None = None,
     program: tuple[str, ...] = (
         "-m",
-        "rehearsal.launch_bot",
+        "rehearsal.host.launch_bot",
         str(Path(__file__).with_name("host.py")),
     ),
     **options: Any,

@@ -19,8 +19,8 @@ from signal import SIGKILL, SIGTERM, Signals
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from rehearsal.caller import Caller
-from rehearsal.roark import ReceivedCall
+from rehearsal.callers.caller import Caller
+from rehearsal.providers.roark import ReceivedCall
 
 from benchmarks import PROJECT
 from benchmarks.calls import SECONDS, TURNS, Host, World, caller, host, talk, world

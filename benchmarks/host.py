@@ -1,6 +1,6 @@
 """The bot of the measured calls: an ordinary bot.py, with the observers it is told to use.
 
-    python -m rehearsal.launch_bot benchmarks/host.py -t twilio --port 7860
+    python -m rehearsal.host.launch_bot benchmarks/host.py -t twilio --port 7860
 
 What the environment says of it (see `Settings`) is what the calls differ in. When a call is over,
 what only the bot's side can know is written to a file: the call's length by the pipeline's clock,
@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import services
-import shutdown
 import transports
 import uvicorn
+from host import shutdown
 from pipecat.audio.vad.silero import SileroVADAnalyzer
 from pipecat.frames.frames import (
     CancelFrame,
@@ -47,8 +47,8 @@ from pipecat.services.llm_service import FunctionCallParams
 from pipecat.services.settings import TTSSettings
 from pipecat.services.tts_service import TTSService
 from pipecat.workers.runner import WorkerRunner
-from rehearsal.base_image import BaseImage
-from rehearsal.script import ScriptedEngine
+from rehearsal.engines.scripted import ScriptedEngine
+from rehearsal.host.base_image import BaseImage
 
 from benchmarks.subjects import PUBLISHED, TUNER, Subject, subject
 

@@ -32,8 +32,8 @@ OF_CALLS = ("PipelineWorker", "RoarkObserver", "LLMContext", "Ending", "Failures
 async def host() -> None:
     """Serve the bot, and beside it what the process holds, until killed."""
     import bot
-    from rehearsal.base_image import BaseImage, serve
-    from rehearsal.loopback_ice import keep_ice_on_loopback
+    from rehearsal.callers.loopback_ice import keep_ice_on_loopback
+    from rehearsal.host.base_image import BaseImage, serve
 
     keep_ice_on_loopback()
     image = BaseImage(bot)
@@ -80,13 +80,13 @@ async def running(environment: dict[str, str], folder: Path) -> AsyncIterator[st
 
 async def measure(calls: int) -> list[tuple[int, dict[str, Any]]]:
     """Hold so many calls; return what the process held after some of them."""
-    from rehearsal import webrtc_caller
-    from rehearsal.engine import ToolCall
-    from rehearsal.providers import serve as serve_providers
-    from rehearsal.roark import RoarkReceiver
-    from rehearsal.script import Answer, Script, ScriptedEngine
-    from rehearsal.twilio_caller import TwilioCaller
-    from rehearsal.webrtc_caller import WebRTCCaller
+    from rehearsal.callers import webrtc as webrtc_caller
+    from rehearsal.callers.twilio import TwilioCaller
+    from rehearsal.callers.webrtc import WebRTCCaller
+    from rehearsal.engines.engine import ToolCall
+    from rehearsal.engines.scripted import Answer, Script, ScriptedEngine
+    from rehearsal.providers.all import serve as serve_providers
+    from rehearsal.providers.roark import RoarkReceiver
 
     # A web call that the bot gives up at once never comes up.
     webrtc_caller.CONNECT_SECONDS = 2.0

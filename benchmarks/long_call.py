@@ -43,7 +43,7 @@ from pipecat.pipeline.worker import PipelineParams, PipelineWorker
 from pipecat.processors.frame_processor import FrameDirection, FrameProcessor
 from pipecat.utils.text.base_text_aggregator import TextType
 from pipecat.workers.runner import WorkerRunner
-from rehearsal.roark import RoarkReceiver
+from rehearsal.providers.roark import RoarkReceiver
 
 from benchmarks import REPOSITORY
 from benchmarks.subjects import NAMES, NULL, OURS, PUBLISHED, TUNER, subject

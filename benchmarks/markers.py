@@ -12,9 +12,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from rehearsal.caller import Caller
-from rehearsal.roark import ReceivedCall
-from rehearsal.script import Answer, Script
+from rehearsal.callers.caller import Caller
+from rehearsal.engines.scripted import Answer, Script
+from rehearsal.providers.roark import ReceivedCall
 
 from benchmarks.calls import World, caller, host, talk, world
 from benchmarks.host import Measured

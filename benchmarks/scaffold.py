@@ -71,11 +71,11 @@ def main() -> None:
     """Run the scaffold's bot, under Pipecat's runner or under the base image's contract."""
     _point_services()
     if sys.argv[1] == "image":
-        from rehearsal.base_image import main as serve_image
+        from rehearsal.host.base_image import main as serve_image
 
         serve_image()
         return
-    from rehearsal.launch_bot import main as launch
+    from rehearsal.host.launch_bot import main as launch
 
     sys.argv = sys.argv[1:]
     launch()

@@ -20,13 +20,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import aiohttp
-from rehearsal.bot_process import free_port
-from rehearsal.caller import Caller
-from rehearsal.providers import serve
-from rehearsal.roark import RoarkReceiver
-from rehearsal.script import Answer, Script, ScriptedEngine
-from rehearsal.twilio_caller import TwilioCaller
-from rehearsal.webrtc_caller import WebRTCCaller
+from rehearsal.callers.caller import Caller
+from rehearsal.callers.twilio import TwilioCaller
+from rehearsal.callers.webrtc import WebRTCCaller
+from rehearsal.engines.scripted import Answer, Script, ScriptedEngine
+from rehearsal.host.bot_process import free_port
+from rehearsal.providers.all import serve
+from rehearsal.providers.roark import RoarkReceiver
 
 from benchmarks import PROJECT, REPOSITORY
 from benchmarks.scaffold import generate
@@ -173,7 +173,7 @@ def our_bot(folder: Path) -> Bot:
     shutil.copytree(PROJECT / "roark", ours / "roark", ignore=shutil.ignore_patterns("__pycache__"))
     for file in (*PROJECT.glob("*.py"), PROJECT / "prompt.md"):
         shutil.copy(file, ours)
-    return Bot(OURS, ours, ("-m", "rehearsal.launch_bot"), ("-m", "rehearsal.base_image"))
+    return Bot(OURS, ours, ("-m", "rehearsal.host.launch_bot"), ("-m", "rehearsal.host.base_image"))
 
 
 @asynccontextmanager

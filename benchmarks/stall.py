@@ -26,7 +26,7 @@ from pipecat.pipeline.pipeline import Pipeline
 from pipecat.pipeline.worker import PipelineParams, PipelineWorker
 from pipecat.processors.filters.identity_filter import IdentityFilter
 from pipecat.workers.runner import WorkerRunner
-from rehearsal.roark import RoarkReceiver
+from rehearsal.providers.roark import RoarkReceiver
 
 from benchmarks import REPOSITORY
 from benchmarks.subjects import MODULES, NAMES, subject

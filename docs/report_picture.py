@@ -20,8 +20,8 @@ from playwright.sync_api import sync_playwright
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "{{cookiecutter.project}}"))
 
-from rehearsal.brain import ScriptedAnswerer  # noqa: E402
-from rehearsal.local_engine import LocalEngine  # noqa: E402
+from rehearsal.engines.language_model import ScriptedAnswerer  # noqa: E402
+from rehearsal.engines.local import LocalEngine  # noqa: E402
 from roark.call import CallRecord  # noqa: E402
 from roark.report import write_report  # noqa: E402
 

@@ -33,10 +33,10 @@ PIP = "tests/test_readme.py::test_a_project_installs_and_holds_a_call_with_pip_a
 CI = "tests/test_root_deploy.py::test_the_workflows_run_everything"
 FRESH = "tests/test_rendering.py::test_the_default_rendering_passes_its_own_tests"
 BOT = "tests/test_development_server.py::test_the_server_has_pipecats_routes"
-PROVIDERS = "tests/test_rehearsal_cli.py::test_the_servers_alone_print_what_points_a_bot_at_them"
-DELIVER = "tests/test_roark_cli.py::test_deliver_delivers_what_is_left_with_a_line_per_call"
+PROVIDERS = "rehearsal/tests/test_cli.py::test_the_servers_alone_print_what_points_a_bot_at_them"
+DELIVER = "roark/tests/test_cli.py::test_deliver_delivers_what_is_left_with_a_line_per_call"
 CHECK = "tests/test_deploy.py::test_a_project_that_can_be_deployed_passes"
-GATE = "tests/test_gate.py::test_a_call_enters_with_its_token_and_nobody_else"
+GATE = "tests/test_twilio_auth.py::test_a_call_enters_with_its_token_and_nobody_else"
 TWIML = "tests/test_deploy.py::test_it_alone_is_on_stdout_to_be_pasted"
 EVALS = "tests/test_evals.py::test_the_starter_scenarios_hold"
 

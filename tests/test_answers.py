@@ -15,7 +15,7 @@ from baking import FOLDER, ROOT, Bake, BakedProject, CommandLine, succeed, track
 from cookiecutter.exceptions import FailedHookException
 from cookiecutter.main import cookiecutter
 
-from answer_checks import taken_names
+from extensions.answer_checks import taken_names
 
 PURPOSES = {
     "double quotes": 'You are "Ann".',
@@ -339,5 +339,5 @@ def test_every_name_a_project_would_clash_with_is_taken() -> None:
     missing = {name for name in needed if re.fullmatch("[a-z0-9][a-z0-9-]*", name)}
     missing -= {"cookiecutter-pipecat-roark", *taken, *sys.stdlib_module_names}
 
-    assert not missing, "add these to taken_names.txt"
+    assert not missing, "add these to extensions/taken_names.txt"
     assert taken == sorted(set(taken))

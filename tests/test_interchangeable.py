@@ -23,7 +23,7 @@ published = pytest.importorskip(
     "pipecat_roark", reason="the dependency group bench, with the published package, is missing"
 )
 # These need the published package.
-from rehearsal.roark import ReceivedCall  # noqa: E402
+from rehearsal.providers.roark import ReceivedCall  # noqa: E402
 
 from benchmarks.calls import caller, host, talk, world  # noqa: E402
 from benchmarks.markers import utterances  # noqa: E402

@@ -30,8 +30,8 @@ pytest.importorskip(
     "pipecat_roark", reason="the dependency group bench, with the published package, is missing"
 )
 # These need the published package.
-from rehearsal.roark import ReceivedCall, RoarkReceiver
-from rehearsal.script import Answer, Script
+from rehearsal.engines.scripted import Answer, Script
+from rehearsal.providers.roark import ReceivedCall, RoarkReceiver
 
 from benchmarks import markers
 from benchmarks.calls import SECONDS, VOICE_HZ, caller, host, world

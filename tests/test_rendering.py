@@ -26,7 +26,7 @@ CHOICES: dict[str, list[Any]] = {
 }
 # Those of the project's tests whose outcome may depend on the answers.
 TESTS_OF_CALLS = (
-    *("test_base_image", "test_calls", "test_config", "test_endings", "test_failures"),
+    *("test_base_image", "test_calls", "test_config", "test_endings", "test_recovery"),
     *("test_long_calls", "test_preflight", "test_silence", "test_tools", "test_turns"),
 )
 

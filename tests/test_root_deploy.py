@@ -9,10 +9,10 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-import deploy
 import pytest
 import yaml
 from baking import FOLDER, ROOT, Bake, BakedProject, CommandLine, succeed
+from deploy import check as deploy
 
 # num2words 0.5 needs docopt 0.6.2, which is a source package: one Python file, built anywhere.
 SOURCE_ONLY = ["docopt"]
@@ -58,14 +58,14 @@ def test_the_first_stage_bakes_the_same_project_from_what_is_uploaded(
     assert f'"cookiecutter=={version}"' in pinned
     assert ("COPY", ". /template/") in stage
     bake = "cookiecutter --no-input --output-dir /baked /template"
-    assert ("RUN", f"{bake} && mv /baked/* /bot && rm /bot/deploy.py") in stage
+    assert ("RUN", f"{bake} && mv /baked/* /bot && rm /bot/preflight.py") in stage
 
     context, output = tmp_path / "template", tmp_path / "baked"
     output.mkdir()
     deploy.unpack(deploy.pack_context(template), context)
     succeed(command_line("--no-input", "--output-dir", output, context))
     (baked,) = output.iterdir()
-    (baked / "deploy.py").unlink()
+    (baked / "preflight.py").unlink()
     app = tmp_path / "app"
     deploy.lay_out_image(baked, app, default_project.path / "Dockerfile")
     for path in app.rglob("*"):

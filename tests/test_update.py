@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from baking import FOLDER, BakedProject, CommandLine, succeed
 
-from template_link import checked_out, link, origin
+from extensions.template_link import checked_out, link, origin
 
 PURPOSE = 'You say "{{ 7 * 7 }}" to all \N{GRINNING FACE}.'
 ANSWERS = {"purpose": PURPOSE, "transport": "twilio", "record_audio": False}
@@ -194,7 +194,7 @@ def test_a_later_version_may_bring_another_extension_under_another_name(
 ) -> None:
     """`cruft update` renders both versions in one process, which imports a module only once."""
     workplace.generate()
-    old = workplace.template / "answer_checks.py"
+    old = workplace.template / "extensions" / "answer_checks.py"
     new = old.with_name("answer_rules.py")
     new.write_text(old.read_text(encoding="utf-8").replace('["choices"]', '["allowed"]'))
     old.unlink()

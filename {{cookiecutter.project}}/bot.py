@@ -23,20 +23,15 @@ from pipecat.runner.types import RunnerArguments
 from pipecat.workers.runner import WorkerRunner
 
 import config
-import endings
-import failures
-import quiet_log
 import services
-import shutdown
-import silence
 import tools
 import transports
-import turns
-import twilio_gate
-import warm_up
+from conversation import endings, recovery, silence, turns, warm_up
+from host import private_log, shutdown, telemetry
 from roark import RoarkObserver
+from telephony import twilio_auth
 
-quiet_log.begin()
+private_log.begin()
 
 AGENT = "{{ cookiecutter.project }}"
 PROMPT_FILE = Path(__file__).with_name("prompt.md")
@@ -47,7 +42,7 @@ async def bot(runner_args: RunnerArguments) -> None:
     """Hold one call. Returns when it is over and its record is delivered or safe on disk."""
     try:
         config.require_keys()
-        line = await transports.answer(runner_args)
+        connection = await transports.answer(runner_args)
     except transports.Refused as refusal:
         logger.warning(f"A call was refused: {refusal}")
         return
@@ -64,16 +59,19 @@ async def bot(runner_args: RunnerArguments) -> None:
         agent_prompt=instructions,
         runner_args=runner_args,
     )
-    async with config.watched(roark.pipecat_call_id, service=AGENT):
-        await hold(line, instructions, roark, runner_args)
+    async with telemetry.of_call(roark.pipecat_call_id, service=AGENT):
+        await run_call(connection, instructions, roark, runner_args)
 
 
-async def hold(
-    line: transports.Line, instructions: str, roark: RoarkObserver, runner_args: RunnerArguments
+async def run_call(
+    connection: transports.Connection,
+    instructions: str,
+    roark: RoarkObserver,
+    runner_args: RunnerArguments,
 ) -> None:
-    """Hold the call on `line` and deliver its record, however it ends."""
+    """Hold the call on `connection` and deliver its record, however it ends."""
     try:
-        await converse(line, instructions, roark, runner_args)
+        await run_pipeline(connection, instructions, roark, runner_args)
     except asyncio.CancelledError:
         # Cancelled before the pipeline ran; afterwards endings.py has noted it.
         roark.note_ending(*endings.SESSION_LIMIT)
@@ -98,11 +96,14 @@ def readyz() -> dict[str, object]:
     return {"ready": not missing, "missing": sorted(missing)}
 
 
-async def converse(
-    line: transports.Line, instructions: str, roark: RoarkObserver, runner_args: RunnerArguments
+async def run_pipeline(
+    connection: transports.Connection,
+    instructions: str,
+    roark: RoarkObserver,
+    runner_args: RunnerArguments,
 ) -> None:
-    """Build the pipeline for `line` and run it until one side ends the call."""
-    transport = line.transport
+    """Build the pipeline for `connection` and run it until one side ends the call."""
+    transport = connection.transport
     call = tools.CallState()
     stt = services.create_stt()
     llm = services.create_llm(instructions)
@@ -136,28 +137,28 @@ async def converse(
     worker = PipelineWorker(
         pipeline,
         params=PipelineParams(
-            audio_in_sample_rate=services.RECOGNISER_HZ or line.audio_in_hz,
-            audio_out_sample_rate=line.audio_out_hz,
+            audio_in_sample_rate=services.RECOGNISER_HZ or connection.audio_in_hz,
+            audio_out_sample_rate=connection.audio_out_hz,
             enable_metrics=True,
             enable_usage_metrics=True,
         ),
         app_resources=call,
         conversation_id=roark.pipecat_call_id,
-        enable_rtvi=not line.is_phone,
+        enable_rtvi=not connection.is_phone,
         enable_tracing=is_traced,
         # Counts turns for the traces; nobody else asks.
         enable_turn_tracking=is_traced,
         idle_timeout_secs=runner_args.pipeline_idle_timeout_secs,
         cancel_timeout_secs=endings.TEARDOWN_SECONDS,
         observers=[roark],
-        # A service that is broken for good ends the call in failures.py, after an apology.
+        # A service that is broken for good ends the call in recovery.py, after an apology.
         processor_unusable_policy=ProcessorUnusablePolicy.CONTINUE,
     )
     runner = WorkerRunner(handle_sigint=runner_args.handle_sigint)
     await runner.add_workers(worker)
     ending = call.ending = endings.Ending(worker, runner, roark)
     silence.watch(aggregators.user(), worker, ending, recogniser=type(stt).__name__)
-    failed = failures.Failures(worker, ending, llm=llm, tts=tts, bot_side=aggregators.assistant())
+    failed = recovery.Failures(worker, ending, llm=llm, tts=tts, bot_side=aggregators.assistant())
     worker.add_observer(failed)
 
     caller: str | None = None
@@ -172,7 +173,7 @@ async def converse(
         logger.info("Caller connected")
         failed.expect_answer()
         with suppress(TimeoutError):
-            await asyncio.wait_for(client_ready.wait(), line.client_ready_seconds)
+            await asyncio.wait_for(client_ready.wait(), connection.client_ready_seconds)
         if not ending.has_begun:
             await worker.queue_frame(endings.instruction(GREETING))
 
@@ -183,7 +184,7 @@ async def converse(
         client_ready.set()
         await ending.now("client-disconnected", "the caller hung up")
 
-    if not line.is_phone:
+    if not connection.is_phone:
 
         @worker.rtvi.event_handler("on_client_ready")
         async def on_client_ready(_rtvi):
@@ -201,7 +202,7 @@ async def converse(
         await ending.now("signal", f"the process received {name}")
 
     with shutdown.ends_call(on_signal):
-        await ending.run(line)
+        await ending.run(connection)
 
 
 if __name__ == "__main__":
@@ -209,7 +210,7 @@ if __name__ == "__main__":
 
     from pipecat.runner.run import app, main
 
-    twilio_gate.guard(app, sys.argv[1:])
+    twilio_auth.guard(app, sys.argv[1:])
     if not config.missing_keys():
         warm_up.once()
     main()

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from contextlib import AbstractAsyncContextManager, nullcontext
 
 # If any of these is missing, no call can be held. With each, where to get it.
 REQUIRED = {
@@ -58,15 +57,6 @@ def require_keys() -> None:
     """Raise RuntimeError, naming every required variable that is missing."""
     if missing := missing_keys():
         raise RuntimeError(f"not configured: {', '.join(missing)} missing; see env.example")
-
-
-def watched(call_id: str, *, service: str) -> AbstractAsyncContextManager[None]:
-    """Traces and error reports around a call, where they are configured: see telemetry.py."""
-    if not setting("OTEL_EXPORTER_OTLP_ENDPOINT") and not setting("SENTRY_DSN"):
-        return nullcontext()
-    import telemetry
-
-    return telemetry.of_call(call_id, service=service)
 
 
 def reason(error: Exception) -> str:

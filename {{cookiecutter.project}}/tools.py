@@ -13,7 +13,7 @@ from pipecat.frames.frames import FunctionCallResultProperties, TTSSpeakFrame
 from pipecat.services.llm_service import FunctionCallParams
 
 from config import setting
-from endings import Ending
+from conversation.endings import Ending
 
 # Shorter than services.TOOL_TIMEOUT_SECONDS, so that the LLM hears what went wrong.
 MESSAGE_SECONDS = 5.0

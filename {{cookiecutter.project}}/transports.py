@@ -20,8 +20,8 @@ from pipecat.runner.types import (
 from pipecat.runner.utils import create_transport, parse_telephony_websocket
 from pipecat.transports.base_transport import BaseTransport, TransportParams
 
-import twilio_gate
 from config import setting
+from telephony import twilio_auth
 
 if TYPE_CHECKING:
     from pipecat.evals.transport import EvalTransportParams
@@ -40,7 +40,7 @@ class Refused(Exception):
 
 
 @dataclass(frozen=True)
-class Line:
+class Connection:
     """One caller's connection, and what depends on its kind.
 
     Parameters:
@@ -65,7 +65,7 @@ class Line:
         return 0.0 if self.is_phone else CLIENT_READY_SECONDS
 
 
-async def answer(runner_args: RunnerArguments) -> Line:
+async def answer(runner_args: RunnerArguments) -> Connection:
     """Take the call that `runner_args` describes.
 
     Raises:
@@ -78,11 +78,11 @@ async def answer(runner_args: RunnerArguments) -> Line:
     if isinstance(runner_args, DailyRunnerArguments):
         dialled_in = bool((runner_args.body or {}).get("dialin_settings"))
         transport = await create_transport(runner_args, {"daily": _daily_params})
-        return Line(transport, is_phone=dialled_in)
+        return Connection(transport, is_phone=dialled_in)
     if isinstance(runner_args, SmallWebRTCRunnerArguments):
         transport = await create_transport(runner_args, {"webrtc": _webrtc_params})
         connection = runner_args.webrtc_connection
-        return Line(
+        return Connection(
             transport,
             is_alive=connection.is_connected,
             is_closed=lambda: connection.pc.connectionState in ("closed", "failed"),
@@ -131,7 +131,7 @@ def _daily_params() -> TransportParams:
     return DailyParams(audio_in_enabled=True, audio_out_enabled=True)
 
 
-async def _answer_phone(runner_args: WebSocketRunnerArguments) -> Line:
+async def _answer_phone(runner_args: WebSocketRunnerArguments) -> Connection:
     from pipecat.transports.websocket.fastapi import (
         FastAPIWebsocketParams,
         FastAPIWebsocketTransport,
@@ -142,10 +142,10 @@ async def _answer_phone(runner_args: WebSocketRunnerArguments) -> Line:
         provider, call = await parse_telephony_websocket(websocket)
     # Whoever speaks this protocol can rewrite what the bot was told: only where it was asked for.
     if provider == "eval" and setting("ALLOW_EVAL") == "1":
-        return Line(await create_transport(runner_args, {"eval": _eval_params}))
+        return Connection(await create_transport(runner_args, {"eval": _eval_params}))
     if provider != "twilio":
         raise ValueError(f"/ws speaks Twilio media streams, and this looks like {provider!r}")
-    if not twilio_gate.lets_in(websocket, call.call_id, call.body or {}):
+    if not twilio_auth.lets_in(websocket, call.call_id, call.body or {}):
         await websocket.close(code=1008)
         raise Refused("it did not bring the token of a call that Twilio sent here")
     # Where create_transport leaves them, for whoever wants to know who is calling.
@@ -157,7 +157,7 @@ async def _answer_phone(runner_args: WebSocketRunnerArguments) -> Line:
         serializer=_twilio_serializer(call.stream_id or "", call.call_id),
     )
     transport = FastAPIWebsocketTransport(websocket=websocket, params=params)
-    return Line(transport, audio_in_hz=PHONE_HZ, audio_out_hz=PHONE_HZ, is_phone=True)
+    return Connection(transport, audio_in_hz=PHONE_HZ, audio_out_hz=PHONE_HZ, is_phone=True)
 
 
 def _twilio_serializer(stream_id: str, call_id: str | None) -> "TwilioFrameSerializer":

@@ -20,8 +20,6 @@ from pathlib import Path
 
 from loguru import logger
 
-from rehearsal.bot_process import BotFailed, BotProcess, free_port, run_bot, user_settings
-from rehearsal.brain import choose_brain
 from rehearsal.call import (
     HUMAN_VOICE,
     NoAnswer,
@@ -31,11 +29,13 @@ from rehearsal.call import (
     spoken_voice,
     talk,
 )
-from rehearsal.engine import Engine
-from rehearsal.local_engine import LocalEngine, LocalEngineError
-from rehearsal.providers import Providers, serve
-from rehearsal.roark import RoarkReceiver
-from rehearsal.script import Script, ScriptedEngine
+from rehearsal.engines.engine import Engine
+from rehearsal.engines.language_model import choose_answerer
+from rehearsal.engines.local import LocalEngine, LocalEngineError
+from rehearsal.engines.scripted import Script, ScriptedEngine
+from rehearsal.host.bot_process import BotFailed, BotProcess, free_port, run_bot, user_settings
+from rehearsal.providers.all import Providers, serve
+from rehearsal.providers.roark import RoarkReceiver
 
 BROWSER_PORT = 7860
 DELIVERY_SECONDS = 15.0
@@ -124,29 +124,29 @@ async def _talk_to_it(options: argparse.Namespace) -> int:
     port = free_port(wanted)
     if wanted not in (0, port):
         print(f"Port {wanted} is in use; taking {port}.")
-    async with _engine(options) as engine, _stage(engine, "webrtc", port) as stage:
+    async with _engine(options) as engine, _world(engine, "webrtc", port) as world:
         _tell(f"Talk to your bot: http://localhost:{port}")
-        _tell(f"Calls are kept in {_shown(stage.calls_dir)}; the bot's log is {stage.bot.log}")
+        _tell(f"Calls are kept in {_shown(world.calls_dir)}; the bot's log is {world.bot.log}")
         _tell("Ctrl-C ends the rehearsal.")
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(stage.bot.wait_until_gone())
-            tasks.create_task(_announce_calls(stage))
+            tasks.create_task(world.bot.wait_until_gone())
+            tasks.create_task(_announce_calls(world))
     return 0
 
 
-async def _announce_calls(stage: "_Stage") -> None:
+async def _announce_calls(world: "_World") -> None:
     """Print every call that arrives at Roark."""
     announced: set[str] = set()
 
     def arrived() -> list[str]:
-        calls = stage.roark.calls.values()
+        calls = world.roark.calls.values()
         return [call.call_id for call in calls if call.whole and call.call_id not in announced]
 
     while True:
-        await stage.roark.until(arrived, timeout=float("inf"))
+        await world.roark.until(arrived, timeout=float("inf"))
         for call_id in arrived():
             announced.add(call_id)
-            _report(stage, call_id)
+            _report(world, call_id)
 
 
 async def _call_it(options: argparse.Namespace) -> int:
@@ -154,19 +154,19 @@ async def _call_it(options: argparse.Namespace) -> int:
     recorded = recorded_voice(options.wav or HUMAN_VOICE) if said is None else None
     async with _engine(options) as engine:
         voice = recorded or await spoken_voice(engine, said or "")
-        async with _stage(engine, options.transport, free_port()) as stage:
+        async with _world(engine, options.transport, free_port()) as world:
             try:
-                answered_after = await talk(options.transport, stage.bot, voice, _tell)
+                answered_after = await talk(options.transport, world.bot, voice, _tell)
             except NoAnswer as failure:
-                raise BotFailed(f"{failure}\n{stage.bot.tail()}") from failure
+                raise BotFailed(f"{failure}\n{world.bot.tail()}") from failure
             with suppress(TimeoutError):
-                await stage.roark.until(
-                    lambda: any(call.whole for call in stage.roark.calls.values()),
+                await world.roark.until(
+                    lambda: any(call.whole for call in world.roark.calls.values()),
                     timeout=DELIVERY_SECONDS,
                 )
         # The bot has ended by now, and what it kept is complete.
-        for call_id in stage.roark.calls:
-            _report(stage, call_id, answered_after)
+        for call_id in world.roark.calls:
+            _report(world, call_id, answered_after)
     return 0
 
 
@@ -181,7 +181,7 @@ async def _serve_providers(options: argparse.Namespace) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class _Stage:
+class _World:
     """A bot between a loopback Roark and, unseen here, its providers."""
 
     bot: BotProcess
@@ -195,9 +195,9 @@ async def _engine(options: argparse.Namespace) -> AsyncIterator[Engine]:
     if options.engine == "scripted":
         engine = ScriptedEngine(Script.load(options.script) if options.script else None)
     else:
-        brain = await choose_brain(user_settings())
-        engine = await LocalEngine.load(brain)
-        _tell(f"Moonshine hears and Piper speaks for the providers; {brain.description} thinks.")
+        answerer = await choose_answerer(user_settings())
+        engine = await LocalEngine.load(answerer)
+        _tell(f"Moonshine hears and Piper speaks for the providers; {answerer.description} thinks.")
     try:
         yield engine
     finally:
@@ -214,22 +214,22 @@ async def _providers(engine: Engine, port: int = 0) -> AsyncIterator[Providers]:
 
 
 @asynccontextmanager
-async def _stage(engine: Engine, transport: str, port: int) -> AsyncIterator[_Stage]:
+async def _world(engine: Engine, transport: str, port: int) -> AsyncIterator[_World]:
     calls_dir = Path(os.environ.get("CALLS_DIR", "").strip() or "calls").resolve()
     async with _providers(engine) as providers, RoarkReceiver() as roark:
         environment = {**providers.environment, **_at_roark(roark), "CALLS_DIR": str(calls_dir)}
         _tell("Starting the bot.")
         async with run_bot(transport, port, environment) as bot:
-            yield _Stage(bot, roark, calls_dir)
+            yield _World(bot, roark, calls_dir)
 
 
 def _at_roark(roark: RoarkReceiver) -> dict[str, str]:
     return {"ROARK_API_KEY": "rehearsal", "ROARK_BASE_URL": roark.url}
 
 
-def _report(stage: _Stage, call_id: str, answered_after: float | None = None) -> None:
+def _report(world: _World, call_id: str, answered_after: float | None = None) -> None:
     """Print a call: what was said, what Roark has of it, and where it is kept."""
-    call = stage.roark.calls[call_id]
+    call = world.roark.calls[call_id]
     _tell("")
     _tell("The conversation, by the time in the recording:")
     for line in conversation(call.ended or {}, answered_after):
@@ -238,7 +238,7 @@ def _report(stage: _Stage, call_id: str, answered_after: float | None = None) ->
     has += [f"{len(call.chunks)} chunks of audio"] * bool(call.chunks)
     has += ["call-ended"] * (call.ended is not None)
     _tell(f"Roark, on this machine, has: {', '.join(has)}")
-    folder = kept_at(stage.calls_dir, call_id)
+    folder = kept_at(world.calls_dir, call_id)
     for name, what in KEPT.items():
         if folder is not None and (folder / name).exists():
             _tell(f"{what}: {_shown(folder / name)}")

@@ -15,11 +15,11 @@ from typing import Any
 
 import aiohttp
 
-from rehearsal.bot_process import BotProcess
-from rehearsal.caller import Caller
-from rehearsal.engine import Engine
-from rehearsal.twilio_caller import TwilioCaller
-from rehearsal.webrtc_caller import WebRTCCaller
+from rehearsal.callers.caller import Caller
+from rehearsal.callers.twilio import TwilioCaller
+from rehearsal.callers.webrtc import WebRTCCaller
+from rehearsal.engines.engine import Engine
+from rehearsal.host.bot_process import BotProcess
 
 HUMAN_VOICE = Path(__file__).with_name("made-amiable.wav")
 

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 import pytest
-
-import weights
 from machine import machine
+
+from rehearsal.engines import weights
 
 __all__ = ["anyio_backend", "machine"]
 

@@ -16,14 +16,14 @@ from pipecatcloud.agent import DailySessionArguments
 
 import bot
 import config
-import deploy
-from rehearsal.base_image import BaseImage, Session, serve
-from rehearsal.loopback_ice import keep_ice_on_loopback
-from rehearsal.providers import serve as serve_providers
-from rehearsal.roark import ReceivedCall, RoarkReceiver
-from rehearsal.script import ScriptedEngine
-from rehearsal.twilio_caller import TwilioCaller
-from rehearsal.webrtc_caller import WebRTCCaller
+from deploy import check as deploy
+from rehearsal.callers.loopback_ice import keep_ice_on_loopback
+from rehearsal.callers.twilio import TwilioCaller
+from rehearsal.callers.webrtc import WebRTCCaller
+from rehearsal.engines.scripted import ScriptedEngine
+from rehearsal.host.base_image import BaseImage, Session, serve
+from rehearsal.providers.all import serve as serve_providers
+from rehearsal.providers.roark import ReceivedCall, RoarkReceiver
 
 PROJECT = Path(bot.__file__).parent
 SECONDS = 30.0
@@ -239,10 +239,11 @@ async def deployed(folder: Path) -> AsyncIterator[tuple[str, asyncio.subprocess.
     # The image's own files beside them, with what keeps WebRTC on this machine.
     harness = folder / "harness" / "rehearsal"
     harness.mkdir(parents=True)
-    for name in ("__init__.py", "base_image.py"):
-        shutil.copy(PROJECT / "rehearsal" / name, harness)
+    for name in ("__init__.py", "host/__init__.py", "host/base_image.py"):
+        (harness / name).parent.mkdir(exist_ok=True)
+        shutil.copy(PROJECT / "rehearsal" / name, harness / name)
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "rehearsal.base_image"),
+        *(sys.executable, "-m", "rehearsal.host.base_image"),
         cwd=app,
         env=os.environ | {"PYTHONPATH": str(harness.parent), "PYTHONDONTWRITEBYTECODE": "1"},
         stdout=asyncio.subprocess.PIPE,

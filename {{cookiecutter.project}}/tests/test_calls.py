@@ -9,12 +9,12 @@ import aiohttp
 import numpy as np
 import pytest
 from aiohttp import web
+from harness import RECORDS_AUDIO, SECONDS, Harness, run_harness
 from loguru import logger
 
-from rehearsal.caller import Caller
-from rehearsal.engine import ToolCall
-from rehearsal.script import Answer, Script
-from tests.stage import RECORDS_AUDIO, SECONDS, Stage, set_stage
+from rehearsal.callers.caller import Caller
+from rehearsal.engines.engine import ToolCall
+from rehearsal.engines.scripted import Answer, Script
 
 pytestmark = pytest.mark.anyio
 
@@ -30,11 +30,11 @@ BOTH_TRANSPORTS = pytest.mark.parametrize("transport", ["twilio", "webrtc"])
 
 
 @pytest.fixture
-async def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+async def harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """The bot and its world, with a script for a short talk."""
-    async with set_stage(monkeypatch, tmp_path) as stage:
-        stage.engine.script = TALK
-        yield stage
+    async with run_harness(monkeypatch, tmp_path) as harness:
+        harness.engine.script = TALK
+        yield harness
 
 
 async def greeting_of(caller: Caller) -> None:
@@ -57,16 +57,16 @@ def is_silent(track: np.ndarray) -> bool:
 
 @BOTH_TRANSPORTS
 async def test_a_call_arrives_complete_when_the_caller_hangs_up(
-    stage: Stage, transport: str
+    harness: Harness, transport: str
 ) -> None:
-    async with stage.caller(transport) as caller:
+    async with harness.caller(transport) as caller:
         await greeting_of(caller)
-        said = await stage.say(caller)
+        said = await harness.say(caller)
         await caller.hear(since=said.end, within=SECONDS)
         await caller.hear_out(quiet=0.5, within=SECONDS)
-    assert (await stage.over()).error is None
+    assert (await harness.over()).error is None
 
-    call = stage.received
+    call = harness.received
     assert call.whole
     assert call.ended
     assert texts(call.ended) == [
@@ -77,18 +77,18 @@ async def test_a_call_arrives_complete_when_the_caller_hangs_up(
     assert call.ended["callEndedReason"] == "client-disconnected"
     assert call.ended["agentSpokeFirst"] is True
     if RECORDS_AUDIO:
-        assert_recording_shows(stage, call.ended)
+        assert_recording_shows(harness, call.ended)
         assert call.ended["recordingSampleRate"] == (8000 if transport == "twilio" else 24000)
     else:
         assert not call.chunks
         assert "recordingSampleRate" not in call.ended
 
 
-def assert_recording_shows(stage: Stage, ended: dict[str, Any]) -> None:
+def assert_recording_shows(harness: Harness, ended: dict[str, Any]) -> None:
     """The WAV on disk is what Roark got; each turn is heard on its side where it is said to be."""
-    samples, rate = stage.recording()
+    samples, rate = harness.recording()
     assert rate == ended["recordingSampleRate"]
-    assert samples.tobytes() == stage.received.recording
+    assert samples.tobytes() == harness.received.recording
     starts = [turn["audioOffsetMs"] for turn in ended["transcript"]]
     assert starts == sorted(starts)
     for turn in ended["transcript"]:
@@ -101,20 +101,20 @@ def assert_recording_shows(stage: Stage, ended: dict[str, Any]) -> None:
 @pytest.mark.slow
 @BOTH_TRANSPORTS
 async def test_the_bot_says_goodbye_and_hangs_up(
-    stage: Stage, transport: str, monkeypatch: pytest.MonkeyPatch
+    harness: Harness, transport: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TWILIO_ACCOUNT_SID", "AC1")
     monkeypatch.setenv("TWILIO_AUTH_TOKEN", "token")
-    async with stage.caller(transport) as caller:
+    async with harness.caller(transport) as caller:
         await greeting_of(caller)
         for _ in range(2):
-            said = await stage.say(caller)
+            said = await harness.say(caller)
             await caller.hear(since=said.end, within=SECONDS)
             await caller.hear_out(quiet=0.5, within=SECONDS)
         await asyncio.wait_for(caller.ended.wait(), SECONDS)
-    assert (await stage.over()).error is None
+    assert (await harness.over()).error is None
 
-    call = stage.received
+    call = harness.received
     assert call.whole
     assert call.ended
     assert texts(call.ended)[-2:] == [("user", "Goodbye then."), ("assistant", "Have a nice day.")]
@@ -127,66 +127,68 @@ async def test_the_bot_says_goodbye_and_hangs_up(
         ("tool_result", None, None, '{"status":"ending"}'),
     ]
     if RECORDS_AUDIO:
-        assert_recording_shows(stage, call.ended)
-    hang_ups = [request for request in stage.providers.log.requests if request.provider == "twilio"]
+        assert_recording_shows(harness, call.ended)
+    hang_ups = [
+        request for request in harness.providers.log.requests if request.provider == "twilio"
+    ]
     assert len(hang_ups) == (1 if transport == "twilio" else 0)
 
 
 @pytest.mark.slow
-async def test_each_call_runs_at_the_rate_of_its_line(stage: Stage) -> None:
+async def test_each_call_runs_at_the_rate_of_its_line(harness: Harness) -> None:
     for number, transport in enumerate(["twilio", "webrtc"]):
-        async with stage.caller(transport) as caller:
+        async with harness.caller(transport) as caller:
             await greeting_of(caller)
-        await stage.over(number)
-    assert stage.engine.hears_at_hz == [8000, 16000]
-    assert set(stage.engine.speaks_at_hz) == {8000, 24000}
+        await harness.over(number)
+    assert harness.engine.hears_at_hz == [8000, 16000]
+    assert set(harness.engine.speaks_at_hz) == {8000, 24000}
 
 
-async def test_every_server_the_bot_talks_to_is_this_machine(stage: Stage) -> None:
-    async with stage.caller("webrtc") as caller:
+async def test_every_server_the_bot_talks_to_is_this_machine(harness: Harness) -> None:
+    async with harness.caller("webrtc") as caller:
         await greeting_of(caller)
-    await stage.over()
-    assert stage.providers.peers == {"127.0.0.1"}
-    called = {request.provider for request in stage.providers.log.requests}
-    assert called == {stage.server(kind).name for kind in ("stt", "llm", "tts")}
+    await harness.over()
+    assert harness.providers.peers == {"127.0.0.1"}
+    called = {request.provider for request in harness.providers.log.requests}
+    assert called == {harness.server(kind).name for kind in ("stt", "llm", "tts")}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("speaks_rtvi", [True, False])
-async def test_a_web_client_is_greeted_exactly_once(stage: Stage, speaks_rtvi: bool) -> None:
-    async with stage.caller("webrtc", rtvi=speaks_rtvi) as caller:
+async def test_a_web_client_is_greeted_exactly_once(harness: Harness, speaks_rtvi: bool) -> None:
+    async with harness.caller("webrtc", rtvi=speaks_rtvi) as caller:
         await greeting_of(caller)
         # Longer than the bot waits for a client that never says it is ready.
         await caller.hear_out(quiet=2.5, within=SECONDS)
-    await stage.over()
-    assert stage.received.ended
-    assert texts(stage.received.ended) == [("assistant", "Hello there.")]
-    assert len(stage.engine.asked) == 1
+    await harness.over()
+    assert harness.received.ended
+    assert texts(harness.received.ended) == [("assistant", "Hello there.")]
+    assert len(harness.engine.asked) == 1
 
 
 async def test_without_a_roark_key_the_call_is_kept_and_nothing_is_sent(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ROARK_API_KEY", "")
-    async with stage.caller("twilio") as caller:
+    async with harness.caller("twilio") as caller:
         await greeting_of(caller)
-    await stage.over()
-    assert not stage.roark.calls
-    assert stage.record["ending"]["reason"] == "client-disconnected"
+    await harness.over()
+    assert not harness.roark.calls
+    assert harness.record["ending"]["reason"] == "client-disconnected"
     if RECORDS_AUDIO:
-        samples, rate = stage.recording()
+        samples, rate = harness.recording()
         assert len(samples) > rate / 2
 
 
 async def test_without_twilio_credentials_the_call_works_and_the_log_says_so_once(
-    stage: Stage,
+    harness: Harness,
 ) -> None:
     lines: list[str] = []
     sink = logger.add(lines.append, level="WARNING", format="{message}")
     try:
-        async with stage.caller("twilio") as caller:
+        async with harness.caller("twilio") as caller:
             await greeting_of(caller)
-        assert (await stage.over()).error is None
+        assert (await harness.over()).error is None
     finally:
         logger.remove(sink)
     assert len([line for line in lines if "TWILIO_ACCOUNT_SID" in line]) == 1
@@ -195,11 +197,11 @@ async def test_without_twilio_credentials_the_call_works_and_the_log_says_so_onc
 @pytest.mark.slow
 @pytest.mark.parametrize("accepts", [True, False])
 async def test_a_message_is_sent_only_after_the_caller_agreed(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch, accepts: bool
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, accepts: bool
 ) -> None:
     """The worked example of tools.py, against a real HTTP server."""
     arguments = {"message": "Please call Ada back.", "callback_number": "5550100"}
-    stage.engine.script = Script(
+    harness.engine.script = Script(
         greeting="Hello there.",
         hears=("I have a message.", "Yes, that is right."),
         answers=(
@@ -222,38 +224,38 @@ async def test_a_message_is_sent_only_after_the_caller_agreed(
     port = runner.addresses[0][1]
     monkeypatch.setenv("MESSAGE_URL", f"http://127.0.0.1:{port}/messages")
     try:
-        async with stage.caller("twilio") as caller:
+        async with harness.caller("twilio") as caller:
             await greeting_of(caller)
             for times_asked in (0, 1):
                 assert len(posted) == 0, f"sent before the caller agreed ({times_asked})"
-                said = await stage.say(caller)
+                said = await harness.say(caller)
                 await caller.hear(since=said.end, within=SECONDS)
                 await caller.hear_out(quiet=0.5, within=SECONDS)
-        await stage.over()
+        await harness.over()
     finally:
         await runner.cleanup()
     assert posted == [arguments]
-    assert stage.received.ended
+    assert harness.received.ended
     results = [
         entry["content"]
-        for entry in stage.received.ended["toolCalls"]
+        for entry in harness.received.ended["toolCalls"]
         if entry["kind"] == "tool_result"
     ]
     assert "not sent yet" in results[0]
     assert ("sent" if accepts else "error") in results[1]
 
 
-async def test_a_socket_that_is_no_phone_call_ends_in_one_clear_line(stage: Stage) -> None:
+async def test_a_socket_that_is_no_phone_call_ends_in_one_clear_line(harness: Harness) -> None:
     lines: list[str] = []
     sink = logger.add(lines.append, level="ERROR", format="{message}")
     try:
         async with (
             aiohttp.ClientSession() as stranger,
-            stranger.ws_connect(stage.url.replace("http", "ws", 1) + "/ws") as socket,
+            stranger.ws_connect(harness.url.replace("http", "ws", 1) + "/ws") as socket,
         ):
             await socket.send_json({"hello": "world"})
             await socket.send_json({"hello": "again"})
-            assert (await stage.over()).error is not None
+            assert (await harness.over()).error is not None
     finally:
         logger.remove(sink)
     assert "could not be answered" in lines[0]
@@ -263,24 +265,24 @@ async def test_a_socket_that_is_no_phone_call_ends_in_one_clear_line(stage: Stag
 @pytest.mark.slow
 @BOTH_TRANSPORTS
 async def test_an_interrupted_answer_is_kept_as_far_as_it_was_heard(
-    stage: Stage, transport: str
+    harness: Harness, transport: str
 ) -> None:
     greeting = "One two three four. Five six seven eight nine ten. Eleven twelve thirteen fourteen."
-    stage.engine.script = Script(
+    harness.engine.script = Script(
         greeting=greeting, hears=("Stop, please.",), answers=(Answer(says="All right."),)
     )
-    async with stage.caller(transport) as caller:
+    async with harness.caller(transport) as caller:
         greeted = await caller.hear(within=SECONDS)
         async with asyncio.timeout(SECONDS):
             while caller.heard.end < greeted.start + 0.6:
                 await asyncio.sleep(0.02)
-        said = await stage.say(caller)
+        said = await harness.say(caller)
         await caller.hear(since=said.end, within=SECONDS)
         await caller.hear_out(quiet=0.5, within=SECONDS)
-    await stage.over()
-    ended = stage.received.ended
+    await harness.over()
+    ended = harness.received.ended
     (first, cut), (second, asked), (third, answer) = texts(ended)
     assert (first, second, third) == ("assistant", "user", "assistant")
     assert greeting.startswith(cut) and 0 < len(cut) < len(greeting)
     assert (asked, answer) == ("Stop, please.", "All right.")
-    assert stage.record["turns"][0]["interrupted_ms"] is not None
+    assert harness.record["turns"][0]["interrupted_ms"] is not None

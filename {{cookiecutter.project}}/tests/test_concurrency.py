@@ -17,17 +17,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from harness import RECORDS_AUDIO
 from numpy.typing import NDArray
 
-from rehearsal.bot_process import BotProcess, free_port, run_bot
-from rehearsal.caller import Caller, Utterance
-from rehearsal.engine import Heard, TextDelta, ToolCall
-from rehearsal.providers import serve
-from rehearsal.roark import ReceivedCall, RoarkReceiver
-from rehearsal.script import Answer, Script, ScriptedEar, ScriptedEngine
-from rehearsal.twilio_caller import TwilioCaller
-from rehearsal.webrtc_caller import WebRTCCaller
-from tests.stage import RECORDS_AUDIO
+from rehearsal.callers.caller import Caller, Utterance
+from rehearsal.callers.twilio import TwilioCaller
+from rehearsal.callers.webrtc import WebRTCCaller
+from rehearsal.engines.engine import Heard, TextDelta, ToolCall
+from rehearsal.engines.scripted import Answer, Script, ScriptedEngine, ScriptedRecogniser
+from rehearsal.host.bot_process import BotProcess, free_port, run_bot
+from rehearsal.providers.all import serve
+from rehearsal.providers.roark import ReceivedCall, RoarkReceiver
 
 pytestmark = pytest.mark.anyio
 
@@ -93,7 +93,7 @@ def _normal(pieces: NDArray[np.float32]) -> NDArray[np.float32]:
     return pieces / np.maximum(np.linalg.norm(pieces, axis=1, keepdims=True), 1.0)
 
 
-class NameEar(ScriptedEar):
+class NameEar(ScriptedRecogniser):
     """Hears which name was said, once the bot says that the caller is done.
 
     That the caller is silent it does not tell by itself, as Deepgram would: the call's own voice
@@ -155,7 +155,7 @@ class NameEngine(ScriptedEngine):
 
 
 @dataclass
-class Stage:
+class Harness:
     """The running bot and its world."""
 
     bot: BotProcess
@@ -171,7 +171,7 @@ class Stage:
 
 
 @asynccontextmanager
-async def set_stage(calls_dir: Path) -> AsyncIterator[Stage]:
+async def run_harness(calls_dir: Path) -> AsyncIterator[Harness]:
     """Start everything."""
     sounds = await Sounds.learn()
     engine = NameEngine(sounds)
@@ -185,17 +185,17 @@ async def set_stage(calls_dir: Path) -> AsyncIterator[Stage]:
             "SILENCE_SECONDS": "600",
         }
         async with run_bot("webrtc", free_port(), environment) as bot:
-            yield Stage(bot, roark, engine, sounds)
+            yield Harness(bot, roark, engine, sounds)
 
 
 @pytest.mark.slow
 async def test_twenty_calls_at_once_are_each_their_own(tmp_path: Path) -> None:
-    async with set_stage(tmp_path / "calls") as stage:
+    async with run_harness(tmp_path / "calls") as harness:
         everybody = asyncio.Barrier(len(NAMES))
 
         async def call(number: int, name: str) -> str:
             await asyncio.sleep(number * DIALLING_SECONDS)
-            line = stage.caller(number)
+            line = harness.caller(number)
             line.slowness = SLOWNESS
             async with line as caller:
                 await caller.hear(within=SECONDS)
@@ -203,22 +203,22 @@ async def test_twenty_calls_at_once_are_each_their_own(tmp_path: Path) -> None:
                 # Nobody speaks before all are on the line.
                 await everybody.wait()
                 await asyncio.sleep(number * SPEAKING_SECONDS)
-                pieces = [p.pcm async for p in stage.engine.speak(SENTENCE.format(name=name), HZ)]
+                pieces = [p.pcm async for p in harness.engine.speak(SENTENCE.format(name=name), HZ)]
                 said = await caller.say(b"".join(pieces), HZ)
                 await caller.hear(since=said.end, within=SECONDS)
                 await asyncio.wait_for(caller.ended.wait(), SECONDS)
-                return stage.sounds.name_in(*_heard_since(caller, said))
+                return harness.sounds.name_in(*_heard_since(caller, said))
 
         heard = await asyncio.gather(*(call(n, name) for n, name in enumerate(NAMES)))
         assert heard == NAMES
-        assert max(map(len, stage.engine.conversations)) == 1
+        assert max(map(len, harness.engine.conversations)) == 1
 
-        calls = stage.roark.calls
-        received = [await stage.roark.complete(each, timeout=SECONDS) for each in list(calls)]
+        calls = harness.roark.calls
+        received = [await harness.roark.complete(each, timeout=SECONDS) for each in list(calls)]
         assert sorted(_name_on(each) for each in received) == NAMES
         if RECORDS_AUDIO:
             for each in received:
-                assert _names_in_recording(each, stage.sounds) == [_name_on(each)] * 2
+                assert _names_in_recording(each, harness.sounds) == [_name_on(each)] * 2
 
 
 def _heard_since(caller: Caller, said: Utterance) -> tuple[NDArray[np.int16], int]:

@@ -19,9 +19,10 @@ from packaging.requirements import Requirement
 from typer.main import get_command
 
 import config
-import deploy
+from deploy import check as deploy
+from deploy.__main__ import main, twiml
 
-PROJECT = Path(deploy.__file__).resolve().parent
+PROJECT = Path(deploy.__file__).resolve().parents[1]
 KEYS = {name: f"value-of-{name.lower()}" for name in config.REQUIRED}
 A_KEY = next(iter(KEYS), "")
 
@@ -163,7 +164,7 @@ class TestDockerfile:
         assert {"aiohttp", "loguru", "aiortc", "daily-python"} <= found
 
     def test_the_image_holds_no_deployment_errands(self) -> None:
-        """Nothing that runs imports deploy.py."""
+        """Nothing that runs imports deploy."""
         for path in [PROJECT / name for name in deploy.needed(PROJECT) if name.endswith(".py")]:
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Import):
@@ -177,7 +178,7 @@ SECRET = [
     *("recordings/call.webm", "call.wav", "call.mp3", "call.flac", "call.pcm", "bot.log"),
 ]
 DEVELOPMENT = [
-    *("rehearsal/x.py", "tests/test_x.py", "evals/x.yaml", "deploy.py", ".venv/lib/x.py"),
+    *("rehearsal/x.py", "tests/test_x.py", "evals/x.yaml", "deploy/x.py", ".venv/lib/x.py"),
     *("__pycache__/bot.pyc", "roark/__pycache__/call.pyc", ".github/workflows/ci.yml"),
 ]
 
@@ -258,7 +259,7 @@ class TestSecrets:
         )
         pipecat.chmod(0o755)
         monkeypatch.setenv("PATH", f"{pipecat.parent}:/usr/bin:/bin")
-        assert deploy.main(["secrets"], project) == 0
+        assert main(["secrets"], project) == 0
         arguments = (seen / "arguments").read_text().split()
         assert arguments[:5] == ["cloud", "secrets", "set", "keys", "--file"]
         assert arguments[6:] == ["--region", "us-east", "--skip"]
@@ -279,7 +280,7 @@ class TestTwiml:
     )
     def test_it_names_the_region_and_the_agent(self, region: str, host: str) -> None:
         """The agent goes into a parameter, for Twilio drops query strings."""
-        stream = ElementTree.fromstring(deploy.twiml("my-bot", "acme", region)).find(".//Stream")
+        stream = ElementTree.fromstring(twiml("my-bot", "acme", region)).find(".//Stream")
         assert stream is not None
         assert stream.get("url") == f"wss://{host}/ws/twilio"
         parameters = {p.get("name"): p.get("value") for p in stream.findall("Parameter")}
@@ -290,9 +291,9 @@ class TestTwiml:
         self, project: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         """What to do with it goes to stderr."""
-        assert deploy.main(["twiml", "acme"], project) == 0
+        assert main(["twiml", "acme"], project) == 0
         printed = capsys.readouterr()
-        assert printed.out == deploy.twiml("my-bot", "acme", "us-east")
+        assert printed.out == twiml("my-bot", "acme", "us-east")
         assert "TwiML Bin" in printed.err
 
 
@@ -387,7 +388,7 @@ class TestCheck:
         self, project: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         """Everything, including the import of bot.py from the image's files alone."""
-        assert deploy.main(["check"], project) == 0, capsys.readouterr().out
+        assert main(["check"], project) == 0, capsys.readouterr().out
         assert "pipecat cloud deploy --yes" in capsys.readouterr().out
 
     @pytest.mark.slow
@@ -396,7 +397,7 @@ class TestCheck:
     ) -> None:
         """readyz() is asked with exactly what the secret set would hold."""
         edit(project / ".env", f"{A_KEY}={KEYS[A_KEY]}\n", "")
-        assert deploy.main(["check"], project) == 1
+        assert main(["check"], project) == 1
         assert A_KEY in capsys.readouterr().out
 
     @pytest.mark.parametrize("breakage", BREAKAGES)
@@ -414,7 +415,7 @@ class TestCheck:
         break_it(project)
         # The import of bot.py takes seconds and has tests of its own.
         monkeypatch.setattr(deploy, "ASK", "print('true')")
-        assert deploy.main(["check"], project) == 1
+        assert main(["check"], project) == 1
         report = capsys.readouterr().out
         assert what in report and mend in report
 
@@ -427,7 +428,12 @@ COMMAND = re.compile(r"pipecat cloud (?=[a-z])([^`\"\n#]+)")
     sorted(
         {
             command.strip()
-            for name in ("DEPLOY.md", "deploy.py", "pcc-deploy.toml", ".github/workflows/ci.yml")
+            for name in (
+                "DEPLOY.md",
+                "deploy/__main__.py",
+                "pcc-deploy.toml",
+                ".github/workflows/ci.yml",
+            )
             for command in COMMAND.findall((PROJECT / name).read_text())
         }
     ),

@@ -12,13 +12,13 @@ from typing import Any
 import aiohttp
 import pytest
 
-from rehearsal.bot_process import BotProcess, free_port, run_bot
 from rehearsal.call import HUMAN_VOICE
-from rehearsal.providers import serve as serve_providers
-from rehearsal.roark import ReceivedCall, RoarkReceiver
-from rehearsal.script import Script, ScriptedEngine
-from rehearsal.twilio_caller import TwilioCaller
-from rehearsal.webrtc_caller import WebRTCCaller
+from rehearsal.callers.twilio import TwilioCaller
+from rehearsal.callers.webrtc import WebRTCCaller
+from rehearsal.engines.scripted import Script, ScriptedEngine
+from rehearsal.host.bot_process import BotProcess, free_port, run_bot
+from rehearsal.providers.all import serve as serve_providers
+from rehearsal.providers.roark import ReceivedCall, RoarkReceiver
 
 # Each starts a process and holds calls in real time.
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from harness import SECONDS, VOICE_HZ, Harness, run_harness
 from pipecat.services.tts_service import TTSService
 from pipecatcloud.agent import SmallWebRTCSessionArguments
 
 import bot
 import config
-import endings
 import services
-from rehearsal import webrtc_caller
-from rehearsal.caller import Caller
-from rehearsal.script import Script
-from tests.stage import SECONDS, VOICE_HZ, Stage, set_stage
+from conversation import endings
+from rehearsal.callers import webrtc as webrtc_caller
+from rehearsal.callers.caller import Caller
+from rehearsal.engines.scripted import Script
 
 pytestmark = pytest.mark.anyio
 
@@ -28,41 +28,41 @@ LONG_STORY = " ".join(["Once upon a time there was a telephone that would not st
 
 
 @pytest.fixture
-async def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+async def harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """The bot and its world; the bot greets at length."""
-    async with set_stage(monkeypatch, tmp_path) as stage:
-        stage.engine.script = Script(greeting=LONG_STORY)
-        yield stage
+    async with run_harness(monkeypatch, tmp_path) as harness:
+        harness.engine.script = Script(greeting=LONG_STORY)
+        yield harness
 
 
-async def assert_ended(stage: Stage, reason: str, *, detail: str = "") -> None:
+async def assert_ended(harness: Harness, reason: str, *, detail: str = "") -> None:
     """bot() has returned in time, and record and delivery are complete and agree."""
     asked_at = time.monotonic()
-    assert (await stage.over()).error is None
+    assert (await harness.over()).error is None
     assert time.monotonic() - asked_at < FLUSH_SECONDS
-    assert stage.record["ending"]["reason"] == reason
-    assert detail in stage.record["ending"]["detail"]
-    assert stage.received.whole
-    assert stage.received.ended
-    assert stage.received.ended["callEndedReason"] == reason
+    assert harness.record["ending"]["reason"] == reason
+    assert detail in harness.record["ending"]["detail"]
+    assert harness.received.whole
+    assert harness.received.ended
+    assert harness.received.ended["callEndedReason"] == reason
 
 
-def said_by_bot(stage: Stage) -> str:
-    ended = stage.received.ended
+def said_by_bot(harness: Harness) -> str:
+    ended = harness.received.ended
     assert ended
     said = [turn["content"] for turn in ended["transcript"] if turn["role"] == "assistant"]
     return " ".join(said)
 
 
-async def hang_up_while_the_bot_speaks(_stage: Stage, caller: Caller) -> None:
+async def hang_up_while_the_bot_speaks(_stage: Harness, caller: Caller) -> None:
     await caller.hear(within=SECONDS)
     await caller.hang_up()
 
 
-async def hang_up_in_mid_sentence(stage: Stage, caller: Caller) -> None:
-    speaking = asyncio.create_task(stage.say(caller, LONG_STORY))
-    recogniser = stage.server("stt")
-    await stage.providers.log.until(
+async def hang_up_in_mid_sentence(harness: Harness, caller: Caller) -> None:
+    speaking = asyncio.create_task(harness.say(caller, LONG_STORY))
+    recogniser = harness.server("stt")
+    await harness.providers.log.until(
         lambda: sum(connection.audio_bytes for connection in recogniser.connections) > VOICE_HZ,
         within_s=SECONDS,
     )
@@ -71,7 +71,7 @@ async def hang_up_in_mid_sentence(stage: Stage, caller: Caller) -> None:
         await speaking
 
 
-async def hang_up_at_once(_stage: Stage, caller: Caller) -> None:
+async def hang_up_at_once(_stage: Harness, caller: Caller) -> None:
     await caller.hang_up()
 
 
@@ -80,100 +80,100 @@ async def hang_up_at_once(_stage: Stage, caller: Caller) -> None:
     "leave", [hang_up_while_the_bot_speaks, hang_up_in_mid_sentence, hang_up_at_once]
 )
 async def test_a_caller_may_hang_up_at_any_moment(
-    stage: Stage, transport: str, leave: Callable[[Stage, Caller], Awaitable[None]]
+    harness: Harness, transport: str, leave: Callable[[Harness, Caller], Awaitable[None]]
 ) -> None:
-    async with stage.caller(transport) as caller:
-        await leave(stage, caller)
-    await assert_ended(stage, "client-disconnected")
+    async with harness.caller(transport) as caller:
+        await leave(harness, caller)
+    await assert_ended(harness, "client-disconnected")
 
 
 @pytest.mark.slow
 @BOTH_TRANSPORTS
 async def test_a_caller_may_hang_up_before_the_pipeline_has_started(
-    stage: Stage, transport: str
+    harness: Harness, transport: str
 ) -> None:
-    await stage.server("stt").refuse()
-    async with stage.caller(transport):
+    await harness.server("stt").refuse()
+    async with harness.caller(transport):
         pass
-    await assert_ended(stage, "client-disconnected")
-    assert stage.received.ended and not stage.received.ended.get("transcript")
+    await assert_ended(harness, "client-disconnected")
+    assert harness.received.ended and not harness.received.ended.get("transcript")
 
 
-async def test_a_phone_that_vanishes_ends_the_call(stage: Stage) -> None:
-    async with stage.caller("twilio") as caller:
+async def test_a_phone_that_vanishes_ends_the_call(harness: Harness) -> None:
+    async with harness.caller("twilio") as caller:
         await caller.hear(within=SECONDS)
         await caller.vanish()
-        await assert_ended(stage, "client-disconnected")
+        await assert_ended(harness, "client-disconnected")
 
 
 @pytest.mark.slow
-async def test_a_browser_that_vanishes_is_noticed_within_ten_seconds(stage: Stage) -> None:
-    async with stage.caller("webrtc") as caller:
+async def test_a_browser_that_vanishes_is_noticed_within_ten_seconds(harness: Harness) -> None:
+    async with harness.caller("webrtc") as caller:
         await caller.hear(within=SECONDS)
         await caller.vanish()
         vanished_at = time.monotonic()
-        await stage.over()
+        await harness.over()
         assert time.monotonic() - vanished_at < 10
-        await assert_ended(stage, "client-disconnected", detail="went dead")
+        await assert_ended(harness, "client-disconnected", detail="went dead")
 
 
 @pytest.mark.slow
 @BOTH_TRANSPORTS
 async def test_the_time_limit_ends_the_call_with_a_goodbye(
-    stage: Stage, transport: str, monkeypatch: pytest.MonkeyPatch
+    harness: Harness, transport: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage.engine.script = Script.parse(
+    harness.engine.script = Script.parse(
         {"greeting": "Hello.", "answers": [{"told": "time limit", "says": "Time is up. Goodbye."}]}
     )
     monkeypatch.setenv("MAX_CALL_SECONDS", "3")
-    async with stage.caller(transport) as caller:
+    async with harness.caller(transport) as caller:
         await asyncio.wait_for(caller.ended.wait(), SECONDS)
-    await assert_ended(stage, "max-duration", detail="MAX_CALL_SECONDS")
-    assert said_by_bot(stage).endswith("Time is up. Goodbye.")
+    await assert_ended(harness, "max-duration", detail="MAX_CALL_SECONDS")
+    assert said_by_bot(harness).endswith("Time is up. Goodbye.")
 
 
 @pytest.mark.slow
 @BOTH_TRANSPORTS
 async def test_the_platforms_session_limit_is_recorded_as_such(
-    stage: Stage, transport: str
+    harness: Harness, transport: str
 ) -> None:
     headers = {"x-daily-transport-type": "webrtc", "x-pcc-max-session-seconds": "4"}
     async with aiohttp.ClientSession() as platform:
-        waiting = asyncio.create_task(platform.post(f"{stage.url}/bot", json={}, headers=headers))
+        waiting = asyncio.create_task(platform.post(f"{harness.url}/bot", json={}, headers=headers))
         async with asyncio.timeout(SECONDS):
-            while not stage.image.awaits_offer:
+            while not harness.image.awaits_offer:
                 await asyncio.sleep(0.01)
-        async with stage.caller(transport) as caller:
+        async with harness.caller(transport) as caller:
             await asyncio.wait_for(caller.ended.wait(), SECONDS)
-        await assert_ended(stage, "max-duration", detail="session limit")
+        await assert_ended(harness, "max-duration", detail="session limit")
         await waiting
 
 
 @pytest.mark.slow
 @BOTH_TRANSPORTS
 async def test_a_goodbye_that_hangs_does_not_hang_the_call(
-    stage: Stage, transport: str, monkeypatch: pytest.MonkeyPatch
+    harness: Harness, transport: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(endings, "GOODBYE_SECONDS", 0.5)
     monkeypatch.setenv("MAX_CALL_SECONDS", "3")
     # So does the greeting: it may be under way when the time is up.
-    stage.server("llm").faults.hang = True
-    async with stage.caller(transport) as caller:
+    harness.server("llm").faults.hang = True
+    async with harness.caller(transport) as caller:
         await asyncio.wait_for(caller.ended.wait(), SECONDS)
-    await assert_ended(stage, "max-duration")
+    await assert_ended(harness, "max-duration")
 
 
 @BOTH_TRANSPORTS
 async def test_hanging_up_during_the_goodbye_ends_the_call_at_once(
-    stage: Stage, transport: str, monkeypatch: pytest.MonkeyPatch
+    harness: Harness, transport: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage.engine.script = Script.parse(
+    harness.engine.script = Script.parse(
         {"greeting": "Hello.", "answers": [{"told": "time limit", "says": LONG_STORY}]}
     )
     monkeypatch.setenv("MAX_CALL_SECONDS", "1")
-    async with stage.caller(transport) as caller:
-        await stage.providers.log.until(
-            lambda: any(LONG_STORY.startswith(text) for text in stage.spoken),
+    async with harness.caller(transport) as caller:
+        await harness.providers.log.until(
+            lambda: any(LONG_STORY.startswith(text) for text in harness.spoken),
             within_s=SECONDS,
         )
         asked_at = time.monotonic()
@@ -182,14 +182,14 @@ async def test_hanging_up_during_the_goodbye_ends_the_call_at_once(
                 await asyncio.sleep(0.02)
         await caller.hang_up()
         hung_up_at = time.monotonic()
-        await stage.over()
+        await harness.over()
         # The goodbye takes nine.
         assert time.monotonic() - hung_up_at < 5
-    await assert_ended(stage, "max-duration")
+    await assert_ended(harness, "max-duration")
 
 
 async def test_a_service_that_cannot_be_closed_does_not_hold_up_the_end(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closable = asyncio.Event()
 
@@ -208,10 +208,10 @@ async def test_a_service_that_cannot_be_closed_does_not_hold_up_the_end(
 
     monkeypatch.setattr(services, "create_tts", stuck)
     monkeypatch.setattr(endings, "TEARDOWN_SECONDS", 0.3)
-    async with stage.caller("twilio") as caller:
+    async with harness.caller("twilio") as caller:
         await caller.hear(within=SECONDS)
     try:
-        await assert_ended(stage, "client-disconnected")
+        await assert_ended(harness, "client-disconnected")
     finally:
         closable.set()
 
@@ -219,39 +219,39 @@ async def test_a_service_that_cannot_be_closed_does_not_hold_up_the_end(
 @pytest.mark.slow
 @BOTH_TRANSPORTS
 async def test_an_exception_of_ours_ends_the_call_and_closes_the_line(
-    stage: Stage, transport: str, monkeypatch: pytest.MonkeyPatch
+    harness: Harness, transport: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(_instructions: str) -> None:
         raise LookupError("a bug")
 
     monkeypatch.setattr(bot.services, "create_llm", broken)
-    await assert_hung_up(stage, transport, monkeypatch)
-    assert isinstance((await stage.over()).error, LookupError)
-    assert stage.received.ended
-    assert stage.received.ended["callEndedReason"] == "error"
-    assert "LookupError" in stage.record["ending"]["detail"]
+    await assert_hung_up(harness, transport, monkeypatch)
+    assert isinstance((await harness.over()).error, LookupError)
+    assert harness.received.ended
+    assert harness.received.ended["callEndedReason"] == "error"
+    assert "LookupError" in harness.record["ending"]["detail"]
 
 
 @pytest.mark.slow
 @BOTH_TRANSPORTS
 async def test_a_call_that_cannot_be_answered_is_hung_up(
-    stage: Stage, transport: str, monkeypatch: pytest.MonkeyPatch
+    harness: Harness, transport: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed = next(iter(config.REQUIRED), None)
     if needed is None:
         pytest.skip("this bot needs no key")
     monkeypatch.setenv(needed, "")
-    await assert_hung_up(stage, transport, monkeypatch)
-    assert needed in str((await stage.over()).error)
+    await assert_hung_up(harness, transport, monkeypatch)
+    assert needed in str((await harness.over()).error)
 
 
-async def assert_hung_up(stage: Stage, transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def assert_hung_up(harness: Harness, transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The caller finds the line closed, a web caller perhaps before it was up."""
     monkeypatch.setattr(webrtc_caller, "CONNECT_SECONDS", 2.0)
     with suppress(TimeoutError):
-        async with stage.caller(transport) as caller:
+        async with harness.caller(transport) as caller:
             await asyncio.wait_for(caller.ended.wait(), SECONDS)
     if transport == "webrtc":
-        args = (await stage.over()).args
+        args = (await harness.over()).args
         assert isinstance(args, SmallWebRTCSessionArguments)
         assert args.webrtc_connection.pc.connectionState == "closed"

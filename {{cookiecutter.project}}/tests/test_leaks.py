@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from harness import SECONDS, Harness, run_harness
 from pipecat.frames.frames import Frame
 from pipecat.pipeline.worker import PipelineWorker
 
-from rehearsal.script import Script
+from rehearsal.engines.scripted import Script
 from roark import RoarkObserver
-from tests.stage import SECONDS, Stage, set_stage
 
 pytestmark = pytest.mark.anyio
 
@@ -39,15 +39,15 @@ def nobody_else_collects() -> Iterator[None]:
 async def test_twenty_calls_leave_no_task_no_open_file_and_no_object(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    async with set_stage(monkeypatch, tmp_path) as stage:
-        stage.engine.script = Script(greeting="Hello.")
+    async with run_harness(monkeypatch, tmp_path) as harness:
+        harness.engine.script = Script(greeting="Hello.")
         for number in range(WARM_UP):
-            await one_call(stage, number)
+            await one_call(harness, number)
         # As long as it takes to tidy up after the last of them.
         await asyncio.sleep(2)
         before = held()
         for number in range(CALLS):
-            await one_call(stage, number)
+            await one_call(harness, number)
         # What was delivered is tidied up, and sockets are closed, a moment after bot() returned.
         deadline = time.monotonic() + SECONDS
         while more_than(before) and time.monotonic() < deadline:
@@ -55,18 +55,18 @@ async def test_twenty_calls_leave_no_task_no_open_file_and_no_object(
         assert more_than(before) == {}
 
 
-async def one_call(stage: Stage, number: int) -> None:
+async def one_call(harness: Harness, number: int) -> None:
     """A phone or a web call; in every other pair the caller gives up before the bot has spoken."""
-    voice = stage.server("tts")
+    voice = harness.server("tts")
     voice.faults.hang = number % 4 >= 2
-    call = stage.caller("twilio" if number % 2 else "webrtc")
+    call = harness.caller("twilio" if number % 2 else "webrtc")
     async with call as caller:
         if voice.faults.hang:
             await asyncio.sleep(0.3)
         else:
             await caller.hear(within=SECONDS)
-    await stage.over()
-    stage.image.sessions.clear()
+    await harness.over()
+    harness.image.sessions.clear()
 
 
 def held() -> dict[str, int]:

@@ -6,13 +6,13 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from harness import classes, server_of, skip_unless_scripted
 from pipecat.services.elevenlabs.tts import ElevenLabsTTSService
 
-import preflight
 import services
-from rehearsal.providers import Providers, serve
-from rehearsal.script import ScriptedEngine
-from tests.stage import classes, server_of, skip_unless_scripted
+from deploy import preflight
+from rehearsal.engines.scripted import ScriptedEngine
+from rehearsal.providers.all import Providers, serve
 
 pytestmark = pytest.mark.anyio
 
@@ -67,11 +67,11 @@ async def test_a_service_that_hangs_is_given_up_on(
     assert (await preflight.check())[classes()[kind]] == "no answer in 1 s"
 
 
-async def test_the_exit_status_tells(providers: Providers, tmp_path: Path) -> None:
+async def test_the_exit_status_tells(providers: Providers) -> None:
     server_of(providers, "llm").faults.wrong_key = True
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-W", "ignore", str(Path(preflight.__file__))),
-        cwd=tmp_path,
+        *(sys.executable, "-W", "ignore", "-m", "preflight"),
+        cwd=Path(services.__file__).parent,
         stdout=asyncio.subprocess.PIPE,
     )
     output, _ = await asyncio.wait_for(process.communicate(), 60)

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-import shutdown
+from host import shutdown
 
 pytestmark = pytest.mark.anyio
 

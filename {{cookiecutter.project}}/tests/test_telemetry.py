@@ -7,23 +7,22 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
+from harness import classes, server_of, skip_unless_scripted
 from loguru import logger
 
-import config
-import telemetry
-from rehearsal.bot_process import free_port, run_bot
-from rehearsal.providers import Providers
-from rehearsal.providers import serve as serve_providers
-from rehearsal.roark import RoarkReceiver
-from rehearsal.script import Answer, Script, ScriptedEngine
-from rehearsal.twilio_caller import TwilioCaller
-from tests.stage import classes, server_of, skip_unless_scripted
+from host import telemetry
+from rehearsal.callers.twilio import TwilioCaller
+from rehearsal.engines.scripted import Answer, Script, ScriptedEngine
+from rehearsal.host.bot_process import free_port, run_bot
+from rehearsal.providers.all import Providers
+from rehearsal.providers.all import serve as serve_providers
+from rehearsal.providers.roark import RoarkReceiver
 
 SECONDS = 30.0
 HEARD, ANSWER, SETTING = "Xylophone", "Zephyranth", "Saltimbanco"
@@ -289,8 +288,13 @@ async def test_a_call_waits_for_what_can_be_sent() -> None:
     assert sent.is_set()
 
 
-def test_nothing_is_imported_where_nothing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.anyio
+async def test_nothing_is_imported_where_nothing_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", " ")
     monkeypatch.delenv("SENTRY_DSN", raising=False)
-    monkeypatch.setitem(sys.modules, "telemetry", None)
-    assert isinstance(config.watched("a-call", service="a-bot"), nullcontext)
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
+    monkeypatch.setitem(sys.modules, "sentry_sdk", None)
+    async with telemetry.of_call("a-call", service="a-bot"):
+        pass

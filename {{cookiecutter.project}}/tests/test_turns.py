@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import median
 
 import pytest
+from harness import SECONDS, Harness, run_harness
 from pipecat.frames.frames import (
     BotStartedSpeakingFrame,
     BotStoppedSpeakingFrame,
@@ -18,10 +19,9 @@ from pipecat.frames.frames import (
     VADUserStoppedSpeakingFrame,
 )
 
-from rehearsal.script import Script
-from rehearsal.twilio_caller import TwilioCaller
-from tests.stage import SECONDS, Stage, set_stage
-from turns import InterruptionUserTurnStartStrategy, is_backchannel
+from conversation.turns import InterruptionUserTurnStartStrategy, is_backchannel
+from rehearsal.callers.twilio import TwilioCaller
+from rehearsal.engines.scripted import Script
 
 pytestmark = pytest.mark.anyio
 
@@ -38,79 +38,79 @@ HELD_BACK_SECONDS = {"twilio": 0.0, "webrtc": 0.08}
 
 
 @pytest.fixture
-async def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+async def harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """The bot and its world; whatever the caller says, the bot tells a long story."""
-    async with set_stage(monkeypatch, tmp_path) as stage:
-        stage.engine.script = Script.parse(
+    async with run_harness(monkeypatch, tmp_path) as harness:
+        harness.engine.script = Script.parse(
             {"greeting": STORY, "hears": ["Mhm.", "Stop, please."], "answers": [{"says": STORY}]}
         )
-        yield stage
+        yield harness
 
 
-def user_messages(stage: Stage) -> list[str]:
-    return [m["content"] for m in stage.engine.asked[-1] if m["role"] == "user"]
+def user_messages(harness: Harness) -> list[str]:
+    return [m["content"] for m in harness.engine.asked[-1] if m["role"] == "user"]
 
 
 @pytest.mark.slow
 @pytest.mark.alone
 @BOTH_TRANSPORTS
 async def test_mhm_does_not_cut_the_bot_and_an_interruption_does_within_300_ms(
-    stage: Stage, transport: str
+    harness: Harness, transport: str
 ) -> None:
     """The median of three interruptions: one may fall into a pause of the machine."""
     seconds: list[float] = []
-    async with stage.caller(transport) as caller:
+    async with harness.caller(transport) as caller:
         story = await caller.hear(within=SECONDS)
-        mhm = await stage.say(caller, MHM)
+        mhm = await harness.say(caller, MHM)
         assert mhm.end - mhm.start > 0.3
         # The scripted ear takes what comes within a second for the same stretch of speech.
         await asyncio.sleep(1.2)
         assert len(caller.heard.utterances) == 1, "the bot was cut"
         assert caller.heard.utterances[-1].end > mhm.end + 0.5
         for _ in range(INTERRUPTIONS):
-            interruption = await stage.say(caller, "whatever the script hears")
+            interruption = await harness.say(caller, "whatever the script hears")
             answer = await caller.hear(since=interruption.end, within=SECONDS)
             (cut_at,) = (u.end for u in caller.heard.utterances if u.start == story.start)
             seconds.append(cut_at - interruption.start - HELD_BACK_SECONDS[transport])
             story = answer
             await asyncio.sleep(0.5)
-    await stage.over()
-    assert user_messages(stage) == ["Stop, please."] * INTERRUPTIONS
+    await harness.over()
+    assert user_messages(harness) == ["Stop, please."] * INTERRUPTIONS
     assert median(seconds) < 0.3, seconds
 
 
 @pytest.mark.parametrize("protected", [True, False])
 async def test_a_protected_greeting_is_said_to_its_end(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch, protected: bool
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, protected: bool
 ) -> None:
     # So long that even a busy machine has time to interrupt it.
     greeting = RECORDED if protected else " ".join([STORY] * 3)
-    stage.engine.script = Script.parse({"greeting": greeting, "hears": ["Stop."], "answers": []})
+    harness.engine.script = Script.parse({"greeting": greeting, "hears": ["Stop."], "answers": []})
     monkeypatch.setenv("PROTECT_GREETING", "1" if protected else "")
-    async with stage.caller("twilio") as caller:
+    async with harness.caller("twilio") as caller:
         await caller.hear(within=SECONDS)
-        await stage.say(caller, "whatever")
+        await harness.say(caller, "whatever")
         await caller.hear_out(quiet=0.5, within=SECONDS)
-    await stage.over()
-    assert stage.received.ended
-    said = stage.received.ended.get("transcript", [])
+    await harness.over()
+    assert harness.received.ended
+    said = harness.received.ended.get("transcript", [])
     heard = " ".join(turn["content"] for turn in said if turn["role"] == "assistant")
     assert (heard == greeting) is protected
 
 
-async def test_keys_reach_the_llm_as_text(stage: Stage) -> None:
-    stage.engine.script = Script.parse({"greeting": "Hello.", "answers": [{"says": "Noted."}]})
-    async with stage.caller("twilio") as caller:
+async def test_keys_reach_the_llm_as_text(harness: Harness) -> None:
+    harness.engine.script = Script.parse({"greeting": "Hello.", "answers": [{"says": "Noted."}]})
+    async with harness.caller("twilio") as caller:
         assert isinstance(caller, TwilioCaller)
         await caller.hear(within=SECONDS)
         await caller.hear_out(quiet=0.4, within=SECONDS)
         for key in "42#":
             await caller.press(key)
-        await stage.providers.log.until(
-            lambda: "Noted." in " ".join(stage.spoken), within_s=SECONDS
+        await harness.providers.log.until(
+            lambda: "Noted." in " ".join(harness.spoken), within_s=SECONDS
         )
-    await stage.over()
-    assert user_messages(stage) == ["DTMF: 42#"]
+    await harness.over()
+    assert user_messages(harness) == ["DTMF: 42#"]
 
 
 @pytest.mark.parametrize("text", ["Mhm.", "Mm-hmm.", "Uh-huh!", "Yeah, okay.", "I see."])

@@ -16,7 +16,8 @@ import bot
 quick = set(sys.modules)
 assert bot.readyz()["ready"]
 ready = set(sys.modules)
-import services, turns
+import services
+from conversation import turns
 services.create_stt(), services.create_llm(""), services.create_tts(), turns.params()
 print(*sorted(set(sys.modules) - ready))
 print(*sorted(ready - quick))

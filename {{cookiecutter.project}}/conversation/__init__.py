@@ -1,0 +1,1 @@
+"""How the bot behaves with people: turns, silence, endings, recovery from what fails."""

@@ -1,0 +1,154 @@
+"""How a call ends: at once, or after a goodbye, and never later than it must.
+
+Pipecat's own graceful end, the EndFrame, waits without a limit for all that is queued, and nothing
+overtakes it: a caller who hangs up during the goodbye, or a service that hangs, would hold up the
+end. Here a goodbye is waited for up to a limit, and then the call is cancelled.
+"""
+
+import asyncio
+import gc
+from typing import TYPE_CHECKING
+
+from loguru import logger
+from pipecat.frames.frames import Frame, LLMMessagesAppendFrame
+
+import config
+
+if TYPE_CHECKING:
+    from pipecat.pipeline.worker import PipelineWorker
+    from pipecat.workers.runner import WorkerRunner
+
+    from roark import RoarkObserver
+    from transports import Connection
+
+GOODBYE_SECONDS = 15.0
+# The last word has left the pipeline, but not yet reached the caller's ear.
+LAST_WORD_SECONDS = 0.7
+# Longer than a browser's hiccup; a peer that is gone for good stays gone.
+DEAD_LINE_SECONDS = 5.0
+# How long a peer may take to connect at all.
+CONNECT_SECONDS = 20.0
+LOOK_EVERY_SECONDS = 0.5
+# For Pipecat, to take a cancelled pipeline down: its connections are closed meanwhile.
+TEARDOWN_SECONDS = 5.0
+FORGET_SECONDS = 0.5
+# Below max_session_duration in pcc-deploy.toml, which ends a call without a goodbye.
+MAX_CALL_SECONDS = 3300.0
+
+SESSION_LIMIT = ("max-duration", "bot() was cancelled: the host's session limit")
+"""The reason and its detail when Pipecat Cloud cancels `bot()`."""
+
+TIME_IS_UP = "This call has reached its time limit. Say so in one sentence, and say goodbye."
+
+
+def forget_soon() -> None:
+    """Free the memory of a call that is over, once bot() has let go of it.
+
+    A call is full of cycles and holds 10 MB. Python's own collection, which counts objects and not
+    bytes, would let dozens of calls pile up.
+    """
+    asyncio.get_running_loop().call_later(FORGET_SECONDS, gc.collect)
+
+
+def instruction(text: str) -> LLMMessagesAppendFrame:
+    """Tell the LLM something the caller does not hear, and have it speak."""
+    # Most LLMs know no role "developer": Pipecat passes it on as the caller's. The brackets tell
+    # them apart.
+    content = f"[{text}]"
+    return LLMMessagesAppendFrame([{"role": "developer", "content": content}], run_llm=True)
+
+
+class Ending:
+    """The end of one call. Who asks for it first decides why and how."""
+
+    def __init__(
+        self, worker: "PipelineWorker", runner: "WorkerRunner", roark: "RoarkObserver"
+    ) -> None:
+        """Prepare the end of the call that `runner` runs."""
+        self._worker = worker
+        self._runner = runner
+        self._roark = roark
+        self._goodbye: asyncio.Task[None] | None = None
+        self._limit_seconds = config.seconds("MAX_CALL_SECONDS", MAX_CALL_SECONDS)
+        self._has_begun = False
+        self._cancelled = asyncio.Event()
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the call is ending: nothing new may be said."""
+        return self._has_begun
+
+    async def now(self, reason: str, detail: str) -> None:
+        """End the call at once; `reason` is one of roark.call.ENDINGS."""
+        self._has_begun = True
+        self._roark.note_ending(reason, detail)
+        await self._cancel(reason)
+
+    def after(self, *goodbye: Frame, reason: str, detail: str) -> None:
+        """End the call once what the bot is saying, and `goodbye`, has been heard."""
+        if self._has_begun:
+            return
+        self._has_begun = True
+        self._roark.note_ending(reason, detail)
+        self._goodbye = asyncio.create_task(self._say_goodbye(goodbye, reason))
+
+    async def run(self, connection: "Connection") -> None:
+        """Run the call on `connection` to its end, whoever brings that about."""
+        running = asyncio.create_task(self._runner.run())
+        cancelled = asyncio.create_task(self._cancelled.wait())
+        watches = [
+            cancelled,
+            asyncio.create_task(self._limit_duration()),
+            asyncio.create_task(self._notice_dead_line(connection)),
+        ]
+        try:
+            await asyncio.wait([running, cancelled], return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            # So Pipecat Cloud ends a session at its limit. The runner would cancel the call too,
+            # but not say why.
+            await self.now(*SESSION_LIMIT)
+        finally:
+            tasks = [*watches, self._goodbye] if self._goodbye else watches
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.wait([running], timeout=2 * TEARDOWN_SECONDS)
+        if not running.done():
+            logger.error("The pipeline could not be taken down; leaving it behind")
+            running.cancel()
+            return
+        running.result()
+
+    async def _say_goodbye(self, goodbye: tuple[Frame, ...], reason: str) -> None:
+        try:
+            async with asyncio.timeout(GOODBYE_SECONDS):
+                await self._worker.queue_frames(goodbye)
+                await self._worker.flush_pipeline(GOODBYE_SECONDS)
+                await asyncio.sleep(LAST_WORD_SECONDS)
+        except TimeoutError:
+            logger.warning(f"The goodbye took longer than {GOODBYE_SECONDS:g} s; ending without it")
+        await self._cancel(reason)
+
+    async def _cancel(self, reason: str) -> None:
+        await self._runner.cancel(reason)
+        self._cancelled.set()
+
+    async def _limit_duration(self) -> None:
+        if self._limit_seconds:
+            await asyncio.sleep(self._limit_seconds)
+            detail = f"MAX_CALL_SECONDS is {self._limit_seconds:g}"
+            self.after(instruction(TIME_IS_UP), reason="max-duration", detail=detail)
+
+    async def _notice_dead_line(self, connection: "Connection") -> None:
+        # Pipecat tells of a webrtc peer that vanished when ICE gives up, after about 30 s.
+        if connection.is_alive is None:
+            return
+        patience = CONNECT_SECONDS
+        dead_for = 0.0
+        while dead_for < patience and not connection.is_closed():
+            await asyncio.sleep(LOOK_EVERY_SECONDS)
+            if connection.is_alive():
+                patience, dead_for = DEAD_LINE_SECONDS, 0.0
+            else:
+                dead_for += LOOK_EVERY_SECONDS
+        await self.now("client-disconnected", "the caller's connection went dead")

@@ -1,0 +1,1 @@
+"""Errands of a deployment: `python -m deploy`. Development only: the image does not hold it."""

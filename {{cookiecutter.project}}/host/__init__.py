@@ -1,0 +1,1 @@
+"""What the process needs, whoever is on the line: its log, traces, signals."""

@@ -1,0 +1,1 @@
+"""Who calls the bot: over a Twilio media stream, over WebRTC."""

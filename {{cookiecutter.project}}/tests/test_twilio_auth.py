@@ -1,0 +1,302 @@
+"""Who may call a Twilio bot on your own server: signed requests, and tokens good for one call."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+from xml.etree import ElementTree
+
+import aiohttp
+import pytest
+from fastapi import FastAPI, WebSocket
+from loguru import logger
+
+from rehearsal.callers.twilio import TwilioCaller
+from rehearsal.engines.scripted import Script, ScriptedEngine
+from rehearsal.host.bot_process import BotProcess, free_port, run_bot
+from rehearsal.providers.all import serve as serve_providers
+from rehearsal.providers.roark import RoarkReceiver
+from telephony import twilio_auth
+from telephony.twilio_auth import Gate
+
+AUTH_TOKEN = "an-auth-token-of-twilio"
+HOST = "voice.example.org"
+SECONDS = 30.0
+
+# The two worked examples of Twilio's documentation, auth token 12345.
+DOCUMENTED_ADDRESS = "https://mycompany.com/myapp.php?foo=1&bar=2"
+DOCUMENTED = {
+    "+14158675309": "RSOYDt4T1cUTdK1PDd93/VVr8B8=",
+    "+12349013030": "0/KCTR6DLpKmkAf8muzZqo1nDgQ=",
+}
+
+
+class Clock:
+    """A clock that the test turns."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def form_of(caller: TwilioCaller, number: str = "+15550100") -> dict[str, str]:
+    """What Twilio posts when this caller has dialled."""
+    return {"CallSid": caller.call_sid, "From": number, "To": "+15550199", "ApiVersion": ""}
+
+
+def signed(address: str, form: dict[str, str], auth_token: str = AUTH_TOKEN) -> dict[str, str]:
+    """Twilio's signature as a header."""
+    signature = Gate(auth_token).signature(address, list(form.items()))
+    return {"X-Twilio-Signature": signature.decode()}
+
+
+@pytest.mark.parametrize("number", DOCUMENTED)
+def test_it_signs_as_twilio_documents(number: str) -> None:
+    digits = f"Digits=1234&CallSid=CA1234567890ABCDE&To=%2B18005551212&From={number[1:]}"
+    form = [(name, number if name == "From" else value) for name, value in parse_qsl(digits)] + [
+        ("Caller", number)
+    ]
+    assert Gate("12345").signature(DOCUMENTED_ADDRESS, form).decode() == DOCUMENTED[number]
+
+
+@pytest.mark.parametrize("entered", ["/", "", ":443/", ":443"])
+def test_the_same_address_may_be_entered_in_several_ways(entered: str) -> None:
+    form = {"CallSid": "CA1"}
+    for host in (HOST, f"{HOST}:443"):
+        signature = signed(f"https://{HOST}{entered}", form)["X-Twilio-Signature"]
+        assert Gate(AUTH_TOKEN).signed_by_twilio(host, "", list(form.items()), signature)
+
+
+@pytest.mark.parametrize(
+    "address, auth_token, posted",
+    [
+        (f"https://{HOST}/", "another-token", {"CallSid": "CA1"}),
+        (f"http://{HOST}/", AUTH_TOKEN, {"CallSid": "CA1"}),
+        ("https://elsewhere.example.org/", AUTH_TOKEN, {"CallSid": "CA1"}),
+        (f"https://{HOST}/?a=1", AUTH_TOKEN, {"CallSid": "CA1"}),
+        (f"https://{HOST}/", AUTH_TOKEN, {"CallSid": "CA2"}),
+        (f"https://{HOST}/", AUTH_TOKEN, {"CallSid": "CA1", "From": "+15550100"}),
+    ],
+)
+def test_a_signature_is_for_one_account_one_address_and_one_form(
+    address: str, auth_token: str, posted: dict[str, str]
+) -> None:
+    signature = signed(address, {"CallSid": "CA1"}, auth_token)["X-Twilio-Signature"]
+    assert not Gate(AUTH_TOKEN).signed_by_twilio(HOST, "", list(posted.items()), signature)
+
+
+@pytest.mark.parametrize("signature", ["", "=", "\u00e9", "A" * 28])
+def test_a_signature_that_is_none_is_refused(signature: str) -> None:
+    assert not Gate(AUTH_TOKEN).signed_by_twilio(HOST, "", [("CallSid", "CA1")], signature)
+
+
+def test_a_token_lets_its_call_in_once() -> None:
+    gate = Gate(AUTH_TOKEN)
+    token = gate.issue("CA1")
+    assert gate.lets_in("CA1", token)
+    assert not gate.lets_in("CA1", token), "replayed"
+
+
+@pytest.mark.parametrize("wrong", ["", "guess", "\u00e9"])
+def test_a_wrong_token_neither_enters_nor_uses_up_the_right_one(wrong: str) -> None:
+    gate = Gate(AUTH_TOKEN)
+    token = gate.issue("CA1")
+    assert not gate.lets_in("CA1", wrong)
+    assert not gate.lets_in("CA2", token), "a token of another call"
+    assert gate.lets_in("CA1", token)
+
+
+def test_a_call_that_never_asked_does_not_enter_with_nothing() -> None:
+    assert not Gate(AUTH_TOKEN).lets_in("CA1", "")
+
+
+def test_a_token_expires() -> None:
+    clock = Clock()
+    gate = Gate(AUTH_TOKEN, clock=clock)
+    token = gate.issue("CA1")
+    clock.now += twilio_auth.TOKEN_SECONDS
+    assert not gate.lets_in("CA1", token)
+
+
+def test_asking_twice_leaves_the_newer_token() -> None:
+    gate = Gate(AUTH_TOKEN)
+    older, newer = gate.issue("CA1"), gate.issue("CA1")
+    assert not gate.lets_in("CA1", older)
+    assert gate.lets_in("CA1", newer)
+
+
+def test_tokens_do_not_pile_up() -> None:
+    clock = Clock()
+    gate = Gate(AUTH_TOKEN, clock=clock)
+    tokens = {number: gate.issue(f"CA{number}") for number in range(twilio_auth.MAX_TOKENS + 1)}
+    assert not gate.lets_in("CA0", tokens[0]), "the oldest made room"
+    assert gate.lets_in("CA1", tokens[1])
+    clock.now += twilio_auth.TOKEN_SECONDS
+    gate.issue("CA-new")
+    assert len(gate._tokens) == 1
+
+
+@pytest.mark.parametrize("arguments", [["-t", "twilio"], ["-t", "twilio", "-x", ""]])
+@pytest.mark.parametrize("auth_token", ["", AUTH_TOKEN])
+def test_twilio_without_a_public_name_ends_in_one_sentence(
+    arguments: list[str], auth_token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TWILIO_AUTH_TOKEN", auth_token)
+    with pytest.raises(SystemExit) as ending:
+        twilio_auth.guard(FastAPI(), arguments)
+    assert "-x HOST" in str(ending.value.code)
+    assert len(str(ending.value.code).splitlines()) == 1
+
+
+def test_without_the_auth_token_the_server_is_pipecats_own_and_the_log_warns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TWILIO_AUTH_TOKEN", " ")
+    lines: list[str] = []
+    sink = logger.add(lines.append, level="WARNING", format="{message}")
+    try:
+        app = FastAPI()
+        routes = list(app.router.routes)
+        twilio_auth.guard(app, ["-t", "twilio", "-x", HOST])
+        twilio_auth.guard(app, ["-t", "webrtc"])
+        assert app.router.routes == routes
+    finally:
+        logger.remove(sink)
+    assert len(lines) == 1
+    assert "TWILIO_AUTH_TOKEN" in lines[0]
+
+
+def test_the_token_is_taken_out_of_what_is_kept_with_the_call() -> None:
+    app = FastAPI()
+    app.state.twilio_gate = gate = Gate(AUTH_TOKEN)
+    parameters: dict[str, object] = {twilio_auth.TOKEN_PARAMETER: gate.issue("CA1"), "note": "x"}
+
+    async def nothing(*_: object) -> Any: ...
+
+    assert twilio_auth.lets_in(
+        WebSocket({"type": "websocket", "app": app}, nothing, nothing), "CA1", parameters
+    )
+    assert parameters == {"note": "x"}
+
+
+@asynccontextmanager
+async def guarded_bot(
+    transport: str, tmp_path: Path
+) -> AsyncIterator[tuple[BotProcess, RoarkReceiver]]:
+    """`python bot.py -t TRANSPORT -x HOST` with an auth token, in a process of its own."""
+    engine = ScriptedEngine(Script(greeting="Hello there."))
+    async with serve_providers(engine) as providers, RoarkReceiver() as roark:
+        world = {
+            **providers.environment,
+            "TWILIO_AUTH_TOKEN": AUTH_TOKEN,
+            "ROARK_BASE_URL": roark.url,
+            "ROARK_API_KEY": "rehearsal",
+            "CALLS_DIR": str(tmp_path / "calls"),
+        }
+        options = ["-x", f"https://{HOST}/"] if transport == "twilio" else []
+        async with run_bot(transport, free_port(), world, options=options) as bot:
+            yield bot, roark
+
+
+async def twiml_for(
+    bot: BotProcess, caller: TwilioCaller, headers: dict[str, str] | None = None
+) -> tuple[int, dict[str, str]]:
+    """Ask for the TwiML of a call; return the status and the parameters of the stream."""
+    form = form_of(caller, '+1555"<&>')
+    headers = signed(f"https://{HOST}/", form) if headers is None else headers
+    async with (
+        aiohttp.ClientSession() as twilio,
+        twilio.post(bot.url, data=form, headers=headers) as answer,
+    ):
+        if answer.status != 200:
+            return answer.status, {}
+        (stream,) = ElementTree.fromstring(await answer.text()).iter("Stream")
+        assert stream.get("url") == f"wss://{HOST}/ws"
+        parameters = {parameter.get("name", ""): parameter.get("value", "") for parameter in stream}
+        return answer.status, parameters
+
+
+async def is_turned_away(caller: TwilioCaller) -> bool:
+    """Whether the bot hangs up on this caller without a word."""
+    async with caller:
+        try:
+            await caller.hear(within=SECONDS)
+        except ConnectionError:
+            return True
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.anyio
+async def test_a_call_enters_with_its_token_and_nobody_else(tmp_path: Path) -> None:
+    """Right, missing, wrong, replayed and stolen, in one process: starting one takes seconds."""
+    async with guarded_bot("twilio", tmp_path) as (bot, roark):
+        socket = bot.url.replace("http", "ws", 1) + "/ws"
+        welcome = TwilioCaller(socket)
+        status, parameters = await twiml_for(bot, welcome)
+        assert status == 200
+        assert parameters["from_number"] == '+1555"<&>'
+
+        assert await is_turned_away(TwilioCaller(socket)), "no token"
+        wrong = {twilio_auth.TOKEN_PARAMETER: "guess"}
+        assert await is_turned_away(TwilioCaller(socket, parameters=wrong))
+        assert await is_turned_away(TwilioCaller(socket, parameters=parameters)), "stolen"
+
+        first = TwilioCaller(socket, parameters=parameters)
+        first.call_sid = welcome.call_sid
+        assert not await is_turned_away(first)
+        again = TwilioCaller(socket, parameters=parameters)
+        again.call_sid = welcome.call_sid
+        assert await is_turned_away(again), "replayed"
+
+        await roark.until(lambda: any(call.whole for call in roark.calls.values()), timeout=SECONDS)
+        assert len(roark.calls) == 1, "a stranger's call became a call"
+
+        stranger = TwilioCaller(socket)
+        assert (await twiml_for(bot, stranger, {}))[0] == 403
+        assert (await twiml_for(bot, stranger, {"X-Twilio-Signature": "guess"}))[0] == 403
+        async with aiohttp.ClientSession() as browser:
+            for path in ("/start", "/api/offer", "/daily-dialin-webhook", "/docs"):
+                async with browser.post(bot.url + path, json={}) as answer:
+                    assert answer.status == 404, path
+            for path in ("/ws-client", "/ws/guess"):
+                with pytest.raises(aiohttp.WSServerHandshakeError):
+                    await browser.ws_connect(bot.url + path)
+            async with browser.get(f"{bot.url}/status") as answer:
+                assert answer.status == 200
+        forged = signed(f"https://{HOST}/", form_of(stranger, '+1555"<&>'), "another-token")
+        assert (await twiml_for(bot, stranger, forged))[0] == 403
+        log = bot.log.read_text()
+    assert parameters[twilio_auth.TOKEN_PARAMETER] not in log
+    assert "Traceback" not in log
+
+
+@pytest.mark.slow
+@pytest.mark.anyio
+async def test_a_body_too_large_for_twilio_is_not_read(tmp_path: Path) -> None:
+    async with guarded_bot("twilio", tmp_path) as (bot, _), aiohttp.ClientSession() as stranger:
+        body = b"a" * (twilio_auth.MAX_BODY_BYTES + 1)
+        async with stranger.post(bot.url, data=body) as answer:
+            assert answer.status == 413
+
+
+@pytest.mark.slow
+@pytest.mark.anyio
+async def test_a_webrtc_server_with_the_auth_token_takes_no_phone_calls(tmp_path: Path) -> None:
+    """-t alone would not keep a stranger off /ws: nobody can get a token there, so nobody calls."""
+    async with guarded_bot("webrtc", tmp_path) as (bot, _):
+        socket = bot.url.replace("http", "ws", 1) + "/ws"
+        assert await is_turned_away(TwilioCaller(socket))
+
+
+@pytest.mark.slow
+@pytest.mark.anyio
+async def test_a_server_without_the_auth_token_takes_every_call(tmp_path: Path) -> None:
+    """As Pipecat's own does: the rehearsal and the first try need no account."""
+    engine = ScriptedEngine(Script(greeting="Hello there."))
+    async with serve_providers(engine) as providers:
+        world = {**providers.environment, "CALLS_DIR": str(tmp_path / "calls")}
+        async with run_bot("twilio", free_port(), world) as bot:
+            assert not await is_turned_away(TwilioCaller(bot.url.replace("http", "ws", 1) + "/ws"))
