@@ -9,7 +9,7 @@ COPY . /template/
 RUN cookiecutter --no-input --output-dir /baked /template && mv /baked/* /bot && rm /bot/preflight.py
 
 FROM dailyco/pipecat-base:0.2.3-py3.12
-ENV UV_COMPILE_BYTECODE=1 UV_LINK_MODE=copy
+ENV UV_LINK_MODE=copy
 COPY --from=bake /bot/pyproject.toml /bot/uv.loc[k] ./
 RUN --mount=type=cache,target=/root/.cache/uv \
     if [ -f uv.lock ]; then \
@@ -24,3 +24,5 @@ COPY --from=bake /bot/host/ host/
 COPY --from=bake /bot/roark/ roark/
 COPY --from=bake /bot/telephony/ telephony/
 RUN python -c "import bot"
+RUN python -c "import os, config; os.environ.update(dict.fromkeys(config.REQUIRED, 'none')); \
+import bot; assert bot.readyz()['ready']"
