@@ -21,9 +21,9 @@ from rehearsal.callers.twilio import TwilioCaller
 from rehearsal.callers.webrtc import WebRTCCaller
 from rehearsal.engines.engine import ToolCall
 from rehearsal.engines.scripted import Answer, Script, ScriptedEngine
-from rehearsal.host.bot_process import free_port
 from rehearsal.providers.all import Providers, serve
 from rehearsal.providers.roark import ReceivedCall, RoarkReceiver
+from rehearsal.providers.server import free_port
 
 from benchmarks import PROJECT, REPOSITORY
 from benchmarks.host import Measured, Settings, loop_is_over

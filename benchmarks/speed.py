@@ -24,9 +24,9 @@ from rehearsal.callers.caller import Caller
 from rehearsal.callers.twilio import TwilioCaller
 from rehearsal.callers.webrtc import WebRTCCaller
 from rehearsal.engines.scripted import Answer, Script, ScriptedEngine
-from rehearsal.host.bot_process import free_port
 from rehearsal.providers.all import serve
 from rehearsal.providers.roark import RoarkReceiver
+from rehearsal.providers.server import free_port
 
 from benchmarks import PROJECT, REPOSITORY
 from benchmarks.scaffold import generate

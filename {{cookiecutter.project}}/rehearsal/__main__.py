@@ -33,9 +33,10 @@ from rehearsal.engines.engine import Engine
 from rehearsal.engines.language_model import choose_answerer
 from rehearsal.engines.local import LocalEngine, LocalEngineError
 from rehearsal.engines.scripted import Script, ScriptedEngine
-from rehearsal.host.bot_process import BotFailed, BotProcess, free_port, run_bot, user_settings
+from rehearsal.host.bot_process import BotFailed, BotProcess, run_bot, user_settings
 from rehearsal.providers.all import Providers, serve
 from rehearsal.providers.roark import RoarkReceiver
+from rehearsal.providers.server import free_port
 
 BROWSER_PORT = 7860
 DELIVERY_SECONDS = 15.0

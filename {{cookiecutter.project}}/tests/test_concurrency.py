@@ -25,9 +25,10 @@ from rehearsal.callers.twilio import TwilioCaller
 from rehearsal.callers.webrtc import WebRTCCaller
 from rehearsal.engines.engine import Heard, TextDelta, ToolCall
 from rehearsal.engines.scripted import Answer, Script, ScriptedEngine, ScriptedRecogniser
-from rehearsal.host.bot_process import BotProcess, free_port, run_bot
+from rehearsal.host.bot_process import BotProcess, run_bot
 from rehearsal.providers.all import serve
 from rehearsal.providers.roark import ReceivedCall, RoarkReceiver
+from rehearsal.providers.server import free_port
 
 pytestmark = pytest.mark.anyio
 

@@ -16,9 +16,10 @@ from rehearsal.call import HUMAN_VOICE
 from rehearsal.callers.twilio import TwilioCaller
 from rehearsal.callers.webrtc import WebRTCCaller
 from rehearsal.engines.scripted import Script, ScriptedEngine
-from rehearsal.host.bot_process import BotProcess, free_port, run_bot
+from rehearsal.host.bot_process import BotProcess, run_bot
 from rehearsal.providers.all import serve as serve_providers
 from rehearsal.providers.roark import ReceivedCall, RoarkReceiver
+from rehearsal.providers.server import free_port
 
 # Each starts a process and holds calls in real time.
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]

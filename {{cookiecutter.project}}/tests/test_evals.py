@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from rehearsal.engines.scripted import Script, ScriptedEngine
-from rehearsal.host.bot_process import BotProcess, free_port, run_bot
+from rehearsal.host.bot_process import BotProcess, run_bot
 from rehearsal.providers.all import serve as serve_providers
+from rehearsal.providers.server import free_port
 
 # Each starts the bot and the harness, which takes seconds to import.
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]

@@ -17,10 +17,11 @@ from rehearsal.callers.twilio import TwilioCaller
 from rehearsal.callers.webrtc import WebRTCCaller
 from rehearsal.engines.engine import ToolCall
 from rehearsal.engines.scripted import Answer, Script, ScriptedEngine
-from rehearsal.host.bot_process import BotProcess, free_port, run_bot
+from rehearsal.host.bot_process import BotProcess, run_bot
 from rehearsal.providers.all import Providers
 from rehearsal.providers.all import serve as serve_providers
 from rehearsal.providers.roark import RoarkReceiver
+from rehearsal.providers.server import free_port
 from telephony.twilio_auth import Gate
 
 SECONDS = 30.0

@@ -19,10 +19,11 @@ from loguru import logger
 from host import telemetry
 from rehearsal.callers.twilio import TwilioCaller
 from rehearsal.engines.scripted import Answer, Script, ScriptedEngine
-from rehearsal.host.bot_process import free_port, run_bot
+from rehearsal.host.bot_process import run_bot
 from rehearsal.providers.all import Providers
 from rehearsal.providers.all import serve as serve_providers
 from rehearsal.providers.roark import RoarkReceiver
+from rehearsal.providers.server import free_port
 
 SECONDS = 30.0
 HEARD, ANSWER, SETTING = "Xylophone", "Zephyranth", "Saltimbanco"

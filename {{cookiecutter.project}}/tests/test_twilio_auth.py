@@ -14,9 +14,10 @@ from loguru import logger
 
 from rehearsal.callers.twilio import TwilioCaller
 from rehearsal.engines.scripted import Script, ScriptedEngine
-from rehearsal.host.bot_process import BotProcess, free_port, run_bot
+from rehearsal.host.bot_process import BotProcess, run_bot
 from rehearsal.providers.all import serve as serve_providers
 from rehearsal.providers.roark import RoarkReceiver
+from rehearsal.providers.server import free_port
 from telephony import twilio_auth
 from telephony.twilio_auth import Gate
 

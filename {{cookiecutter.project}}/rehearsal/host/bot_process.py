@@ -8,7 +8,6 @@ import asyncio
 import os
 import re
 import signal
-import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -156,17 +155,6 @@ def user_settings() -> dict[str, str]:
     """Return the user's environment as the bot would see it: `.env` wins over the shell."""
     written = dotenv_values(PROJECT / ".env")
     return {**os.environ, **{name: value for name, value in written.items() if value is not None}}
-
-
-def free_port(preferred: int = 0) -> int:
-    """Return `preferred`, else the next free port after it; any free port for 0."""
-    for port in range(preferred, 65536):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            with suppress(OSError):
-                probe.bind((HOST, port))
-                return probe.getsockname()[1]
-    raise OSError(f"no free port from {preferred} on")
 
 
 def _harmless(settings: Mapping[str, str]) -> dict[str, str]:

@@ -5,7 +5,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from rehearsal.engines.engine import Engine
-from rehearsal.host.bot_process import free_port
 from rehearsal.providers.anthropic import AnthropicServer
 from rehearsal.providers.assemblyai import AssemblyAIServer
 from rehearsal.providers.cartesia import CartesiaServer
@@ -17,7 +16,7 @@ from rehearsal.providers.google import GoogleServer
 from rehearsal.providers.openai import OpenAIServer
 from rehearsal.providers.openai_stt import OpenAIListenServer
 from rehearsal.providers.pace import VoiceServer
-from rehearsal.providers.server import ProviderServer, WireLog
+from rehearsal.providers.server import ProviderServer, WireLog, free_port
 from rehearsal.providers.twilio_rest import TwilioServer
 
 

@@ -9,7 +9,7 @@ import json
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,17 @@ _SECRET_HEADERS = {"authorization", "x-api-key", "x-goog-api-key", "xi-api-key"}
 _SHUTDOWN_SECONDS = 0.1
 # Who looks keys up behind an open socket takes a moment; a client believes itself connected.
 _LOOKUP_SECONDS = 0.1
+
+
+def free_port(preferred: int = 0) -> int:
+    """Return `preferred`, else the next free port after it; any free port for 0."""
+    for port in range(preferred, 65536):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with suppress(OSError):
+                probe.bind((HOST, port))
+                return probe.getsockname()[1]
+    raise OSError(f"no free port from {preferred} on")
 
 
 @dataclass

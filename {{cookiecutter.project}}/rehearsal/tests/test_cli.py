@@ -26,7 +26,7 @@ from harness import RECORDS_AUDIO
 import config
 import rehearsal
 from rehearsal.call import conversation, recorded_voice
-from rehearsal.host.bot_process import free_port
+from rehearsal.providers.server import free_port
 
 pytestmark = pytest.mark.anyio
 
