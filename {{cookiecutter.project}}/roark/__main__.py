@@ -19,7 +19,7 @@ from dotenv import find_dotenv, load_dotenv
 from loguru import logger
 
 from roark.client import RoarkClient
-from roark.folder import Folder, call_folders
+from roark.folder import Folder, call_folders, make_private, reason_of
 from roark.outbox import Flushed, Outbox, setting
 
 
@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     load_dotenv(find_dotenv(usecwd=True))
     directory = Path(setting("CALLS_DIR") or "calls")
+    if found := make_private(directory):
+        print(found, file=sys.stderr)
     match chosen.command:
         case "calls":
             return list_calls(directory)
@@ -45,30 +47,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def list_calls(directory: Path) -> int:
-    """Prints one line per call, oldest first."""
-    folders = [Folder.load(path) for path in call_folders(directory)]
-    if not folders:
-        print(f"No calls in {directory}.")
-        return 0
+    """Prints one line per call, oldest first; exit status 1 if a folder could not be read."""
     rows = [("STARTED", "LENGTH", "SIZE", "ENDED", "ROARK", "CALL")]
-    rows += [
-        (
-            _started(folder),
-            _length(folder),
-            f"{sum(file.stat().st_size for file in os.scandir(folder.path)) / 1e6:.1f} MB",
-            _ending(folder),
-            _state(folder),
-            folder.call_id,
-        )
-        for folder in folders
-    ]
+    undelivered = unreadable = 0
+    for path in call_folders(directory):
+        # Whatever is wrong with one folder, the others are shown.
+        try:
+            folder = Folder.load(path)
+            rows.append(_row(folder))
+            undelivered += _is_due(folder)
+        except Exception as error:
+            _name_unreadable(path, error)
+            unreadable += 1
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
+    for row in rows if len(rows) > 1 else []:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         print("  ".join(cells).rstrip())
-    undelivered = sum(map(_is_due, folders))
-    print(f"{_count(len(folders), 'call')} in {directory}, {undelivered} undelivered.")
-    return 0
+    if len(rows) > 1:
+        print(f"{_count(len(rows) - 1, 'call')} in {directory}, {undelivered} undelivered.")
+    else:
+        print(f"No calls in {directory}.")
+    return 1 if unreadable else 0
 
 
 def deliver(directory: Path) -> int:
@@ -96,15 +95,23 @@ def deliver(directory: Path) -> int:
                 outcome += f", {flushed.given_up} given up"
         print(f"{folder.path.name}: {outcome}", flush=True)
 
+    unreadable: dict[Path, Exception] = {}
     try:
-        outbox.deliver_leftovers(progress).result()
+        outbox.deliver_leftovers(progress, unreadable.__setitem__).result()
     except KeyboardInterrupt:
         print("Stopped; what is left stays on disk.", file=sys.stderr)
     finally:
         outbox.close()
-    left = sum(_is_due(Folder.load(path)) for path in call_folders(directory))
+    left = 0
+    for path in call_folders(directory):
+        try:
+            left += _is_due(Folder.load(path))
+        except Exception as error:
+            unreadable[path] = error
+    for path, error in unreadable.items():
+        _name_unreadable(path, error)
     print(f"{_count(left, 'call')} left in {directory}." if left else "Nothing is left to deliver.")
-    return 1 if left else 0
+    return 1 if left or unreadable else 0
 
 
 def write_report(directory: Path, call: str | None) -> int:
@@ -113,6 +120,21 @@ def write_report(directory: Path, call: str | None) -> int:
     from roark import report
 
     return report.main(directory, call)
+
+
+def _name_unreadable(path: Path, error: Exception) -> None:
+    print(f"{path.name}: cannot be read, passed over: {reason_of(error)}", file=sys.stderr)
+
+
+def _row(folder: Folder) -> tuple[str, str, str, str, str, str]:
+    return (
+        f"{folder.begun_at:%Y-%m-%d %H:%M:%S} UTC",
+        _length(folder),
+        f"{sum(file.stat().st_size for file in os.scandir(folder.path)) / 1e6:.1f} MB",
+        _ending(folder),
+        _state(folder),
+        folder.call_id,
+    )
 
 
 def _is_due(folder: Folder) -> bool:
@@ -126,17 +148,12 @@ def _state(folder: Folder) -> str:
     if folder.ended is None:
         return "live" if folder.lock.is_taken else "process died"
     if folder.destination is None:
-        return "kept"
+        return f"kept, {_count(lost, 'chunk')} lost" if (lost := len(folder.lost)) else "kept"
     if folder.steps_left:
         return f"{len(folder.steps_left)} to deliver to {folder.destination}"
     if folder.steps_given_up:
         return f"delivered, {len(folder.steps_given_up)} given up"
     return "delivered"
-
-
-def _started(folder: Folder) -> str:
-    moment = datetime.strptime(folder.path.name.split("-")[0] + "+0000", "%Y%m%dT%H%M%S%z")
-    return f"{moment.astimezone():%Y-%m-%d %H:%M:%S}"
 
 
 def _length(folder: Folder) -> str:

@@ -14,6 +14,8 @@ A file is written beside its place, synced and renamed: it is whole or it is not
 synced before a chunk is removed on their word, and at the end: a power cut in between costs at
 most a request sent again. The lock is taken by whoever writes or delivers the folder, and freed
 by the operating system when that process dies.
+
+Calls are private: folders are 0700 and files 0600 from their first byte, whatever the umask.
 """
 
 import errno
@@ -26,6 +28,7 @@ import shutil
 import struct
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -63,12 +66,60 @@ def folder_name(call_id: str, at: datetime) -> str:
     return f"{at:%Y%m%dT%H%M%S}-{readable or 'call'}-{secrets.token_hex(4)}"
 
 
+def begun_at(path: Path) -> datetime:
+    """The time (UTC) that the name of a call's folder begins with; raises Unreadable if none."""
+    try:
+        return datetime.strptime(path.name.split("-")[0] + "+0000", "%Y%m%dT%H%M%S%z")
+    except ValueError:
+        raise Unreadable("its name does not begin with the time of a call") from None
+
+
 def call_folders(directory: Path) -> list[Path]:
     """The call folders of a directory, oldest first; whatever else lies there is not ours."""
     try:
         return sorted(path.parent for path in directory.glob(f"[0-9]*/{DELIVERY}"))
     except OSError:
         return []
+
+
+class Unreadable(Exception):
+    """A folder whose files do not say what became of its call; the text says why."""
+
+
+def reason_of(error: Exception) -> str:
+    """What is wrong with a folder, in words that hold nothing of its content."""
+    if isinstance(error, Unreadable):
+        return str(error)
+    return (isinstance(error, OSError) and error.strerror) or type(error).__name__
+
+
+def make_private(directory: Path) -> str | None:
+    """Closes a directory of calls to everybody else; says what was, or is, wrong with it."""
+    if sys.platform == "win32":
+        return None
+    try:
+        mode = directory.stat().st_mode & 0o777
+        if not mode & 0o077:
+            return None
+        directory.chmod(mode & 0o700)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return (
+            f"other users of this machine may look into {directory}, and this one may not change "
+            f"that ({error.strerror}): have its owner do `chmod 700`"
+        )
+    return f"other users of this machine could look into {directory}; it is closed to them now"
+
+
+def open_private(path: Path, flags: int) -> int:
+    """A file descriptor of a file that nobody else may read, for `os.fdopen` or as an opener."""
+    file = os.open(path, flags | getattr(os, "O_BINARY", 0), 0o600)
+    if sys.platform != "win32" and os.fstat(file).st_mode & 0o077:
+        # It was there before, from a time or a hand that did not care.
+        with suppress(OSError):
+            os.fchmod(file, 0o600)
+    return file
 
 
 class Lock:
@@ -85,8 +136,8 @@ class Lock:
         """Takes the lock unless somebody has it; OSError where files cannot be locked."""
         if self._file is not None:
             return True
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        _make_directory(self._path.parent)
+        file = open_private(self._path, os.O_RDWR | os.O_CREAT)
         try:
             if sys.platform == "win32":
                 msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
@@ -143,7 +194,10 @@ class Folder:
         self._waiting: set[int] = set()
         self._files: set[int] = set()
         self._lost: set[int] = set()
+        self._noted_lost: set[int] = set()
         self._silence: dict[int, int] = {}
+        self._only_held: dict[int, int] = {}
+        self._has_header = True
         self._recorded = 0
         self._recording_bytes = 0
         self._ending_is_final = False
@@ -158,23 +212,32 @@ class Folder:
 
     @classmethod
     def load(cls, path: Path) -> "Folder":
-        """The folder as it lies on disk; for looking at."""
+        """The folder as it lies on disk; for looking at. Raises Unreadable or OSError."""
         folder = cls(path)
         folder._read()
         return folder
 
     @classmethod
     def claim(cls, path: Path) -> "Folder | None":
-        """The folder and its lock; None when somebody else has it or it is gone."""
+        """The folder and its lock; None when somebody else has it or it is gone.
+
+        Raises Unreadable or OSError, and then has neither.
+        """
         folder = cls(path)
         if not folder.lock.acquire():
             return None
-        if not (path / DELIVERY).exists():
-            folder.lock.release(for_good=True)
-            return None
-        for name in (DELIVERY, JOURNAL):
-            _mend(path / name)
-        folder._read()
+        try:
+            if not (path / DELIVERY).exists():
+                folder.lock.release(for_good=True)
+                return None
+            for name in (DELIVERY, JOURNAL):
+                _mend(path / name)
+            folder._read()
+            for index in folder._lost - folder._noted_lost:
+                folder._note(lost=index, bytes=folder._only_held[index])
+        except BaseException:
+            folder.lock.release()
+            raise
         return folder
 
     def journal(self) -> list[dict[str, Any]]:
@@ -217,6 +280,11 @@ class Folder:
         return sorted({*self.given_up, *(chunk_step(index) for index in self._lost)})
 
     @property
+    def lost(self) -> list[int]:
+        """Chunks that nobody has."""
+        return sorted(self._lost)
+
+    @property
     def is_empty(self) -> bool:
         """Whether nothing is known of the call but its id."""
         anything = self.started or self.ended or self._chunks or self._lost
@@ -233,6 +301,15 @@ class Folder:
         return bool(self.held or self._unwritten) or not self._is_on_disk
 
     @property
+    def only_in_memory(self) -> list[str]:
+        """What is neither on disk nor delivered, by the names of files: lost if we die now."""
+        names = [f"{chunk_step(index)}.pcm" for index in sorted(self.held)]
+        for name in self._unwritten:
+            if not self.is_settled(name.removesuffix(".json")):
+                names.append(name)
+        return names
+
+    @property
     def is_journal_dirty(self) -> bool:
         """Whether a power cut would take events along."""
         return self._journal_is_dirty
@@ -246,10 +323,18 @@ class Folder:
         return self._recording_bytes / (2 * sample_rate * num_channels)
 
     @property
-    def last_change(self) -> datetime:
-        """When something of the call was written last."""
-        times = [entry.stat().st_mtime for entry in os.scandir(self.path)]
-        return datetime.fromtimestamp(max(times, default=0.0), UTC)
+    def begun_at(self) -> datetime:
+        """When the folder was made, as its name says; raises Unreadable when it does not."""
+        return begun_at(self.path)
+
+    @property
+    def closed_at(self) -> datetime:
+        """When the call was closed; its beginning while it is not."""
+        try:
+            at = (self.path / f"{ENDED}.json").stat().st_mtime
+        except FileNotFoundError:
+            return self.begun_at
+        return datetime.fromtimestamp(at, UTC)
 
     # Writing
 
@@ -269,7 +354,14 @@ class Folder:
         self.settle_disk()
         self.sync_journal()
         self._write(RECORD, record)
-        self._write(f"{ENDED}.json", self.ended or body)
+        self._write_ending(self.ended or body)
+
+    def _write_ending(self, body: bytes) -> None:
+        # Never ahead of what the log says is missing: the ending speaks of the whole recording.
+        if self._settle_delivery():
+            self._write(f"{ENDED}.json", body)
+        else:
+            self._unwritten[f"{ENDED}.json"] = body
 
     def keep_event(self, line: bytes) -> None:
         """Appends to the journal; `sync_journal` makes it last."""
@@ -311,19 +403,25 @@ class Folder:
 
     def settle_disk(self) -> None:
         """Writes what is still in memory, extends the recording, removes what is done with."""
+        ending = self._unwritten.pop(f"{ENDED}.json", None)
         for name, content in list(self._unwritten.items()):
             self._write(name, content)
         self._append_journal()
         for index in sorted(self.held):
             path, pcm = self._chunk_path(index), self.held[index]
-            if self.create() and self._try(lambda path=path, pcm=pcm: _replace(path, pcm)):
+            if self.create() and self._try(lambda path=path, pcm=pcm: replace(path, pcm)):
                 self._files.add(index)
             elif index not in self._waiting:
                 # Delivered from memory; nothing needs it now but the recording's time line.
                 self._silence[index] = len(pcm)
             else:
+                if index not in self._only_held:
+                    # A line may fit where a chunk does not: without it nobody would miss the chunk.
+                    self._note(held=index, bytes=len(pcm))
                 continue
             del self.held[index]
+        if ending is not None:
+            self._write_ending(ending)
         if self._is_on_disk and self._try(self._record):
             self._try(self._tidy)
 
@@ -350,7 +448,7 @@ class Folder:
         final = as_json(body)
         if final != self.ended:
             self.ended = final
-            self._write(f"{ENDED}.json", final)
+            self._write_ending(final)
         self._note(ending="final")
         return final
 
@@ -364,7 +462,17 @@ class Folder:
         self.lock.release(for_good=True)
 
     def _read(self) -> None:
+        try:
+            self._read_files()
+        except RecursionError:
+            raise Unreadable("its JSON is nested too deeply") from None
+        except (TypeError, ValueError, OverflowError) as error:
+            raise Unreadable(f"its files make no sense ({type(error).__name__})") from None
+
+    def _read_files(self) -> None:
+        begun_at(self.path)
         self._delivery_backlog = b""
+        self._has_header = False
         try:
             recorded = (self.path / RECORDING).stat().st_size - WAV_HEADER_BYTES
         except FileNotFoundError:
@@ -380,9 +488,18 @@ class Folder:
                 self._chunks.add(index)
                 if not self.is_settled(chunk_step(index)):
                     self._waiting.add(index)
+        if not self._has_header:
+            raise Unreadable(f"{DELIVERY} does not say whom the call is for")
         self.started = _read_body(self.path / f"{STARTED}.json")
         self.ended = _read_body(self.path / f"{ENDED}.json")
         self._is_on_disk = True
+        for index, size in self._only_held.items():
+            if index in self._files or index < self._recorded:
+                continue
+            # Its process ended before the disk took it.
+            self._silence[index] = size
+            if not self.is_settled(chunk_step(index)):
+                self._lost.add(index)
 
     def _create(self) -> None:
         try:
@@ -391,9 +508,9 @@ class Folder:
             # Some network disks know no locks. A new call needs none; nobody will claim it either.
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
-        self.path.mkdir(parents=True, exist_ok=True)
+        _make_directory(self.path)
         # Whole from the start: without its first line nobody knows whom the call is for.
-        _replace(self.path / DELIVERY, self._delivery_backlog)
+        replace(self.path / DELIVERY, self._delivery_backlog)
         self._delivery_backlog = b""
         _sync_directory(self.path.parent)
         self._is_on_disk = True
@@ -401,21 +518,26 @@ class Folder:
     def _note(self, **fact: Any) -> None:
         self._apply(fact)
         self._delivery_backlog += as_json(fact) + b"\n"
-        if self.create():
-            self._try(self._append_delivery)
+        self._settle_delivery()
 
     def _apply(self, fact: dict[str, Any]) -> None:
         match fact:
-            case {"call_id": str(call_id), "to": destination, "seed": str(seed)}:
+            case {"call_id": str(call_id), "to": str() | None as destination, "seed": str(seed)}:
                 self.call_id, self.destination, self._seed = call_id, destination, seed
+                self._has_header = True
             case {"format": [int(sample_rate), int(num_channels)]}:
+                if sample_rate <= 0 or num_channels <= 0:
+                    raise Unreadable(f"its recording has the format {[sample_rate, num_channels]}")
                 self._format = (sample_rate, num_channels)
+            case {"held": int(index), "bytes": int(size)}:
+                self._only_held[index] = size
             case {"recorded": int(index), "bytes": int(size)}:
                 self._recorded, self._recording_bytes = index + 1, size
                 if index not in self._lost:
                     self._chunks.add(index)
             case {"lost": int(index), "bytes": int(size)}:
                 self._lost.add(index)
+                self._noted_lost.add(index)
                 self._silence[index] = size
             case {"delivered": str(step)}:
                 self.delivered.add(step)
@@ -442,6 +564,10 @@ class Folder:
         if self._journal_backlog and self.create():
             self._try(append)
 
+    def _settle_delivery(self) -> bool:
+        """Writes the facts that the disk has not taken yet; whether it has them all now."""
+        return self.create() and (not self._delivery_backlog or self._try(self._append_delivery))
+
     def _append_delivery(self) -> None:
         _append(self.path / DELIVERY, self._delivery_backlog)
         self._delivery_backlog = b""
@@ -456,7 +582,9 @@ class Folder:
             silence = self._silence.get(index)
             pcm = self.read_chunk(index) if silence is None else bytes(silence)
             size = self._recording_bytes + len(pcm)
-            with open(self.path / RECORDING, "r+b" if self._recording_bytes else "wb") as wav:
+            begins = 0 if self._recording_bytes else os.O_CREAT | os.O_TRUNC
+            file = open_private(self.path / RECORDING, os.O_RDWR | begins)
+            with os.fdopen(file, "r+b") as wav:
                 wav.seek(WAV_HEADER_BYTES + self._recording_bytes)
                 # What an append that was cut short has left.
                 wav.truncate()
@@ -483,7 +611,7 @@ class Folder:
         return self.path / f"{chunk_step(index)}.pcm"
 
     def _write(self, name: str, content: bytes) -> bool:
-        if self.create() and self._try(lambda: _replace(self.path / name, content)):
+        if self.create() and self._try(lambda: replace(self.path / name, content)):
             self._unwritten.pop(name, None)
             return True
         self._unwritten[name] = content
@@ -532,10 +660,12 @@ def _read_body(path: Path) -> bytes | None:
         return None
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace(path: Path, content: bytes) -> None:
+    """Writes a private file whole, or leaves what was there."""
     unfinished = path.with_name(f".{path.name}.tmp")
     try:
-        with open(unfinished, "wb") as file:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        with os.fdopen(open_private(unfinished, flags), "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -548,7 +678,8 @@ def _replace(path: Path, content: bytes) -> None:
 
 def _append(path: Path, lines: bytes) -> None:
     """Appends all of it or nothing: half a line would spoil the next one."""
-    with open(path, "ab", buffering=0) as file:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    with os.fdopen(open_private(path, flags), "ab", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
         if file.write(lines) != len(lines):
             file.truncate(size)
@@ -565,6 +696,16 @@ def _mend(path: Path) -> None:
 def _sync(path: Path) -> None:
     with open(path, "ab") as file:
         os.fsync(file.fileno())
+
+
+def _make_directory(path: Path) -> None:
+    """A directory and what is missing above it; of ours only we may read."""
+    if not path.is_dir():
+        # `parents` would give the one above the folders of calls to everybody.
+        if not path.parent.is_dir():
+            path.parent.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(0o700, exist_ok=True)
+        path.mkdir(0o700, exist_ok=True)
 
 
 def _sync_directory(path: Path) -> None:

@@ -46,6 +46,8 @@ from roark.folder import (
     as_json,
     call_folders,
     folder_name,
+    make_private,
+    reason_of,
 )
 
 FLUSH_SECONDS = 20.0
@@ -77,7 +79,8 @@ class Flushed:
 
     Parameters:
         delivered: Taken by Roark.
-        left: Kept, to be delivered later.
+        left: Not yet; on disk for later, or, where the disk does not take it, in memory for as
+            long as the process lives.
         given_up: Refused for good by Roark, or lost when memory and disk were full.
     """
 
@@ -174,8 +177,8 @@ class Outbox:
         memory_bytes, disk_bytes, disk_days: The bounds.
         delivers_leftovers: Whether calls that earlier processes left are looked after.
         backoff, sleep: How long to wait between attempts, and how.
-        reconstruct: (events, time of the last sign of life in epoch ns) of a call whose process
-            died, to its call-started body, call-ended body and record.
+        reconstruct: (events, time of the last of them in epoch ns) of a call whose process died,
+            to its call-started body, call-ended body and record.
     """
 
     def __init__(
@@ -209,6 +212,7 @@ class Outbox:
         self._something_is_left = asyncio.Event()
         self._trimmed_at = 0.0
         self._held: dict[Path, int] = {}
+        self._in_memory: dict[Path, Folder] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._flushes: set[asyncio.Task[None]] = set()
         self._flushed: WeakKeyDictionary[Folder, Flushed] = WeakKeyDictionary()
@@ -219,6 +223,7 @@ class Outbox:
         self._thread = threading.Thread(target=self._run, name="roark-outbox", daemon=True)
         self._thread.start()
         atexit.register(self.close)
+        self._post(self._make_private)
         if delivers_leftovers:
             self._post(self._look_after_leftovers)
 
@@ -263,15 +268,24 @@ class Outbox:
             self._thread.join(DRAIN_SECONDS)
 
     def deliver_leftovers(
-        self, progress: Callable[[Folder, Flushed | None], None]
+        self,
+        progress: Callable[[Folder, Flushed | None], None],
+        unreadable: Callable[[Path, Exception], None] = lambda *_: None,
     ) -> "Future[bool]":
         """Tries once to deliver every call on disk; `progress` hears of each (None: in use).
 
-        The result says whether something is left that may go later.
+        `unreadable` hears of folders that could not be read. The result says whether something is
+        left that may go later.
         """
-        return asyncio.run_coroutine_threadsafe(self._deliver_each(progress), self._loop)
+        return asyncio.run_coroutine_threadsafe(
+            self._deliver_each(progress, unreadable), self._loop
+        )
 
     # In the outbox's thread
+
+    def _make_private(self) -> None:
+        if found := make_private(self.directory):
+            logger.warning(f"Roark: {found}")
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -312,13 +326,21 @@ class Outbox:
         self._held[folder.path] = held
         if not held:
             del self._held[folder.path]
+        if folder.only_in_memory:
+            self._in_memory[folder.path] = folder
+        else:
+            self._in_memory.pop(folder.path, None)
 
     def _say_disk_error(self, folder: Folder) -> None:
         if folder.disk_error is not None:
             reason = folder.disk_error.strerror or type(folder.disk_error).__name__
             folder.disk_error = None
-            consequence = "delivered from memory" if self.client else "not kept"
-            self._say_once(f"cannot write to {self.directory}: {reason}; calls are {consequence}")
+            consequence = (
+                "calls are delivered from memory, and lost if this process ends before they are"
+                if self.client
+                else "calls are not kept"
+            )
+            self._say_once(f"cannot write to {self.directory}: {reason}; {consequence}")
 
     def _say_once(self, message: str) -> None:
         """Logs an error that would otherwise be said for every request."""
@@ -420,7 +442,13 @@ class Outbox:
         self._flushed[folder] = result
         call = f"Roark: call {folder.call_id}"
         kept = f"{folder.recording_seconds:.1f} s of audio in {folder.path}"
-        if self.client is None:
+        if folder.only_in_memory:
+            logger.error(
+                f"{call}: {result.delivered} requests delivered, {result.left} left; "
+                f"{_listed(folder)} only in memory, and lost when this process ends, unless the "
+                f"disk takes them or Roark does; {kept}"
+            )
+        elif self.client is None:
             logger.info(f"{call}: kept, {kept}")
         elif result.left:
             logger.warning(
@@ -442,6 +470,13 @@ class Outbox:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
+        for folder in list(self._in_memory.values()):
+            folder.settle_disk()
+            if folder.only_in_memory:
+                logger.error(
+                    f"Roark: call {folder.call_id}: {_listed(folder)} lost: neither "
+                    f"{self.directory} nor Roark took them while this process lived"
+                )
         for delivery in self._deliveries.values():
             delivery.folder.release()
         if self.client is not None:
@@ -461,7 +496,7 @@ class Outbox:
         while True:
             self._something_is_left.clear()
             try:
-                is_anything_left = await self._deliver_each(lambda *_: None)
+                is_anything_left = await self._deliver_each()
                 await self._trim()
             except Exception as error:
                 self._say_once(f"the calls that were left: {where(error)}")
@@ -476,7 +511,11 @@ class Outbox:
                 async with asyncio.timeout(TRIM_EVERY_SECONDS):
                     await self._something_is_left.wait()
 
-    async def _deliver_each(self, progress: Callable[[Folder, Flushed | None], None]) -> bool:
+    async def _deliver_each(
+        self,
+        progress: Callable[[Folder, Flushed | None], None] = lambda *_: None,
+        unreadable: Callable[[Path, Exception], None] = lambda *_: None,
+    ) -> bool:
         """One round; says whether something is left that may go later."""
         paths = call_folders(self.directory)
         self._finished.intersection_update(paths)
@@ -488,22 +527,24 @@ class Outbox:
             await asyncio.sleep(0)
             if path in self._deliveries or path in self._turned_away or path in self._finished:
                 continue
+            # Whatever is wrong with one folder, the others have their turn.
             try:
                 folder = Folder.claim(path)
                 if folder is None:
                     progress(Folder.load(path), None)
                     continue
-            except OSError as error:
-                self._say_once(f"a call that was left: {error.strerror} in {where(error)}")
+                try:
+                    if folder.is_finished:
+                        self._finished.add(path)
+                        continue
+                    delivery = await self._deliver_left(folder)
+                finally:
+                    folder.release()
+                progress(folder, self.result(folder))
+            except Exception as error:
+                self._say_once(f"{path.name} is passed over: {reason_of(error)}")
+                unreadable(path, error)
                 continue
-            try:
-                if folder.is_finished:
-                    self._finished.add(path)
-                    continue
-                delivery = await self._deliver_left(folder)
-            finally:
-                folder.release()
-            progress(folder, self.result(folder))
             if delivery is None:
                 continue
             is_anything_left |= bool(folder.steps_left) and not delivery.was_turned_away
@@ -539,10 +580,13 @@ class Outbox:
 
     def _close_dead(self, folder: Folder) -> None:
         """Says of a call what its journal holds, and that its process died."""
-        at = folder.last_change
+        at = folder.begun_at
         started = None
         try:
-            started, ended, record = self._reconstruct(folder.journal(), int(at.timestamp() * 1e9))
+            events = folder.journal()
+            # Not a file's time: a report, a copy, a torn last line are newer than the call.
+            at = max(at, last_moment(events) or at)
+            started, ended, record = self._reconstruct(events, int(at.timestamp() * 1e9))
         except Exception as error:
             logger.error(f"Roark: call {folder.call_id}: its journal: {where(error)}")
             ended = record = {
@@ -569,9 +613,10 @@ class Outbox:
         unfinished: list[Path] = []
         for path in call_folders(self.directory):
             await asyncio.sleep(0)
-            with suppress(OSError):
+            # What cannot be read is named by the round over what is left, and never removed.
+            with suppress(Exception):
                 folder = Folder.load(path)
-                if folder.is_finished and folder.last_change < too_old and self._remove(path):
+                if folder.is_finished and folder.closed_at < too_old and self._remove(path):
                     continue
                 sizes[path] = sum(entry.stat().st_size for entry in os.scandir(path))
                 (finished if folder.is_finished else unfinished).append(path)
@@ -589,6 +634,16 @@ class Outbox:
         if folder is not None:
             folder.remove()
         return folder is not None
+
+
+def _listed(folder: Folder) -> str:
+    """What of a call is only in memory, as the beginning of a sentence about it."""
+    names = folder.only_in_memory
+    chunks = [name for name in names if name.endswith(".pcm")]
+    others = [name for name in names if name not in chunks]
+    if chunks:
+        others.insert(0, f"{len(chunks)} chunks of audio, {sum(map(len, folder.held.values()))} B,")
+    return f"{' and '.join(others)} {'is' if len(names) == 1 else 'are'}"
 
 
 class _Memory:
@@ -664,6 +719,12 @@ def replay(
     record = CallRecord.replay(events)
     record.close("process-died", None, at)
     return record.call_started(), record.call_ended(), record.as_dict()
+
+
+def last_moment(events: list[dict[str, Any]]) -> datetime | None:
+    """When the last of a call's events happened; None when none of them says."""
+    times = [at for event in events if isinstance(at := event.get("at"), int) and at > 0]
+    return datetime.fromtimestamp(max(times) / 1e9, UTC) if times else None
 
 
 def _number(name: str, default: float) -> float:

@@ -38,7 +38,17 @@ import numpy.typing as npt
 import soxr
 
 from roark.call import ENDINGS, CallRecord
-from roark.folder import DELIVERY, JOURNAL, RECORD, RECORDING, Folder, read_lines
+from roark.folder import (
+    DELIVERY,
+    JOURNAL,
+    RECORD,
+    RECORDING,
+    Folder,
+    Lock,
+    Unreadable,
+    open_private,
+    read_lines,
+)
 
 Row = dict[str, Any]
 
@@ -163,7 +173,10 @@ def _is_stale(folder: Path) -> bool:
 
 def _write(path: Path, text: str) -> None:
     unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_bytes(text.encode("utf-8", "replace"))
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    # As private as the call itself.
+    with os.fdopen(open_private(unfinished, flags), "wb") as file:
+        file.write(text.encode("utf-8", "replace"))
     os.replace(unfinished, path)
 
 
@@ -200,7 +213,7 @@ class Call:
         record = _finished_record(folder)
         if record is None:
             record = _record_so_far(folder)
-            going_on = Folder.load(folder).lock.is_taken
+            going_on = Lock(folder).is_taken
             record["ending"] = {"reason": IN_PROGRESS if going_on else "process-died"}
             notices.append(
                 "This call is still going on; here is what was written down so far."
@@ -772,7 +785,7 @@ def _delivery(folder: Path) -> str:
     """What of the call has reached Roark, in a few words."""
     try:
         kept = Folder.load(folder)
-    except (OSError, ValueError):
+    except (OSError, Unreadable):
         return '<span class="wrong">cannot be read</span>'
     if kept.destination is None:
         return '<span class="muted">kept here</span>'
