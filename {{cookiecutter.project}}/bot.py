@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from loguru import logger
+from pipecat.frames.frames import Frame, TTSSpeakFrame
 from pipecat.pipeline.pipeline import Pipeline
 from pipecat.pipeline.worker import PipelineParams, PipelineWorker, ProcessorUnusablePolicy
 from pipecat.processors.aggregators.dtmf_aggregator import DTMFAggregator
@@ -35,7 +36,8 @@ private_log.begin()
 
 AGENT = "{{ cookiecutter.project }}"
 PROMPT_FILE = Path(__file__).with_name("prompt.md")
-GREETING = "The caller is on the line. Greet them and ask what you can do for them, briefly."
+# For the LLM, where GREETING in .env does not say what to say.
+GREET = "The caller is on the line. Greet them and ask what you can do for them, briefly."
 
 
 async def bot(runner_args: RunnerArguments) -> None:
@@ -94,6 +96,16 @@ def readyz() -> dict[str, object]:
         # The platform sends no caller before this has returned.
         warm_up.once()
     return {"ready": not missing, "missing": sorted(missing)}
+
+
+def first_words() -> Frame:
+    """How the call begins: with the words of GREETING, or, where it is blank, with the LLM's own.
+
+    Words that are known are spoken at once, and the LLM remembers them as its own.
+    """
+    if words := config.setting("GREETING"):
+        return TTSSpeakFrame(words, append_to_context=True)
+    return endings.instruction(GREET)
 
 
 async def run_pipeline(
@@ -171,11 +183,12 @@ async def run_pipeline(
             return
         caller = transports.client_id(client)
         logger.info("Caller connected")
-        failed.expect_answer()
+        greeting = first_words()
+        failed.expect_answer(has_text=isinstance(greeting, TTSSpeakFrame))
         with suppress(TimeoutError):
             await asyncio.wait_for(client_ready.wait(), connection.client_ready_seconds)
         if not ending.has_begun:
-            await worker.queue_frame(endings.instruction(GREETING))
+            await worker.queue_frame(greeting)
 
     @transport.event_handler("on_client_disconnected")
     async def on_client_disconnected(_transport, client):

@@ -123,9 +123,9 @@ class Failures(BaseObserver):
             if turn.content and self._failed_attempt != self._attempt:
                 self._failed_in_a_row = 0
 
-    def expect_answer(self) -> None:
-        """The bot is about to speak first."""
-        self._owes_answer = True
+    def expect_answer(self, *, has_text: bool = False) -> None:
+        """The bot is about to speak first; with `has_text` only its voice can be late."""
+        self._owes_answer, self._has_text = True, has_text
         self._set_alarm()
 
     async def on_pipeline_started(self) -> None:

@@ -200,7 +200,7 @@ async def run_harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncI
     async with serve_providers(engine) as providers, RoarkReceiver() as roark:
         # As in the image, ENV is not set.
         monkeypatch.delenv("ENV", raising=False)
-        for name in ("TWILIO_ACCOUNT_SID", "TWILIO_AUTH_TOKEN", "MESSAGE_URL"):
+        for name in ("TWILIO_ACCOUNT_SID", "TWILIO_AUTH_TOKEN", "MESSAGE_URL", "GREETING"):
             monkeypatch.delenv(name, raising=False)
         world = {
             **providers.environment,
