@@ -3,8 +3,9 @@
 import base64
 import json
 import os
-import re
 import shutil
+import subprocess
+import sys
 import time
 import wave
 import zlib
@@ -19,6 +20,7 @@ import pytest
 from roark import report
 from roark.call import CallRecord
 from roark.folder import Folder, Lock
+from roark.report import index_page, sound
 
 START = 1_795_269_909_000_000_000
 RATE = 16000
@@ -158,6 +160,16 @@ class Page(HTMLParser):
         return json.loads(self.scripts[0])
 
     @property
+    def rows(self) -> list[dict[str, Any]]:
+        """What an index shows of each call."""
+        return self.data["calls"]
+
+    def wave(self, side: int) -> np.ndarray:
+        """The drawn peaks of a side, 0 to 255."""
+        packed = base64.b64decode(self.data["waves"][side])
+        return np.frombuffer(zlib.decompress(packed), np.uint8)
+
+    @property
     def sound(self) -> np.ndarray:
         """The samples in the page, one column per side."""
         packed = zlib.decompress(base64.b64decode(self.scripts[1]))
@@ -178,7 +190,8 @@ def test_a_page_tells_who_said_what_when_and_how_the_call_ended(call: Path):
 
 
 def test_the_picture_has_the_turns_and_the_sound_where_they_are(call: Path):
-    data = Page(report.write_report(call)).data
+    page = Page(report.write_report(call))
+    data = page.data
     assert [(turn["side"], turn["start_ms"], turn["end_ms"]) for turn in data["turns"]] == [
         (1, 500, 1500),
         (0, 2000, 3000),
@@ -187,7 +200,7 @@ def test_the_picture_has_the_turns_and_the_sound_where_they_are(call: Path):
     ]
     assert data["length_ms"] == LENGTH_MS
     for side, role in enumerate(("user", "assistant")):
-        drawn = np.frombuffer(base64.b64decode(data["waves"][side]), np.uint8)
+        drawn = page.wave(side)
         at = np.arange(len(drawn)) * data["bucket_ms"]
         spoken = np.zeros(len(drawn), bool)
         for who, _, start, end in CONVERSATION:
@@ -207,7 +220,7 @@ def test_the_sound_in_the_page_is_the_recording(call: Path):
 
 
 @pytest.mark.parametrize(
-    ("budget", "sound"),
+    ("budget", "embedded"),
     [
         (10**9, {"rate": 24000, "sides": 2}),
         (200_000, {"rate": 12000, "sides": 2}),
@@ -216,15 +229,15 @@ def test_the_sound_in_the_page_is_the_recording(call: Path):
     ],
 )
 def test_a_longer_call_is_in_the_page_at_a_lower_rate_or_played_from_the_file(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, budget: int, sound: dict[str, Any]
+    folder: Path, monkeypatch: pytest.MonkeyPatch, budget: int, embedded: dict[str, Any]
 ):
-    monkeypatch.setattr(report, "SOUND_BYTES", budget)
+    monkeypatch.setattr(sound, "SOUND_BYTES", budget)
     write_record(folder, events(CONVERSATION, *ENDED))
     write_recording(folder, samples(rate=48000), 48000)
     page = Page(report.write_report(folder))
-    assert page.data["sound"] == sound
-    if "rate" in sound:
-        assert len(page.sound) == LENGTH_MS * sound["rate"] // 1000
+    assert page.data["sound"] == embedded
+    if "rate" in embedded:
+        assert len(page.sound) == LENGTH_MS * embedded["rate"] // 1000
     else:
         assert page.scripts[1] == ""
         assert "played from recording.wav beside it" in page.text
@@ -302,8 +315,10 @@ def test_hostile_text_stays_text_wherever_it_stands(folder: Path):
     assert not [name for _, attrs in page.tags for name in attrs if name.startswith("on")]
     for text in HOSTILE:
         assert page.texts.count(text) >= 5
-    index = Page(report.write_index(folder.parent))
-    assert not index.scripts
+    index = Page(report.write_index(folder.parent).index)
+    assert len(index.scripts) == 2
+    [row] = index.rows
+    assert row["ending"] == HOSTILE[0] and all(text in row["words"] for text in HOSTILE)
 
 
 def test_characters_that_no_page_can_hold_are_left_out(folder: Path):
@@ -393,26 +408,145 @@ def test_the_index_lists_newest_first_with_what_roark_has(tmp_path: Path):
         kept.release()
         states[path.name] = state
     (tmp_path / "notes").mkdir()
-    page = Page(report.write_index(tmp_path))
-    links = [attrs["href"] or "" for tag, attrs in page.tags if tag == "a"]
-    assert links == [f"{name}/report.html" for name in sorted(states, reverse=True)]
-    assert all((tmp_path / link).exists() for link in links)
-    assert "4 calls, newest first" in page.text
-    said = re.findall(r"client-disconnected ([a-z0-9 ,]*[a-z])", page.text)
-    assert said == ["delivered, 1 given up", "undelivered", "delivered", "kept here"]
+    rows = Page(report.write_index(tmp_path).index).rows
+    assert [row["folder"] for row in rows] == sorted(states, reverse=True)
+    assert all((tmp_path / row["folder"] / "report.html").exists() for row in rows)
+    assert {row["folder"]: row["roark"] for row in rows} == states
 
 
-def test_the_index_writes_again_only_the_pages_that_are_older_than_their_call(call: Path):
+def test_what_has_not_changed_is_neither_read_nor_written_again(
+    call: Path, monkeypatch: pytest.MonkeyPatch
+):
+    later = call.with_name("20261122T140509-call-2-00000000")
+    shutil.copytree(call, later)
     report.write_index(call.parent)
+    written = {path: path.read_bytes() for path in call.parent.rglob("*.html")}
+    assert len(written) == 3
+    read: list[str] = []
+    real = index_page.Call.read.__func__
+
+    def read_call(cls: Any, folder: Path, **options: Any) -> Any:
+        read.append(folder.name)
+        return real(cls, folder, **options)
+
+    monkeypatch.setattr(index_page.Call, "read", classmethod(read_call))
+    for page in (call / "report.html", later / "report.html"):
+        page.write_text("as it was")
+    report.write_index(call.parent)
+    assert read == []
+    assert (call.parent / "index.html").read_bytes() == written[call.parent / "index.html"]
+    # What Roark has of it is in the index, not on the page.
+    Folder(call, call_id="call#1", destination="https://api.roark.ai").create()
+    rows = Page(report.write_index(call.parent).index).rows
+    assert [row["roark"] for row in rows] == ["", "undelivered"]
+    assert read == [call.name]
+    assert (call / "report.html").read_text() == "as it was"
+    after = (call / "report.html").stat().st_mtime + 10
+    os.utime(call / "call.json", (after, after))
+    report.write_index(call.parent)
+    assert "Maple Dental" in (call / "report.html").read_text()
+    assert (later / "report.html").read_text() == "as it was"
+
+
+def test_an_index_made_by_other_code_is_not_trusted(call: Path, monkeypatch: pytest.MonkeyPatch):
+    index = report.write_index(call.parent).index
+    index.write_text(index.read_text().replace("Maple Dental", "Maple Rental"))
+    assert "Maple Rental" in report.write_index(call.parent).index.read_text()
+    monkeypatch.setattr(index_page, "_code", lambda: "newer")
+    assert "Maple Rental" not in report.write_index(call.parent).index.read_text()
+
+
+DEEP = b"[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"journal.jsonl": DEEP},
+        {"call.json": b"{}", "delivery.jsonl": DEEP},
+        {"call.json": DEEP, "journal.jsonl": b'{"event": "anchor", "at": "soon"}\n' + DEEP},
+        {"call.json": b'{"started_at": "0001-01-01T00:00:00+14:00"}'},
+    ],
+)
+def test_a_folder_that_cannot_be_read_is_named_and_stops_no_other(
+    call: Path, capsys, files: dict[str, bytes]
+):
+    bad = call.with_name("20261122T000000-bad-00000000")
+    bad.mkdir()
+    for name, content in files.items():
+        (bad / name).write_bytes(content)
+    shutil.copytree(call, call.with_name("20261123T000000-good-00000000"))
+    assert report.main(call.parent, None) == 1
+    said = capsys.readouterr()
+    assert said.out.strip().endswith("index.html")
+    [line] = said.err.splitlines()
+    assert line.startswith(f"{bad.name}: cannot be read, passed over: ")
+    index = Page(call.parent / "index.html")
+    shown = [row["folder"] for row in index.rows if row["folder"] != bad.name]
+    assert shown == ["20261123T000000-good-00000000", call.name]
+    assert f"{bad.name} cannot be read" in index.text
+    assert "Maple Dental" in Page(call / "report.html").text
+
+
+def test_pages_are_for_their_owner_alone_whatever_the_umask(call: Path):
+    umask = os.umask(0)
+    try:
+        report.write_index(call.parent)
+        (call / "report.html").chmod(0o644)
+        report.write_report(call)
+    finally:
+        os.umask(umask)
+    pages = list(call.parent.rglob("*.html"))
+    assert [page.stat().st_mode & 0o777 for page in pages] == [0o600, 0o600]
+
+
+def test_all_times_are_utc(call: Path):
+    record = json.loads((call / "call.json").read_text())
+    record["started_at"] = "2026-11-22T01:05:09+11:00"
+    (call / "call.json").write_text(json.dumps(record))
+    assert "21 November 2026, 14:05 UTC" in Page(report.write_report(call)).text
+
+
+def test_a_recording_of_any_length_and_rate_is_drawn_to_its_last_sample(tmp_path: Path):
+    path = tmp_path / "recording.wav"
+    whole = [frames for frames in range(10, 4000, 131)]
+    for rate in (8000, 11025, 16000, 22050, 24000, 44100, 48000):
+        for frames in [1, 259_040, *whole, *(n * rate // 100 for n in range(1, 60))]:
+            pcm = np.zeros((frames, 2), "<i2")
+            pcm[-1] = -32768
+            write_recording(tmp_path, pcm, rate)
+            recording = sound.Sound.of_wav(path)
+            assert recording
+            bucket_ms, packed = sound.waves(recording)
+            for side in packed:
+                drawn = np.frombuffer(zlib.decompress(base64.b64decode(side)), np.uint8)
+                assert drawn[-1] == 255 and not drawn[:-1].any()
+                assert (len(drawn) - 1) * bucket_ms < recording.length_ms
+                assert len(drawn) * bucket_ms >= recording.length_ms - 1e-6
+
+
+@pytest.mark.slow
+def test_two_hours_of_call_take_little_memory_and_are_drawn_as_finely_as_a_short_one(call: Path):
+    with wave.open(str(call / "recording.wav"), "wb") as wav:
+        wav.setnchannels(2)
+        wav.setsampwidth(2)
+        wav.setframerate(16000)
+        minute = np.random.default_rng(0).integers(-9000, 9000, (60 * 16000, 2), "<i2").tobytes()
+        for _ in range(120):
+            wav.writeframes(minute)
+    code = (
+        "import resource, sys; from pathlib import Path; from roark.report import write_report;"
+        "write_report(Path(sys.argv[1]));"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+    )
+    root = Path(report.__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(call)], cwd=root, capture_output=True, check=True
+    )
+    assert float(done.stdout) <= 150  # MB
     page = call / "report.html"
-    page.write_text("as it was")
-    (call.parent / "20261120T000000-tidied-away").mkdir()
-    report.write_index(call.parent)
-    assert page.read_text() == "as it was"
-    later = page.stat().st_mtime + 10
-    os.utime(call / "call.json", (later, later))
-    report.write_index(call.parent)
-    assert "Maple Dental" in page.read_text()
+    assert page.stat().st_size < 8_000_000
+    assert Page(page).data["bucket_ms"] == 10
 
 
 def test_the_command_writes_a_page_by_part_of_its_name(call: Path, capsys):
@@ -602,7 +736,7 @@ def test_a_click_on_the_timeline_seeks_also_when_it_shows_a_part(open_page, call
 
 def test_a_page_asks_nobody_for_anything(open_page, call: Path):
     tab = open_page(report.write_report(call)).ready()
-    index = open_page(report.write_index(call.parent))
+    index = open_page(report.write_index(call.parent).index)
     asked = [url for url in tab.requests + index.requests if not url.startswith("blob:")]
     assert asked == [(call / "report.html").as_uri(), (call.parent / "index.html").as_uri()]
     assert tab.complaints == index.complaints == []
@@ -618,7 +752,7 @@ def test_a_page_that_was_mailed_without_its_folder_still_plays(open_page, call: 
 def test_a_long_call_plays_from_the_recording_beside_its_page(
     open_page, call: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(report, "SOUND_BYTES", 0)
+    monkeypatch.setattr(sound, "SOUND_BYTES", 0)
     page = report.write_report(call)
     tab = open_page(page).ready()
     tab.page.get_by_text("She is, until four.").click()
@@ -641,7 +775,7 @@ def test_hostile_text_is_shown_and_never_run_nor_wider_than_a_phone(open_page, f
     ]
     write_record(folder, events(turns, *more, *ENDED))
     phone = {"width": 390, "height": 844}
-    for path in (report.write_report(folder), report.write_index(folder.parent)):
+    for path in (report.write_report(folder), report.write_index(folder.parent).index):
         tab = open_page(path, viewport=phone)
         assert tab.page.evaluate("window.harmed") is None
         assert tab.page.evaluate("document.documentElement.scrollWidth") <= phone["width"]
@@ -679,3 +813,166 @@ def test_without_a_recording_a_click_on_a_turn_moves_the_cursor(open_page, folde
     assert tab.page.locator(".turn.now").count() == 1
     assert not tab.page.get_by_role("button", name="Play", exact=True).is_visible()
     assert tab.complaints == []
+
+
+# The index in a browser
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Path:
+    """The index of 250 calls of four days, every fifth failed, every tenth slow."""
+    rows = []
+    for number in range(250):
+        failed = number % 5 == 0
+        rows.append(
+            {
+                "folder": f"call-{number:03}",
+                "started": (START // 10**6) - number * 20 * 60_000,
+                "agent": "Maple Dental",
+                "number": f"+1 555 {number:04} 000",
+                "id": f"id#{number}",
+                "length_ms": 60_000 + number,
+                "turns": 5,
+                "waits": [800, 4000 if number % 10 == 1 else 900],
+                "cuts": 0,
+                "tools": 1,
+                "failed": int(number % 25 == 0),
+                "errors": int(failed),
+                "ending": "error" if failed else "agent-ended",
+                "sentence": "",
+                "roark": "delivered",
+                "strip": [[0, 10], [12, 20]],
+                "words": f"Hello \u2013 I am <b>caller</b> {number} of Lombard Street",
+                "stamp": "",
+            }
+        )
+    path = tmp_path / "index.html"
+    path.write_text(index_page.render(rows, [], watched=False), encoding="utf-8")
+    return path
+
+
+def shown(tab: Tab) -> list[str | None]:
+    links = tab.page.locator("td a")
+    return [link.get_attribute("href").split("/")[0] for link in links.all()]
+
+
+def total(tab: Tab, name: str) -> str:
+    term = tab.page.locator("dt").get_by_text(name, exact=True)
+    return term.locator("xpath=../dd").inner_text().strip()
+
+
+def test_the_index_shows_days_totals_and_a_hundred_calls_at_a_time(open_page, index: Path):
+    tab = open_page(index)
+    assert tab.complaints == []
+    assert shown(tab) == [f"call-{number:03}" for number in range(100)]
+    assert total(tab, "Calls") == "250"
+    assert total(tab, "Error rate") == "20 % 50 calls"
+    assert total(tab, "Median response") == "850 ms"
+    assert total(tab, "p95 response") == "1.05 s"
+    days = tab.page.locator(".day th").all_inner_texts()
+    assert days[0].startswith("Saturday, 21 November 2026")
+    assert "43 calls \u00b7 21 % errors" in days[0]
+    tab.page.get_by_role("button", name="Older").click()
+    tab.page.get_by_role("button", name="Older").click()
+    assert shown(tab) == [f"call-{number:03}" for number in range(200, 250)]
+    assert tab.page.locator("#range").inner_text() == "201\u2013250 of 250"
+    tab.page.reload()
+    assert len(shown(tab)) == 50
+
+
+def test_the_index_is_searched_filtered_and_sorted(open_page, index: Path):
+    tab = open_page(index)
+    tab.page.keyboard.press("/")
+    tab.page.keyboard.type("lombard <b> 5550017")
+    tab.page.keyboard.press("Enter")
+    assert shown(tab) == ["call-017"]
+    assert tab.page.locator("mark").inner_text() == "lombard".title()
+    assert tab.page.evaluate("document.activeElement.getAttribute('href')").startswith("call-017")
+    tab.page.get_by_role("button", name="Clear").click()
+    tab.page.locator("#ending").select_option("error")
+    assert total(tab, "Calls") == "50 of 250"
+    tab.page.get_by_label("Tool failed").check()
+    assert shown(tab) == [f"call-{number:03}" for number in range(0, 250, 25)]
+    tab.page.reload()
+    assert len(shown(tab)) == 10
+    tab.page.get_by_role("button", name="Clear").click()
+    tab.page.locator("#slow").select_option("3000")
+    assert shown(tab) == [f"call-{number:03}" for number in range(1, 250, 10)]
+    tab.page.get_by_role("button", name="Length").click()
+    assert shown(tab)[0] == "call-241"
+    assert tab.page.locator("th[aria-sort=descending]").inner_text().startswith("Length")
+    assert tab.page.locator(".day").count() == 0
+    tab.page.get_by_role("button", name="Length").click()
+    assert shown(tab)[0] == "call-001"
+    assert tab.complaints == []
+
+
+def test_the_keys_go_from_call_to_call(open_page, index: Path):
+    tab = open_page(index)
+    for _ in range(3):
+        tab.page.keyboard.press("j")
+    tab.page.keyboard.press("k")
+    assert tab.page.evaluate("document.activeElement.getAttribute('href')").startswith("call-001")
+
+
+def test_a_call_is_opened_from_the_index_and_leads_back_to_it(open_page, call: Path):
+    tab = open_page(report.write_index(call.parent).index)
+    # The whole row is the link.
+    tab.page.locator("td.duration").click(force=True)
+    assert tab.page.url == (call / "report.html").as_uri()
+    tab.page.get_by_role("link", name="All calls").click()
+    assert tab.page.url.startswith((call.parent / "index.html").as_uri())
+
+
+def test_the_transcript_is_searched_copied_and_downloaded(open_page, call: Path):
+    tab = open_page(report.write_report(call), permissions=["clipboard-read", "clipboard-write"])
+    tab.page.keyboard.press("/")
+    tab.page.keyboard.type("an")
+    assert tab.page.locator("#found").inner_text() == "1 of 2"
+    tab.page.keyboard.press("Enter")
+    assert tab.page.locator(".match p").inner_text() == "Thank you, goodbye."
+    tab.page.keyboard.press("Escape")
+    assert tab.page.locator(".match").count() == 0
+    with tab.page.expect_download() as waiting:
+        tab.page.get_by_text("Download").click()
+    assert waiting.value.suggested_filename == f"{call.name}.txt"
+    text = Path(waiting.value.path()).read_text(encoding="utf-8")
+    assert text.startswith("Call with Maple Dental\n21 November 2026, 14:05 UTC\n")
+    for who, said, start, _ in CONVERSATION:
+        name = "Bot" if who == "assistant" else "Caller"
+        assert f"{name} 0:0{start // 1000}\n    {said}\n" in text
+    tab.page.get_by_role("button", name="Copy").click()
+    tab.page.get_by_role("button", name="Copied").wait_for()
+    assert tab.page.evaluate("navigator.clipboard.readText()") == text
+    assert tab.complaints == []
+
+
+def test_waits_stand_slowest_first_or_as_they_came(open_page, folder: Path):
+    conversation = (
+        ("user", "One.", 1000, 1500),
+        ("assistant", "First.", 2500, 3000),
+        ("user", "Two.", 3500, 4000),
+        ("assistant", "Second.", 6500, 7000),
+    )
+    write_record(folder, events(conversation, *ENDED))
+    tab = open_page(report.write_report(folder))
+    waits = tab.page.locator("#waits output")
+    assert waits.all_inner_texts() == ["2.50 s", "1.00 s"]
+    tab.page.get_by_role("button", name="As they came").click()
+    assert waits.all_inner_texts() == ["1.00 s", "2.50 s"]
+    tab.page.get_by_text("after 2.50 s").click()
+    assert "LLM first token 300 ms" in tab.page.locator(".waited[open]").inner_text()
+
+
+def test_tools_that_would_cover_each_other_are_one_mark_until_the_view_is_near(
+    open_page, folder: Path
+):
+    tools = [event("tool", 3000 + 20 * n, id=str(n), name="look_up") for n in range(12)]
+    write_record(folder, events(CONVERSATION, *tools, *ENDED))
+    write_recording(folder, samples())
+    tab = open_page(report.write_report(folder)).ready()
+    box = tab.page.locator("#timeline").bounding_box()
+    # Between the lanes: 20 px of axis below, the strip in the middle of the rest.
+    at = {"x": box["x"] + box["width"] * 3.1 / 8, "y": box["y"] + (box["height"] - 20) / 2}
+    tab.page.mouse.move(**at)
+    assert tab.page.locator("#tip").inner_text().endswith("12 \u00d7 look_up")

@@ -1,5 +1,5 @@
-// The player of a call page; inlined by report.py. Everything that was said is already in the page
-// as text: this draws the sound, plays it, and ties the two together.
+// The player of a call page; inlined by call_page.py. Everything that was said is already in the page
+// as text: this draws the sound, plays it, searches, and ties them together.
 "use strict";
 
 (() => {
@@ -19,11 +19,17 @@
   const SKIP_MS = 5000;
   const SPEEDS = [1, 1.25, 1.5, 2, 0.75];
 
-  const waves = call.waves.map((text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0)));
+  let waves = [];
   let view = { start: 0, span: call.length_ms };
   let position = 0;
   let playable = false;
   let scrolledAt = -Infinity;
+
+  async function inflate(text) {
+    const packed = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+    const inflated = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
+    return new Uint8Array(await new Response(inflated).arrayBuffer());
+  }
 
   const clock = (ms) => {
     const seconds = Math.floor(ms / 1000);
@@ -73,8 +79,12 @@
     const first = Math.floor(fromMs / call.bucket_ms);
     const heard = wave.subarray(first, Math.max(Math.ceil(untilMs / call.bucket_ms), first + 1));
     if (!heard.length) return 0;
-    const average = heard.reduce((sum, peak) => sum + peak, 0) / heard.length;
-    return (average + Math.max(...heard)) / 2 / 255;
+    let [sum, most] = [0, 0];
+    for (const peak of heard) {
+      sum += peak;
+      if (peak > most) most = peak;
+    }
+    return (sum / heard.length + most) / 2 / 255;
   }
 
   function drawLane(pen, ink, side, width) {
@@ -91,9 +101,12 @@
       pen.fill();
     }
     const wave = waves[side] || waves[0];
-    for (let px = 0; wave && px < width; px += 3) {
-      const at = view.start + (px / width) * view.span;
-      const until = at + (3 / width) * view.span;
+    // Each line stands for the same stretch of the call wherever the view begins.
+    const perLine = (3 / width) * view.span;
+    for (let line = Math.floor(view.start / perLine); wave; line++) {
+      const [at, until] = [line * perLine, (line + 1) * perLine];
+      const px = x(at);
+      if (px >= width) break;
       const level = levelOf(wave, at, until);
       const spoken = turns.some((turn) => turn.start_ms < until && turn.end_ms > at);
       const size = Math.max(level * (height - 14), 1);
@@ -103,12 +116,13 @@
       pen.fill();
     }
     pen.fillStyle = ink("bad");
-    for (const turn of turns) {
-      if (turn.interrupted_ms === null) continue;
-      const at = x(turn.interrupted_ms);
-      pen.fillRect(at - 1, top - STRIP / 2, 2, height + STRIP / 2);
+    const cuts = turns.filter((turn) => turn.interrupted_ms !== null)
+      .map((turn) => x(turn.interrupted_ms)).filter((at) => at > -5 && at < width + 5);
+    for (const at of cuts) {
+      // Many lines would hide what they cross.
+      if (cuts.length * 40 < width) pen.fillRect(at - 1, top - STRIP / 2, 2, height + STRIP / 2);
       pen.beginPath();
-      pen.arc(at, top + height - 4, 4, 0, 7);
+      pen.arc(at, top + height - 4, cuts.length * 40 < width ? 4 : 2.5, 0, 7);
       pen.fill();
     }
   }
@@ -124,16 +138,52 @@
         at += ms;
       }
     }
-    for (const mark of call.marks) {
-      pen.fillStyle = ink(mark.bad ? "bad" : "ink");
-      pen.beginPath();
-      const at = x(mark.at_ms);
-      for (const [dx, dy] of [[0, -7], [6, 0], [0, 7], [-6, 0]]) pen.lineTo(at + dx, middle + dy);
-      pen.fill();
-      pen.lineWidth = 1.5;
+    pen.font = "600 11px system-ui, sans-serif";
+    pen.textAlign = "center";
+    pen.textBaseline = "middle";
+    for (const { at, marks } of groupsOfMarks()) {
+      pen.fillStyle = ink(marks.some((mark) => mark.bad) ? "bad" : "ink");
       pen.strokeStyle = ink("card");
+      pen.lineWidth = 1.5;
+      pen.beginPath();
+      if (marks.length === 1) {
+        for (const [dx, dy] of [[0, -7], [6, 0], [0, 7], [-6, 0]]) pen.lineTo(at + dx, middle + dy);
+        pen.closePath();
+      } else {
+        const half = 6 + 3 * String(marks.length).length;
+        pen.roundRect(at - half, middle - 8, 2 * half, 16, 8);
+      }
+      pen.fill();
       pen.stroke();
+      if (marks.length === 1) continue;
+      pen.fillStyle = ink("card");
+      pen.fillText(String(marks.length), at, middle + 0.5);
     }
+    pen.textAlign = "start";
+  }
+
+  const MARKS_APART = 30;
+  const marks = [...call.marks].sort((a, b) => a.at_ms - b.at_ms);
+  /** Tools and errors in the view; where they would cover each other, one mark with their number. */
+  function groupsOfMarks() {
+    const groups = [];
+    for (const mark of marks) {
+      const at = x(mark.at_ms);
+      if (at < 0 || at > timeline.clientWidth) continue;
+      const group = groups.at(-1);
+      if (group && at - group.from < MARKS_APART) group.marks.push(mark);
+      else groups.push({ from: at, marks: [mark] });
+    }
+    for (const group of groups) {
+      const middle = (group.from + x(group.marks.at(-1).at_ms)) / 2;
+      group.at = Math.min(Math.max(middle, MARKS_APART / 2), timeline.clientWidth - MARKS_APART / 2);
+      if (group.marks.length === 1) group.at = group.from;
+    }
+    // At the edge the last one may have been pushed over the one before.
+    if (groups.length > 1 && groups.at(-1).at - groups.at(-2).at < MARKS_APART) {
+      groups.at(-2).marks.push(...groups.pop().marks);
+    }
+    return groups;
   }
 
   // The position
@@ -184,13 +234,18 @@
   function show(start, span) {
     span = Math.min(Math.max(span, Math.min(SHORTEST_VIEW_MS, call.length_ms)), call.length_ms);
     view = { start: Math.min(Math.max(start, 0), call.length_ms - span), span };
-    byId("wider").disabled = span >= call.length_ms;
+    const isWhole = span >= call.length_ms;
+    byId("wider").disabled = byId("all").disabled = isWhole;
+    byId("closer").disabled = span <= Math.min(SHORTEST_VIEW_MS, call.length_ms);
+    byId("whole").hidden = isWhole;
+    byId("part").style.left = `${(view.start / call.length_ms) * 100}%`;
+    byId("part").style.width = `max(${(span / call.length_ms) * 100}%, 6px)`;
     draw();
   }
 
-  function zoom(factor) {
-    const share = (position - view.start) / view.span;
-    const kept = share >= 0 && share <= 1 ? share : 0.5;
+  /** Keeps the position (or `at`, a share of the view) where it is on the screen. */
+  function zoom(factor, at = (position - view.start) / view.span) {
+    const kept = at >= 0 && at <= 1 ? at : 0.5;
     const anchor = view.start + kept * view.span;
     show(anchor - kept * view.span * factor, view.span * factor);
   }
@@ -211,11 +266,9 @@
 
   // The sound
 
-  /** Undo what report.py did to the recording: 8 bits, companded, side after side, deflated. */
+  /** Undo what sound.py did to the recording: 8 bits, companded, side after side, deflated. */
   async function unpack({ rate, sides }) {
-    const packed = Uint8Array.from(atob(byId("sound").textContent), (c) => c.charCodeAt(0));
-    const inflated = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
-    const bytes = new Uint8Array(await new Response(inflated).arrayBuffer());
+    const bytes = await inflate(byId("sound").textContent);
     const length = bytes.length / sides;
     const level = Array.from({ length: 256 }, (_, byte) => {
       const y = (byte - 128) / 127;
@@ -282,8 +335,12 @@
 
   function whatIsAt(ms, y) {
     if (Math.abs(y - laneHeight() - STRIP / 2) < STRIP / 2) {
-      const near = call.marks.find((mark) => Math.abs(x(mark.at_ms) - x(ms)) < 8);
-      return near ? near.name.slice(0, 80) : "";
+      const near = groupsOfMarks().find((group) => Math.abs(group.at - x(ms)) < 12);
+      if (!near) return "";
+      const counts = new Map();
+      for (const { name } of near.marks) counts.set(name, (counts.get(name) ?? 0) + 1);
+      return [...counts].map(([name, n]) => (n > 1 ? `${n} \u00d7 ${name}` : name)).join(", ")
+        .slice(0, 80);
     }
     const side = y > laneHeight() ? 1 : 0;
     const over = call.turns.findIndex(
@@ -297,6 +354,10 @@
     timeline.setPointerCapture(event.pointerId);
     seek(msAt(event));
   });
+  timeline.addEventListener("pointerup", () => {
+    const here = call.turns.findLastIndex((turn) => turn.start_ms <= position);
+    turnItems[here]?.scrollIntoView({ block: "nearest" });
+  });
   timeline.addEventListener("pointermove", (event) => {
     const ms = msAt(event);
     if (timeline.hasPointerCapture(event.pointerId)) seek(ms);
@@ -308,12 +369,33 @@
   });
   timeline.addEventListener("pointerleave", () => { tip.hidden = true; });
   timeline.addEventListener("wheel", (event) => {
+    if (event.ctrlKey) {
+      event.preventDefault();
+      zoom(2 ** (event.deltaY / 100), (msAt(event) - view.start) / view.span);
+      return;
+    }
     if (view.span >= call.length_ms || Math.abs(event.deltaX) <= Math.abs(event.deltaY)) return;
     event.preventDefault();
     show(view.start + (event.deltaX / timeline.clientWidth) * view.span, view.span);
   }, { passive: false });
 
+  // The bar under a part of the call moves it.
+  const whole = byId("whole");
+  const movePart = (event) => {
+    const box = whole.getBoundingClientRect();
+    const middle = ((event.clientX - box.left) / box.width) * call.length_ms;
+    show(middle - view.span / 2, view.span);
+  };
+  whole.addEventListener("pointerdown", (event) => {
+    whole.setPointerCapture(event.pointerId);
+    movePart(event);
+  });
+  whole.addEventListener("pointermove", (event) => {
+    if (whole.hasPointerCapture(event.pointerId)) movePart(event);
+  });
+
   byId("play").addEventListener("click", togglePlaying);
+  byId("all").addEventListener("click", () => show(0, call.length_ms));
   byId("closer").addEventListener("click", () => zoom(0.5));
   byId("wider").addEventListener("click", () => zoom(2));
   byId("speed").addEventListener("click", () => {
@@ -326,10 +408,119 @@
     if (place && !String(getSelection())) seek(Number(place.dataset.ms), true);
   });
 
-  const isTyping = (event) => event.target.closest("summary, a, pre, .small");
+  // The waits, which the page has slowest first
+
+  const waits = byId("waits");
+  const bySlowness = waits ? [...waits.children] : [];
+  const at = (item) => Number(item.querySelector("[data-ms]").dataset.ms);
+  function orderWaits(slowestFirst) {
+    waits.append(...slowestFirst ? bySlowness : [...bySlowness].sort((a, b) => at(a) - at(b)));
+    waits.scrollTop = 0;
+    byId("slowest-first").setAttribute("aria-pressed", slowestFirst);
+    byId("as-they-came").setAttribute("aria-pressed", !slowestFirst);
+  }
+  byId("slowest-first")?.addEventListener("click", () => orderWaits(true));
+  byId("as-they-came")?.addEventListener("click", () => orderWaits(false));
+
+  // The transcript: searched, copied, kept as a file
+
+  const items = [...byId("transcript").children];
+  let matches = [];
+  let match = -1;
+
+  function search() {
+    const wanted = byId("search").value.trim().toLowerCase();
+    const ranges = [];
+    matches = [];
+    for (const item of wanted ? items : []) {
+      const before = ranges.length;
+      const texts = document.createTreeWalker(item, NodeFilter.SHOW_TEXT);
+      while (texts.nextNode()) {
+        const text = texts.currentNode.data.toLowerCase();
+        for (let i = text.indexOf(wanted); i >= 0; i = text.indexOf(wanted, i + wanted.length)) {
+          const range = new Range();
+          // Lower case may be longer than what it was made of.
+          range.setStart(texts.currentNode, Math.min(i, texts.currentNode.length));
+          range.setEnd(texts.currentNode, Math.min(i + wanted.length, texts.currentNode.length));
+          ranges.push(range);
+        }
+      }
+      if (ranges.length > before) matches.push(item);
+    }
+    globalThis.CSS?.highlights?.set("match", new Highlight(...ranges));
+    match = -1;
+    byId("before").hidden = byId("after").hidden = !matches.length;
+    byId("found").textContent = wanted ? `${matches.length || "none"} found` : "";
+    goToMatch(0);
+  }
+
+  function goToMatch(step) {
+    items.forEach((item) => item.classList.remove("match"));
+    if (!matches.length) return;
+    match = match < 0 ? 0 : (match + step + matches.length) % matches.length;
+    const item = matches[match];
+    item.classList.add("match");
+    const wanted = byId("search").value.trim().toLowerCase();
+    for (const details of item.querySelectorAll("details")) {
+      const isInside = [...details.children].some((child) =>
+        child.tagName !== "SUMMARY" && child.textContent.toLowerCase().includes(wanted));
+      if (isInside) details.open = true;
+    }
+    item.scrollIntoView({ block: "center" });
+    byId("found").textContent = `${match + 1} of ${matches.length}`;
+  }
+
+  const oneLine = (element) => element.textContent.replace(/\s+/g, " ").trim();
+  function transcriptAsText() {
+    const lines = [oneLine(document.querySelector(".head h1")),
+      ...[...document.querySelectorAll(".about-call > *, .ending")].map(oneLine), ""];
+    for (const item of items) {
+      if (item.classList.contains("turn")) {
+        lines.push(`${oneLine(item.querySelector(".about button"))}`,
+          `    ${item.querySelector(".said p").textContent}`);
+      } else {
+        lines.push(`  [${oneLine(item.querySelector("summary") ?? item)}]`);
+      }
+    }
+    return `${lines.join("\n")}\n`;
+  }
+
+  byId("search").addEventListener("input", search);
+  byId("search").addEventListener("keydown", (event) => {
+    if (event.key === "Enter") goToMatch(event.shiftKey ? -1 : 1);
+    else if (event.key === "Escape") {
+      byId("search").value = "";
+      search();
+      byId("search").blur();
+    } else return;
+    event.preventDefault();
+  });
+  byId("after").addEventListener("click", () => goToMatch(1));
+  byId("before").addEventListener("click", () => goToMatch(-1));
+  byId("copy").addEventListener("click", async () => {
+    try {
+      await navigator.clipboard.writeText(transcriptAsText());
+      byId("copy").textContent = "Copied";
+    } catch {
+      byId("copy").textContent = "Not allowed here";
+    }
+    setTimeout(() => { byId("copy").textContent = "Copy"; }, 2000);
+  });
+  byId("download").addEventListener("click", () => {
+    const file = new Blob([transcriptAsText()], { type: "text/plain;charset=utf-8" });
+    byId("download").download = `${call.name}.txt`;
+    byId("download").href = URL.createObjectURL(file);
+  });
+
+  const isTyping = (event) => event.target.closest("summary, a, pre, input, .small");
   document.addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey) return;
-    if (event.key === " ") {
+    if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input")) return;
+    if (event.key === "/") {
+      byId("search").focus();
+      byId("search").select();
+    } else if (event.key === "+" || event.key === "=") zoom(0.5);
+    else if (event.key === "-") zoom(2);
+    else if (event.key === " ") {
       if (isTyping(event)) return;
       togglePlaying();
     } else if (event.key === "ArrowLeft" || event.key === "ArrowRight") {
@@ -352,5 +543,9 @@
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
   new ResizeObserver(draw).observe(timeline);
   show(0, call.length_ms);
+  Promise.all(call.waves.map(inflate)).then((inflated) => {
+    waves = inflated;
+    draw();
+  }, () => { note.textContent = "This browser is too old to draw the sound."; });
   prepareSound();
 })();

@@ -1,0 +1,179 @@
+"""Calls as pages a person can read: one HTML file per call, and an index of them.
+
+A page needs nothing but itself: style, script, transcript and sound are inside, it asks no network
+for anything, and can be mailed. The sound is what decides its size: it is kept at 8 bits
+(companded, as the telephone does) and at the highest of a few rates at which it stays below
+`sound.SOUND_BYTES` before compression. A call too long even for 8 kHz (about 13 minutes of stereo)
+is played from the recording.wav beside its page.
+
+Everything that was said is text from outside: it is escaped where it is put in, and a content
+security policy lets nothing but the page's own script run. Only the user who owns them may read
+the pages. All times are UTC.
+
+    reading.py      what a folder knows of its call
+    sound.py        the recording, drawn and packed
+    page.py         the frame of a page, text
+    call_page.py    the page of a call, with call_page.js
+    index_page.py   the index, with index_page.js
+
+    page = write_report(Path("calls/20261121T140509-0f3c-9c41d07b"))
+    report = write_index(Path("calls"))
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from roark.folder import DELIVERY, JOURNAL, RECORD, RECORDING
+from roark.report import call_page, index_page
+from roark.report.index_page import UNREADABLE, KnownRows
+from roark.report.page import SOURCES, write
+from roark.report.reading import Call, holds_a_call
+
+PAGE = "report.html"
+INDEX = "index.html"
+# How often `watch` looks for what is new.
+WATCH_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """Where the index is, and the folders that were passed over: (name, why)."""
+
+    index: Path
+    unreadable: tuple[tuple[str, str], ...]
+
+
+def write_report(folder: Path) -> Path:
+    """Write the page of a call into its folder and return its path.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or nothing of a call in it.
+    """
+    page = folder / PAGE
+    write(page, call_page.render(Call.read(folder)))
+    return page
+
+
+def write_index(calls_dir: Path, *, watched: bool = False) -> Report:
+    """Write the pages that are missing or older than their call, and the index.
+
+    What has not changed since the last time is neither read nor written again. One folder that
+    cannot be read costs its own row, no other. The index of a `watched` directory looks for its
+    next version by itself.
+
+    Raises:
+        FileNotFoundError: there is no such directory.
+    """
+    if not calls_dir.is_dir():
+        raise FileNotFoundError(f"{calls_dir} is not a directory, so there are no calls in it.")
+    index = calls_dir / INDEX
+    known = KnownRows.of(index)
+    rows, unreadable = [], []
+    for folder in call_folders(calls_dir):
+        try:
+            if _is_stale(folder):
+                write_report(folder)
+            row = known.row(folder)
+            rows.append(row)
+            if row["roark"] == UNREADABLE:
+                unreadable.append((folder.name, f"{DELIVERY} is damaged"))
+        except FileNotFoundError:
+            # The outbox has tidied the call away meanwhile; or a file of it is a dead link.
+            if folder.is_dir():
+                unreadable.append((folder.name, "a file of it is gone"))
+        # Whatever lies in one folder must not keep the others from being shown.
+        except Exception as error:
+            unreadable.append((folder.name, _reason_of(error)))
+    text = index_page.render(rows, unreadable, watched=watched)
+    if not index.exists() or index.read_text(encoding="utf-8") != text:
+        write(index, text)
+    # The index says when it was looked at last.
+    os.utime(index)
+    return Report(index, tuple(unreadable))
+
+
+def main(calls_dir: Path, wanted: str | None, *, watch: bool = False) -> int:
+    """Write the page of one call, or all of them and the index; returns the exit status.
+
+    It is 1 when there is no such call or directory, or when a folder could not be read. With
+    `watch` the pages follow the calls until Ctrl-C.
+    """
+    try:
+        if wanted:
+            print(write_report(find_call(calls_dir, wanted)).resolve().as_uri())
+            return 0
+        report = write_index(calls_dir, watched=watch)
+        print(report.index.resolve().as_uri())
+        with suppress(KeyboardInterrupt):
+            while watch:
+                time.sleep(WATCH_SECONDS)
+                report = write_index(calls_dir, watched=True)
+    except (LookupError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    for name, why in report.unreadable:
+        print(f"{name}: cannot be read, passed over: {why}", file=sys.stderr)
+    return 1 if report.unreadable else 0
+
+
+def call_folders(calls_dir: Path) -> list[Path]:
+    """The folders that hold a call, newest first; a half-written one counts."""
+    found = []
+    for entry in os.scandir(calls_dir):
+        path = Path(entry.path)
+        try:
+            is_a_call = entry.is_dir() and holds_a_call(path)
+        except OSError:
+            # Not ours to look into. One that is named like a call will be named.
+            is_a_call = entry.name[:1].isdigit()
+        if is_a_call:
+            found.append(path)
+    return sorted(found, key=lambda path: path.name, reverse=True)
+
+
+def find_call(calls_dir: Path, wanted: str) -> Path:
+    """The folder of a call named by its path, its folder's name or a part of that.
+
+    Raises:
+        LookupError: with a sentence that says why there is not exactly one.
+    """
+    for path in (Path(wanted), calls_dir / wanted):
+        if path.is_dir() and holds_a_call(path):
+            return path
+    found = []
+    if calls_dir.is_dir():
+        found = [path for path in call_folders(calls_dir) if wanted in path.name]
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise LookupError(f"There is no call {wanted!r} in {calls_dir}.")
+    names = ", ".join(path.name for path in found[:5])
+    raise LookupError(f"{wanted!r} is a part of {len(found)} calls' names: {names}")
+
+
+def _reason_of(error: Exception) -> str:
+    """Without anything of the folder's content, which is private."""
+    return (isinstance(error, OSError) and error.strerror) or type(error).__name__
+
+
+def _is_stale(folder: Path) -> bool:
+    """Whether the page of a call is missing or older than what it is made of."""
+    try:
+        written = (folder / PAGE).stat().st_mtime_ns
+        record = (folder / RECORD).stat().st_mtime_ns
+    except FileNotFoundError:
+        return True
+    if max(record, _sources_changed_at()) > written:
+        return True
+    sources = [folder / name for name in (JOURNAL, RECORDING) if (folder / name).exists()]
+    return any(path.stat().st_mtime_ns > written for path in sources)
+
+
+def _sources_changed_at() -> int:
+    return max(path.stat().st_mtime_ns for path in SOURCES)

@@ -1,0 +1,194 @@
+"""The index of all calls: one row of facts per call, shown by index_page.js."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+from roark.folder import DELIVERY, RECORD, Folder
+from roark.report.page import SOURCES, data, h, page
+from roark.report.reading import SIDES, Call, Row, end_ms, start_ms, text_of
+
+# What was said can be searched in the newest calls, as far as it fits into this.
+WORDS_CHARACTERS = 4_000_000
+# The course of a conversation is drawn in so many steps.
+STRIP_STEPS = 150
+
+UNREADABLE = "cannot be read"
+
+DATA = "calls"
+MADE_BY_US = (".html", ".tmp")
+
+
+class KnownRows:
+    """The rows of the index on disk: it is its own memory of the calls that have not changed."""
+
+    def __init__(self, rows: dict[str, Row]) -> None:
+        self._rows = rows
+
+    @classmethod
+    def of(cls, index: Path) -> KnownRows:
+        """Those of an index that this version of the code has written, else none."""
+        try:
+            source = index.read_text(encoding="utf-8")
+            found = re.search(
+                rf'<script type="application/json" id="{DATA}">(.*?)</script>', source
+            )
+            written = json.loads(found.group(1)) if found else {}
+            if written["code"] == _code():
+                return cls({row["folder"]: row for row in written["calls"]})
+        except (OSError, ValueError, TypeError, KeyError):
+            pass
+        return cls({})
+
+    def row(self, folder: Path) -> Row:
+        """What the index shows of a call, read anew only if its folder has changed."""
+        stamp = _stamp(folder)
+        known = self._rows.get(folder.name)
+        if known and known["stamp"] == stamp and (folder / RECORD).exists():
+            return known
+        return index_row(Call.read(folder, with_sound=False)) | {"stamp": stamp}
+
+
+def index_row(call: Call) -> Row:
+    """What the index shows of a call and searches in."""
+    reason, sentence = call.ending
+    return {
+        "folder": call.folder.name,
+        "started": call.started_at.timestamp() * 1000 if call.started_at else None,
+        "agent": call.agent,
+        "number": call.other_number,
+        "id": text_of(call.record, "call_id"),
+        "length_ms": call.duration_ms,
+        "turns": len(call.turns),
+        "waits": [round(total) for _, total in call.responses],
+        "cuts": sum(turn.get("interrupted_ms") is not None for turn in call.turns),
+        "tools": len(call.tools),
+        "failed": len(call.failed_tools),
+        "errors": len(call.errors),
+        "ending": reason,
+        "sentence": sentence,
+        "roark": _delivery(call.folder),
+        "strip": [_strip(call, side) for side in SIDES],
+        "words": " \u2013 ".join(
+            [text_of(turn, "text") for turn in call.turns]
+            + sorted({text_of(tool, "name") for tool in call.tools})
+        ),
+    }
+
+
+def render(rows: list[Row], unreadable: list[tuple[str, str]], *, watched: bool) -> str:
+    """The page of all calls, whose rows are given newest first."""
+    left = WORDS_CHARACTERS
+    shown = []
+    for row in rows:
+        left -= len(row["words"])
+        shown.append(row if left >= 0 else row | {"words": ""})
+    notices = "".join(
+        f'<p class="notice" role="status">{h(name)} cannot be read: {h(why)}.</p>'
+        for name, why in unreadable[:5]
+    )
+    if len(unreadable) > 5:
+        notices += f'<p class="notice">So it is with {len(unreadable) - 5} more.</p>'
+    content = {"code": _code(), "watched": watched, "calls": shown}
+    return page(
+        "Calls", BODY.format(notices=notices, data=data(DATA, content)), "index_page.js", "index"
+    )
+
+
+BODY = """
+<main>
+<header class="head">
+<h1>Calls</h1>
+<p class="muted" id="looked"></p>
+{notices}
+<dl class="facts" id="totals" aria-live="polite"></dl>
+</header>
+<form class="card filters" id="filters" role="search" aria-label="Calls">
+<label class="grow">Search<input type="search" id="search" autocomplete="off" spellcheck="false"
+ placeholder="words, number, id, 2026-11-21" aria-keyshortcuts="/"></label>
+<label>Ending<select id="ending"></select></label>
+<label id="agents" hidden>Agent<select id="agent"></select></label>
+<label>Answers<select id="slow">
+<option value="">any</option>
+<option value="1000">one over 1 s</option>
+<option value="2000">one over 2 s</option>
+<option value="3000">one over 3 s</option>
+<option value="5000">one over 5 s</option>
+</select></label>
+<fieldset><legend class="hidden-text">Only calls with</legend>
+<label class="check"><input type="checkbox" id="failed">Tool failed</label>
+<label class="check"><input type="checkbox" id="errors">Error</label>
+<label class="check"><input type="checkbox" id="undelivered">Undelivered</label>
+</fieldset>
+<label class="narrow">Sort<select id="sort"></select></label>
+<button type="reset" class="small" id="clear" disabled>Clear</button>
+</form>
+<div class="card"><table id="table"><thead><tr></tr></thead></table>
+<p class="muted empty" id="empty" hidden></p></div>
+<nav class="pages" id="pages" aria-label="Pages" hidden>
+<button class="small" id="previous">\u2190 Newer</button>
+<span id="range"></span>
+<button class="small" id="next">Older \u2192</button>
+</nav>
+<p class="muted keys"><kbd>/</kbd> searches, <kbd>j</kbd> <kbd>k</kbd> go from call to call,
+<kbd>enter</kbd> opens, <kbd>esc</kbd> clears. All times are UTC.</p>
+<noscript><p class="notice">The list needs JavaScript. The page of each call is in its folder.</p>
+</noscript>
+</main>
+{data}
+"""
+
+
+def _code() -> str:
+    """Changes with the code that makes the rows."""
+    digest = hashlib.sha256()
+    for path in sorted(SOURCES):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _stamp(folder: Path) -> str:
+    """Changes with anything in a folder that is not ours."""
+    files = sorted(
+        (entry.name, entry.stat().st_size, entry.stat().st_mtime_ns)
+        for entry in os.scandir(folder)
+        if not entry.name.endswith(MADE_BY_US)
+    )
+    return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
+
+
+def _strip(call: Call, side: str) -> list[int]:
+    """When a side speaks: first step, number of steps, and so on; what touches is one stretch."""
+    step = max(call.duration_ms, 1.0) / STRIP_STEPS
+    stretches: list[list[int]] = []
+    for turn in call.turns:
+        if turn["role"] == side:
+            first = min(int(start_ms(turn) / step), STRIP_STEPS - 1)
+            end = max(min(round(end_ms(turn) / step), STRIP_STEPS), first + 1)
+            if stretches and first <= stretches[-1][1]:
+                stretches[-1][1] = max(stretches[-1][1], end)
+            else:
+                stretches.append([first, end])
+    return [value for first, end in stretches for value in (first, end - first)]
+
+
+def _delivery(folder: Path) -> str:
+    """What of the call has reached Roark, in a few words."""
+    if not (folder / DELIVERY).exists():
+        return ""
+    # Whatever is wrong with it: what was said in the call is still worth showing.
+    try:
+        kept = Folder.load(folder)
+    except Exception:
+        return UNREADABLE
+    if kept.destination is None:
+        return "kept here"
+    if kept.steps_left or kept.ended is None:
+        return "undelivered"
+    if kept.steps_given_up:
+        return f"{len(kept.steps_given_up)} given up"
+    return "delivered"
