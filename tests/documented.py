@@ -18,6 +18,7 @@ FOLLOWED = {
     "uv run --extra local python -m rehearsal": r"http://localhost:\d+",
     "uv run python -m roark calls": None,
     "uv run python -m roark report": None,
+    "uv run python -m roark report --watch": r"index\.html",
     "uv run ruff check . && uv run ruff format --check . && uv run pyright": None,
     "uv run python -m pipecat.evals --help": None,
     "uv sync --extra tracing": None,

@@ -2,7 +2,8 @@
 
     python -m roark calls            every call in CALLS_DIR and what of it Roark does not have
     python -m roark deliver          deliver that now; exit 1 if anything is left, 2 without a key
-    python -m roark report [CALL]    a page about a call (default: all of them) to look at
+    python -m roark report [CALL]    a page about a call (default: all of them, and their index);
+                                     --watch keeps them up to date until Ctrl-C
 
 Settings come from the environment or .env: CALLS_DIR, ROARK_API_KEY, ROARK_BASE_URL.
 """
@@ -31,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("deliver", help="deliver what is undelivered")
     report = commands.add_parser("report", help="write a page about a call, or about all")
     report.add_argument("call", nargs="?", help="a call's id or the name of its folder")
+    report.add_argument("--watch", action="store_true", help="keep the pages up to date")
     chosen = parser.parse_args(arguments)
 
     load_dotenv(find_dotenv(usecwd=True))
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         case "deliver":
             return deliver(directory)
         case _:
-            return write_report(directory, chosen.call)
+            return write_report(directory, chosen.call, watch=chosen.watch)
 
 
 def list_calls(directory: Path) -> int:
@@ -114,12 +116,12 @@ def deliver(directory: Path) -> int:
     return 1 if left or unreadable else 0
 
 
-def write_report(directory: Path, call: str | None) -> int:
-    """Writes the page and prints where it is."""
+def write_report(directory: Path, call: str | None, *, watch: bool) -> int:
+    """Writes the page and prints where it is; with `watch` again whenever something is new."""
     # Brings numpy along, which nothing else here needs.
     from roark import report
 
-    return report.main(directory, call)
+    return report.main(directory, call, watch=watch)
 
 
 def _name_unreadable(path: Path, error: Exception) -> None:

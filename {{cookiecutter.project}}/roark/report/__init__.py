@@ -25,11 +25,12 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from roark.folder import DELIVERY, JOURNAL, RECORD, RECORDING
+from roark.folder import DELIVERY, JOURNAL, RECORD, RECORDING, reason_of
 from roark.report import call_page, index_page
 from roark.report.index_page import UNREADABLE, KnownRows
 from roark.report.page import SOURCES, write
@@ -89,7 +90,7 @@ def write_index(calls_dir: Path, *, watched: bool = False) -> Report:
                 unreadable.append((folder.name, "a file of it is gone"))
         # Whatever lies in one folder must not keep the others from being shown.
         except Exception as error:
-            unreadable.append((folder.name, _reason_of(error)))
+            unreadable.append((folder.name, reason_of(error)))
     text = index_page.render(rows, unreadable, watched=watched)
     if not index.exists() or index.read_text(encoding="utf-8") != text:
         write(index, text)
@@ -98,7 +99,13 @@ def write_index(calls_dir: Path, *, watched: bool = False) -> Report:
     return Report(index, tuple(unreadable))
 
 
-def main(calls_dir: Path, wanted: str | None, *, watch: bool = False) -> int:
+def main(
+    calls_dir: Path,
+    wanted: str | None,
+    *,
+    watch: bool = False,
+    sleep: Callable[[float], None] = time.sleep,
+) -> int:
     """Write the page of one call, or all of them and the index; returns the exit status.
 
     It is 1 when there is no such call or directory, or when a folder could not be read. With
@@ -109,10 +116,10 @@ def main(calls_dir: Path, wanted: str | None, *, watch: bool = False) -> int:
             print(write_report(find_call(calls_dir, wanted)).resolve().as_uri())
             return 0
         report = write_index(calls_dir, watched=watch)
-        print(report.index.resolve().as_uri())
         with suppress(KeyboardInterrupt):
+            print(report.index.resolve().as_uri(), flush=True)
             while watch:
-                time.sleep(WATCH_SECONDS)
+                sleep(WATCH_SECONDS)
                 report = write_index(calls_dir, watched=True)
     except (LookupError, OSError) as error:
         print(error, file=sys.stderr)
@@ -155,11 +162,6 @@ def find_call(calls_dir: Path, wanted: str) -> Path:
         raise LookupError(f"There is no call {wanted!r} in {calls_dir}.")
     names = ", ".join(path.name for path in found[:5])
     raise LookupError(f"{wanted!r} is a part of {len(found)} calls' names: {names}")
-
-
-def _reason_of(error: Exception) -> str:
-    """Without anything of the folder's content, which is private."""
-    return (isinstance(error, OSError) and error.strerror) or type(error).__name__
 
 
 def _is_stale(folder: Path) -> bool:

@@ -14,10 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from roark.folder import open_private
 from roark.report.reading import BAD_ENDINGS, GOOD_ENDINGS
 
 SOURCES = tuple(path for path in Path(__file__).parent.iterdir() if path.is_file())
-PRIVATE_FILE = 0o600
 
 
 def page(title: str, body: str, script: str, css_class: str) -> str:
@@ -48,10 +48,8 @@ def page(title: str, body: str, script: str, css_class: str) -> str:
 def write(path: Path, text: str) -> None:
     """Put a page in its place, whole, for nobody but its owner to read."""
     unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.unlink(missing_ok=True)
-    with open(
-        os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, PRIVATE_FILE), "wb"
-    ) as file:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    with os.fdopen(open_private(unfinished, flags), "wb") as file:
         file.write(text.encode("utf-8", "replace"))
     os.replace(unfinished, path)
 
