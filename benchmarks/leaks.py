@@ -86,6 +86,7 @@ async def measure(calls: int) -> list[tuple[int, dict[str, Any]]]:
     from rehearsal.engines.engine import ToolCall
     from rehearsal.engines.scripted import Answer, Script, ScriptedEngine
     from rehearsal.providers.all import serve as serve_providers
+    from rehearsal.providers.cartesia import CartesiaServer
     from rehearsal.providers.roark import RoarkReceiver
 
     # A web call that the bot gives up at once never comes up.
@@ -113,7 +114,7 @@ async def measure(calls: int) -> list[tuple[int, dict[str, Any]]]:
                         found.append((done, await (await http.get(f"{url}/holds")).json()))
                     way = number // 2 % 4
                     engine.script = curt if way == 2 else polite
-                    providers.cartesia.faults.wrong_key = way == 3
+                    providers[CartesiaServer].faults.wrong_key = way == 3
                     caller = (
                         TwilioCaller(url.replace("http", "ws", 1) + "/ws")
                         if number % 2

@@ -2,11 +2,12 @@
 
 cookiecutter 2.7 drops a mistyped question without a word, and takes the default in place of a bad
 choice in a configuration file with a warning only. This extension (`_extensions` in
-cookiecutter.json) refuses both, and hands hooks/pre_gen_project.py what an answer is held against.
+cookiecutter.json) refuses both, and hands the hooks what an answer is held against and which files
+belong to others.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ class AnswerChecks(Extension):
         # cookiecutter renders hooks in the template's folder, whichever version that is by then.
         environment.globals["choices"] = lambda: choices(questions(Path()))
         environment.globals["taken_names"] = lambda: taken_names(Path())
+        environment.globals["others"] = others
         if sentence := mistake(given_answers(), questions(TEMPLATE)):
             raise FailedHookException(sentence)
 
@@ -45,6 +47,12 @@ def choices(asked: dict[str, Any]) -> dict[str, list[Any]]:
     """Return the allowed answers to each question that does not take any text."""
     booleans = {name: [True, False] for name in asked if isinstance(asked[name], bool)}
     return booleans | {name: asked[name] for name in asked if isinstance(asked[name], list)}
+
+
+def others(answers: Mapping[str, Any]) -> list[str]:
+    """Return the files that belong to other answers, by the table in cookiecutter.json."""
+    chosen = {f"{question}={answer}" for question, answer in answers.items()}
+    return [name for name, owners in answers["_belongs"].items() if not chosen & set(owners)]
 
 
 def taken_names(template: Path) -> list[str]:

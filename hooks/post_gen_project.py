@@ -1,4 +1,4 @@
-"""A hook of this template: sweeps what came from a developer's working copy, says what is next."""
+"""A hook of this template: sweeps what is of other answers or of a developer, says what is next."""
 
 import json
 import os
@@ -8,11 +8,13 @@ from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
-BY_CRUFT, LINK = json.loads(
+OTHERS, BY_CRUFT, LINK = json.loads(
     r"""
-{{ ["_commit" in cookiecutter, link(cookiecutter)] | tojson }}
+{{ [others(cookiecutter), "_commit" in cookiecutter, link(cookiecutter)] | tojson }}
 """
 )
+for name in OTHERS:
+    Path(name).unlink(missing_ok=True)
 # What the project's git will not see is no part of the project: keys, calls, caches, environments.
 LINES = Path(".gitignore").read_text(encoding="utf-8").splitlines()
 IGNORED = [line.rstrip("/") for line in LINES if not line.startswith("#")]

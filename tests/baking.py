@@ -3,8 +3,8 @@
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ class BakedProject:
     """A project as its user gets it."""
 
     path: Path
+    answers: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def read(self, name: str) -> str:
         """Return the text of a file, line endings as they are on disk."""

@@ -61,7 +61,7 @@ def bake(template: Path, cookiecutter_home: Path, tmp_path_factory: pytest.TempP
                 output_dir=str(output or tmp_path_factory.mktemp("baked")),
                 config_file=str(cookiecutter_home / "config.yaml"),
             )
-        return BakedProject(Path(project))
+        return BakedProject(Path(project), answers)
 
     return bake
 

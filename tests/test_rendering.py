@@ -99,7 +99,11 @@ def is_vendored(name: str) -> bool:
 def test_every_rendering_holds_exactly_the_files_of_the_template(
     project: BakedProject, template: Path
 ) -> None:
-    assert project.files() == BakedProject(template / FOLDER).files()
+    chosen = {f"{question}={answer}" for question, answer in project.answers.items()}
+    others = {name for name, of in FORM["_belongs"].items() if not chosen & set(of)}
+    template_files = BakedProject(template / FOLDER).files()
+    assert set(FORM["_belongs"]) <= template_files
+    assert project.files() == template_files - others
 
 
 def test_vendored_files_are_the_template_s_byte_for_byte(
@@ -182,7 +186,7 @@ def test_what_cannot_be_swept_is_named_and_the_project_stays(
 
     hook = (ROOT / "hooks" / "post_gen_project.py").read_text(encoding="utf-8")
     rendered = tmp_path / "post_gen_project.py"
-    rendered.write_text(re.sub(r"^\{\{.*\}\}$", "[false, null]", hook, flags=re.MULTILINE))
+    rendered.write_text(re.sub(r"^\{\{.*\}\}$", "[[], false, null]", hook, flags=re.MULTILINE))
     monkeypatch.setattr(Path, "unlink", refuse)
 
     runpy.run_path(str(rendered))

@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ from rehearsal.callers.webrtc import WebRTCCaller
 from rehearsal.engines.engine import Speech, TextDelta, ToolCall
 from rehearsal.engines.scripted import Script, ScriptedEngine, ScriptedRecogniser
 from rehearsal.host.base_image import BaseImage, Session, serve
-from rehearsal.providers.all import Providers
+from rehearsal.providers.all import Providers, wire, wires
 from rehearsal.providers.all import serve as serve_providers
 from rehearsal.providers.roark import ReceivedCall, RoarkReceiver
 from rehearsal.providers.server import ProviderServer
@@ -101,8 +101,7 @@ def server_of(providers: Providers, kind: str) -> ProviderServer:
 
 def skip_unless_scripted() -> None:
     """Skip the test where a script cannot say what the bot hears."""
-    rehearsed = [getattr(part, "speaks_to", ()) for part in get_type_hints(Providers).values()]
-    if not any(classes()["stt"] in names for names in rehearsed):
+    if not any(classes()["stt"] in wire(name).speaks_to for name in wires()):
         pytest.skip(f"{classes()['stt']} hears what is said, not what a script says")
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from harness import classes, server_of, skip_unless_scripted
-from pipecat.services.elevenlabs.tts import ElevenLabsTTSService
 
 import services
 from deploy import preflight
@@ -40,22 +39,6 @@ async def test_a_wrong_key_is_named_with_its_service(providers: Providers, kind:
     broken = {name for name, problem in results.items() if problem}
     # Without an answer there is nothing to say.
     assert broken - {classes()["tts"]} <= {classes()[kind]}
-
-
-async def test_a_reason_that_only_pipecats_log_tells_is_told(
-    providers: Providers, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    voice = ElevenLabsTTSService(
-        api_key="wrong",
-        url=providers.environment["ELEVENLABS_BASE_URL"],
-        settings=ElevenLabsTTSService.Settings(voice="voice"),
-    )
-    monkeypatch.setattr(services, "create_tts", lambda: voice)
-    # As in a process of its own, where the bot does not hush the log.
-    monkeypatch.setenv("LOG_EVERYTHING", "1")
-    providers.elevenlabs.faults.wrong_key = True
-    results = await preflight.check()
-    assert results["ElevenLabsTTSService"] == "1008 (policy violation) Invalid API key"
 
 
 @pytest.mark.parametrize("kind", ["llm", "tts"])

@@ -1,50 +1,59 @@
-"""The providers of all services a bot may use, and Twilio's REST API, on this machine."""
+"""The servers of all services that the bot may use, and Twilio's REST API, on this machine."""
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TypeVar
 
 from rehearsal.engines.engine import Engine
-from rehearsal.providers.anthropic import AnthropicServer
-from rehearsal.providers.assemblyai import AssemblyAIServer
-from rehearsal.providers.cartesia import CartesiaServer
-from rehearsal.providers.deepgram import DeepgramServer
-from rehearsal.providers.deepgram_tts import DeepgramSpeakServer
-from rehearsal.providers.elevenlabs import ElevenLabsServer
 from rehearsal.providers.faults import Faults
-from rehearsal.providers.google import GoogleServer
-from rehearsal.providers.openai import OpenAIServer
-from rehearsal.providers.openai_stt import OpenAIListenServer
 from rehearsal.providers.pace import VoiceServer
-from rehearsal.providers.server import ProviderServer, WireLog, free_port
+from rehearsal.providers.server import EngineServer, ProviderServer, WireLog, free_port
 from rehearsal.providers.twilio_rest import TwilioServer
 
+S = TypeVar("S", bound=ProviderServer)
 
-@dataclass(frozen=True)
+# One file for each in this folder; a project has those of the services it was generated with. The
+# name is the file's, and that by which faults are switched.
+WIRES = {
+    "deepgram": "DeepgramServer",
+    "assemblyai": "AssemblyAIServer",
+    "openai_stt": "OpenAIListenServer",
+    "openai": "OpenAIServer",
+    "anthropic": "AnthropicServer",
+    "google": "GoogleServer",
+    "cartesia": "CartesiaServer",
+    "elevenlabs": "ElevenLabsServer",
+    "deepgram_tts": "DeepgramSpeakServer",
+}
+
+
 class Providers:
-    """The running servers, each on a port of its own, and the log of what passed on their wires."""
+    """The running servers, each on a port of its own, and the log of what passed on their wires.
 
-    deepgram: DeepgramServer
-    assemblyai: AssemblyAIServer
-    openai_stt: OpenAIListenServer
-    openai: OpenAIServer
-    anthropic: AnthropicServer
-    google: GoogleServer
-    cartesia: CartesiaServer
-    elevenlabs: ElevenLabsServer
-    deepgram_tts: DeepgramSpeakServer
-    twilio: TwilioServer
-    log: WireLog
+    Attributes:
+        servers: In the order of their ports.
+        twilio: The one that phone calls are hung up by.
+    """
+
+    def __init__(self, engine: Engine, log: WireLog, faults: Mapping[str, Faults]) -> None:
+        """Make the servers of the wires that are here, none of them running yet."""
+        self.log = log
+        self.twilio = TwilioServer(log, faults.get("twilio"))
+        self.servers: list[ProviderServer] = [
+            wire(name)(engine, log, faults.get(name)) for name in wires()
+        ]
+        self.servers.append(self.twilio)
+
+    def __getitem__(self, kind: type[S]) -> S:
+        """Return the server of this class."""
+        return next(server for server in self.servers if isinstance(server, kind))
 
     @property
-    def servers(self) -> tuple[ProviderServer, ...]:
-        """All servers, in the order of their ports."""
-        return tuple(part for part in vars(self).values() if isinstance(part, ProviderServer))
-
-    @property
-    def voices(self) -> tuple[VoiceServer, ...]:
+    def voices(self) -> list[VoiceServer]:
         """The servers that speak."""
-        return (self.cartesia, self.elevenlabs, self.deepgram_tts)
+        return [server for server in self.servers if isinstance(server, VoiceServer)]
 
     @property
     def by_service(self) -> dict[str, ProviderServer]:
@@ -64,6 +73,16 @@ class Providers:
         return {request.peer[0] for request in self.log.requests}
 
 
+def wires() -> list[str]:
+    """Return the names of the wires that are here."""
+    return [name for name in WIRES if find_spec(f"rehearsal.providers.{name}")]
+
+
+def wire(name: str) -> type[EngineServer]:
+    """Return the class that speaks a wire."""
+    return getattr(import_module(f"rehearsal.providers.{name}"), WIRES[name])
+
+
 @asynccontextmanager
 async def serve(
     engine: Engine, *, faults: Mapping[str, Faults] | None = None, port: int = 0
@@ -72,29 +91,16 @@ async def serve(
 
     Args:
         engine: What hears, thinks and speaks.
-        faults: Switches by server name (deepgram, openai, cartesia, ...) to begin with.
+        faults: Switches by the name of a wire or "twilio", to begin with.
         port: Port of the first server, the others take the free ones after it; 0 takes any.
 
     Raises:
         OSError: That port is taken.
     """
-    log = WireLog()
-    switches = dict(faults or {})
-    providers = Providers(
-        deepgram=DeepgramServer(engine, log, switches.pop("deepgram", None)),
-        assemblyai=AssemblyAIServer(engine, log, switches.pop("assemblyai", None)),
-        openai_stt=OpenAIListenServer(engine, log, switches.pop("openai_stt", None)),
-        openai=OpenAIServer(engine, log, switches.pop("openai", None)),
-        anthropic=AnthropicServer(engine, log, switches.pop("anthropic", None)),
-        google=GoogleServer(engine, log, switches.pop("google", None)),
-        cartesia=CartesiaServer(engine, log, switches.pop("cartesia", None)),
-        elevenlabs=ElevenLabsServer(engine, log, switches.pop("elevenlabs", None)),
-        deepgram_tts=DeepgramSpeakServer(engine, log, switches.pop("deepgram_tts", None)),
-        twilio=TwilioServer(log, switches.pop("twilio", None)),
-        log=log,
-    )
-    if switches:
-        raise ValueError(f"no such provider: {', '.join(switches)}")
+    switches = faults or {}
+    if unknown := set(switches) - {*wires(), "twilio"}:
+        raise ValueError(f"no such provider: {', '.join(sorted(unknown))}")
+    providers = Providers(engine, WireLog(), switches)
     try:
         next_port = port
         for server in providers.servers:

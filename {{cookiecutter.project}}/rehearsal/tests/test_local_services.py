@@ -40,7 +40,7 @@ async def harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """The bot and its world, of which only the answerer and Roark are servers."""
     skip_unless_local("WhisperSTTService", "PiperTTSService")
     # What is heard here is what is said.
-    monkeypatch.setattr("tests.harness.skip_unless_scripted", lambda: None)
+    monkeypatch.setattr("harness.skip_unless_scripted", lambda: None)
     async with run_harness(monkeypatch, tmp_path) as harness:
         harness.engine.script = Script(greeting=GREETING, answers=(Answer(says=ANSWER),))
         yield harness
