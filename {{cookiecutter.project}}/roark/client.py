@@ -1,20 +1,30 @@
 """Roark's wire contract: three requests, each tried once. When to try again is outbox.py's matter.
 
-Building a client costs nothing: the session is made by the loop that sends, with the TLS context
-that aiohttp made for the whole process when it was imported.
+Building a client costs nothing: the connections are opened by the loop that sends, with one TLS
+context for the whole process, which is made there as well. That loop is the outbox's, not a call's.
+httpx is loaded when it is first used: `import bot` does not wait for it.
 """
 
+from __future__ import annotations
+
+import asyncio
 import json
+import logging
 import os
 import random
 import re
+import ssl
+import threading
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import cache
+from typing import TYPE_CHECKING
 
-import aiohttp
-from yarl import URL
+if TYPE_CHECKING:
+    import httpx
 
 BASE_URL = "https://api.roark.ai"
 AUDIO = "audio/pcm"
@@ -99,7 +109,7 @@ class RoarkClient:
     def __init__(self, *, api_key: str, base_url: str | None = None) -> None:
         self.base_url = (base_url or BASE_URL).rstrip("/")
         self._api_key = api_key
-        self._session: aiohttp.ClientSession | None = None
+        self._http = HttpClient()
 
     async def send_event(self, body: bytes, *, idempotency_key: str, attempt: int = 1) -> None:
         """Posts call-started or call-ended, as the bytes they are."""
@@ -116,7 +126,7 @@ class RoarkClient:
         try:
             message = json.loads(answer)
             url = message.get("data", message)["uploadUrl"]
-        except (ValueError, AttributeError, KeyError, TypeError):
+        except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
             raise Unreachable("the answer holds no uploadUrl") from None
         if not isinstance(url, str):
             raise Unreachable("the answer holds no uploadUrl")
@@ -124,18 +134,18 @@ class RoarkClient:
 
     async def put_chunk(self, url: str, pcm: bytes, *, attempt: int = 1) -> None:
         """Stores a chunk. No key goes along: storage refuses headers it did not sign."""
-        try:
-            # Signed as written: not to be decoded and encoded again.
-            target = URL(url, encoded=True)
-        except ValueError:
-            raise Unreachable("the upload URL is not a URL") from None
-        await self._send("PUT", target, pcm, {"Content-Type": AUDIO}, attempt)
+        response = await self._http.send("PUT", url, pcm, {"Content-Type": AUDIO}, attempt)
+        if not response.is_success:
+            raise Rejected(
+                response.status_code,
+                _storage_code(response.content),
+                retry_after_s=retry_after(response.headers.get("Retry-After")),
+                by_storage=True,
+            )
 
     async def close(self) -> None:
         """Closes the connections; the next request opens new ones."""
-        session, self._session = self._session, None
-        if session is not None:
-            await session.close()
+        await self._http.close()
 
     async def _post(self, path: str, body: bytes, idempotency_key: str, attempt: int) -> bytes:
         headers = {
@@ -144,61 +154,126 @@ class RoarkClient:
             "Content-Type": "application/json",
             "Idempotency-Key": idempotency_key,
         }
-        return await self._send("POST", URL(self.base_url + path), body, headers, attempt)
+        response = await self._http.send("POST", self.base_url + path, body, headers, attempt)
+        if not response.is_success:
+            raise Rejected(
+                response.status_code,
+                error_text(response.content, secret=self._api_key),
+                retry_after_s=retry_after(response.headers.get("Retry-After")),
+            )
+        return response.content
 
-    async def _send(
-        self, method: str, url: URL, body: bytes, headers: dict[str, str], attempt: int
-    ) -> bytes:
+
+class HttpClient:
+    """Requests that are tried once, each within a time that grows with its attempts.
+
+    One for each destination: its connections are not another's to wait for.
+    """
+
+    def __init__(self) -> None:
+        self._client: httpx.AsyncClient | None = None
+
+    async def send(
+        self, method: str, url: str, body: bytes, headers: dict[str, str], attempt: int
+    ) -> httpx.Response:
+        """The answer, whatever its status; raises `Unreachable` when there is none in time."""
+        import httpx
+
         seconds = min(MAX_ATTEMPT_SECONDS, ATTEMPT_SECONDS * 2.0 ** min(attempt - 1, 10))
+        if self._client is None:
+            self._client = httpx.AsyncClient(
+                verify=tls_context(),
+                # The whole attempt has a limit, below; httpx's are for its parts.
+                timeout=None,
+                limits=httpx.Limits(keepalive_expiry=60.0),
+            )
+        _is_discreet.set(True)
         try:
-            async with self._open_session().request(
-                method,
-                url,
-                data=body,
-                headers=headers,
-                timeout=aiohttp.ClientTimeout(total=seconds),
-                # The key follows no redirect; a presigned URL carries none and may.
-                allow_redirects=method == "PUT",
-            ) as response:
-                answer = await response.read()
-                if response.status // 100 == 2:
-                    return answer
-                by_storage = method == "PUT"
-                raise Rejected(
-                    response.status,
-                    _storage_code(answer) if by_storage else self._error_text(answer),
-                    retry_after_s=retry_after(response.headers.get("Retry-After")),
-                    by_storage=by_storage,
+            async with asyncio.timeout(seconds):
+                return await self._client.request(
+                    method,
+                    url,
+                    content=body,
+                    headers=headers,
+                    # A key follows no redirect; a presigned URL carries none and may.
+                    follow_redirects=method == "PUT",
                 )
         except TimeoutError:
             raise Unreachable(f"no answer in {seconds:g} s") from None
-        except aiohttp.ClientConnectorError as error:
-            number = error.os_error.errno or 0
-            # Resolver errors are negative, and not in the table of the system.
-            said = os.strerror(number) if number > 0 else error.os_error.strerror
-            raise Unreachable(said or type(error).__name__) from None
-        except (aiohttp.ClientError, OSError, ValueError, RuntimeError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, RuntimeError) as error:
             # The text of these may hold the URL.
-            raise Unreachable(type(error).__name__) from None
+            raise Unreachable(_system_error(error) or type(error).__name__) from None
 
-    def _open_session(self) -> aiohttp.ClientSession:
-        if self._session is None or self._session.closed:
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(ttl_dns_cache=300, keepalive_timeout=60),
-                cookie_jar=aiohttp.DummyCookieJar(),
-            )
-        return self._session
+    async def close(self) -> None:
+        """Closes the connections; the next request opens new ones."""
+        client, self._client = self._client, None
+        if client is not None:
+            await client.aclose()
 
-    def _error_text(self, answer: bytes) -> str:
-        text = answer[:65536].decode("utf-8", "replace")
-        try:
-            message = json.loads(text)
-            error = message.get("error", message.get("message", text))
-            text = str(error.get("message", error) if isinstance(error, dict) else error)
-        except (ValueError, AttributeError):
-            pass
-        text = re.sub(r"https?://\S+", "[url]", text.replace(self._api_key, "[key]"))
-        return " ".join(text.split())[:MAX_ERROR_CHARS]
+
+class _Discretion(logging.Filter):
+    """Keeps what httpx says of our requests out of every log: it says whole, signed URLs."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not _is_discreet.get()
+
+
+_is_discreet: ContextVar[bool] = ContextVar("is_discreet", default=False)
+# Filters are not inherited: each logger that speaks of a request has its own.
+for _name in ("httpx", "httpcore.connection", "httpcore.http11", "httpcore.proxy"):
+    logging.getLogger(_name).addFilter(_Discretion())
+
+
+@cache
+def warm_up() -> None:
+    """Loads what the first request would; in a thread of its own that holds up a call by 40 ms."""
+
+    async def load() -> None:
+        import anyio
+        import httpx
+
+        async with httpx.AsyncClient(verify=tls_context()):
+            # What httpx runs on is loaded when it first waits for something.
+            await anyio.sleep(0)
+
+    # Not in this thread, where a loop may be running.
+    thread = threading.Thread(target=lambda: asyncio.run(load()), name="roark-warm-up")
+    thread.start()
+    thread.join()
+
+
+@cache
+def tls_context() -> ssl.SSLContext:
+    """The process's TLS context for what is delivered: some 20 ms, so never on a call's loop."""
+    import httpx
+
+    return httpx.create_ssl_context()
+
+
+def error_text(answer: bytes, *, secret: str) -> str:
+    """What an answer says went wrong, short and without the key or a URL."""
+    text = answer[:65536].decode("utf-8", "replace")
+    try:
+        message = json.loads(text)
+        error = message.get("error", message.get("message", text))
+        text = str(error.get("message", error) if isinstance(error, dict) else error)
+    except (ValueError, AttributeError, RecursionError):
+        pass
+    text = re.sub(r"https?://\S+", "[url]", text.replace(secret, "[key]") if secret else text)
+    return " ".join(text.split())[:MAX_ERROR_CHARS]
+
+
+def _system_error(error: BaseException | None) -> str | None:
+    """The system's word for what made a connection fail, such as "Connection refused"."""
+    while error is not None:
+        # Resolver errors are negative, and not in the table of the system.
+        if isinstance(error, OSError) and error.errno:
+            return os.strerror(error.errno) if error.errno > 0 else error.strerror
+        if isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        else:
+            error = error.__cause__ or error.__context__
+    return None
 
 
 def retry_after(value: str | None, *, now: datetime | None = None) -> float | None:

@@ -1,15 +1,21 @@
 """Roark's wire contract, one attempt at a time."""
 
+import asyncio
+import logging
 import socket
 import ssl
+import threading
 import time
+from contextvars import Context
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
+import httpx
 import pytest
 from aiohttp import web
 
 from rehearsal.providers.roark import RoarkReceiver
-from roark.client import Backoff, Rejected, RoarkClient, Unreachable, retry_after
+from roark.client import Backoff, Rejected, RoarkClient, Unreachable, retry_after, tls_context
 
 KEY = "rk_live_8d1f"
 STARTED = (
@@ -94,6 +100,26 @@ async def test_the_key_does_not_follow_a_redirect():
             await client.send_event(STARTED, idempotency_key="1")
         await client.close()
     assert (refusal.value.status, refusal.value.is_about_us) == (307, True)
+
+
+@pytest.mark.anyio
+async def test_httpx_logs_neither_key_nor_signed_url_of_ours_and_still_logs_others(
+    client, roark, caplog
+):
+    caplog.set_level(logging.DEBUG)
+    await client.send_event(STARTED, idempotency_key="1")
+    url = await client.upload_url("a#1", 0, idempotency_key="2")
+    await asyncio.create_task(client.put_chunk(url, b"1234"))
+    assert KEY not in caplog.text
+    assert "Signature" not in caplog.text
+    assert "http" not in caplog.text
+
+    async def somebody_else() -> None:
+        async with httpx.AsyncClient() as other:
+            await other.get(f"{roark.url}/other")
+
+    await asyncio.create_task(somebody_else(), context=Context())
+    assert "/other" in caplog.text
 
 
 @pytest.mark.anyio
@@ -202,22 +228,29 @@ def test_retry_after_is_the_least_wait_but_not_without_limit():
     assert backoff.seconds(1, timedelta(days=1).total_seconds()) == 30
 
 
-@pytest.mark.anyio
-async def test_no_tls_context_is_made_for_a_client_or_its_first_request(roark, monkeypatch):
+def test_a_client_costs_nothing_where_it_is_made_and_all_of_them_share_one_tls_context(monkeypatch):
     """Making one stalls the call 20 to 640 ms, which is what the published package does."""
+    made: list[str] = []
+    create = ssl.SSLContext.load_verify_locations
 
-    def refuse(*_: object, **__: object) -> ssl.SSLContext:
-        raise AssertionError("a TLS context is made after the import")
+    def load(context: ssl.SSLContext, *arguments: Any, **named: Any) -> None:
+        made.append(threading.current_thread().name)
+        create(context, *arguments, **named)
 
-    monkeypatch.setattr(ssl, "create_default_context", refuse)
-    monkeypatch.setattr(ssl.SSLContext, "load_default_certs", refuse)
-    client = RoarkClient(api_key=KEY, base_url=roark.url)
-    await client.send_event(STARTED, idempotency_key="1")
-    secure = RoarkClient(api_key=KEY, base_url=roark.url.replace("http", "https"))
-    with pytest.raises(Unreachable):
-        await secure.send_event(STARTED, idempotency_key="1")
-    await client.close()
-    await secure.close()
+    monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", load)
+    tls_context.cache_clear()
+
+    async def ask(client: RoarkClient) -> None:
+        with pytest.raises(Unreachable):
+            await client.send_event(STARTED, idempotency_key="1")
+        await client.close()
+
+    clients = [RoarkClient(api_key=KEY, base_url="https://127.0.0.1:9") for _ in range(3)]
+    assert made == []
+    sender = threading.Thread(target=lambda: [asyncio.run(ask(c)) for c in clients], name="outbox")
+    sender.start()
+    sender.join(30)
+    assert made == ["outbox"]
 
 
 class _server:
