@@ -47,6 +47,7 @@ async def bot(runner_args: RunnerArguments) -> None:
         connection = await transports.answer(runner_args)
     except transports.Refused as refusal:
         logger.warning(f"A call was refused: {refusal}")
+        await transports.hang_up(runner_args)
         return
     except Exception as error:
         logger.error(f"This call could not be answered: {config.reason(error)}")

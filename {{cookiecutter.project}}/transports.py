@@ -5,10 +5,12 @@ WebRTC's, nor dies of Daily's where those do not load.
 """
 
 import asyncio
-from collections.abc import Callable
+import re
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from loguru import logger
 from pipecat.runner.types import (
@@ -25,7 +27,8 @@ from telephony import twilio_auth
 
 if TYPE_CHECKING:
     from pipecat.evals.transport import EvalTransportParams
-    from pipecat.serializers.twilio import TwilioFrameSerializer
+
+    from telephony.media_stream import MediaStreamSerializer
 
 PHONE_HZ = 8000
 # Twilio sends both messages of its handshake at once; Pipecat waits for them without a limit.
@@ -33,10 +36,13 @@ HANDSHAKE_SECONDS = 10.0
 # How long a web client may take to say it is ready to play audio. One that speaks no RTVI, the
 # protocol of Pipecat's client SDKs, never says so and is greeted then.
 CLIENT_READY_SECONDS = 2.0
+# Of a Daily dial-in: ids in the body of a session, which whoever starts one can write.
+DAILY_ID = re.compile(r"[\w.@:+-]{1,200}")
+DAILY_API = "https://api.daily.co/v1"
 
 
 class Refused(Exception):
-    """This caller may not talk to the bot; the connection is closed. The text says why."""
+    """This is no call, or not one for this bot; the connection is closed. The text says why."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +75,12 @@ async def answer(runner_args: RunnerArguments) -> Connection:
     """Take the call that `runner_args` describes.
 
     Raises:
-        ValueError: The session has no transport, or one this bot does not speak.
-        TimeoutError: The telephony handshake did not arrive.
-        Refused: The caller may not talk to the bot.
+        Refused: It is no call, or one that may not talk to the bot.
     """
     if isinstance(runner_args, WebSocketRunnerArguments):
         return await _answer_phone(runner_args)
     if isinstance(runner_args, DailyRunnerArguments):
-        dialled_in = bool((runner_args.body or {}).get("dialin_settings"))
+        dialled_in = _is_dial_in(runner_args.body)
         transport = await create_transport(runner_args, {"daily": _daily_params})
         return Connection(transport, is_phone=dialled_in)
     if isinstance(runner_args, SmallWebRTCRunnerArguments):
@@ -87,7 +91,7 @@ async def answer(runner_args: RunnerArguments) -> Connection:
             is_alive=connection.is_connected,
             is_closed=lambda: connection.pc.connectionState in ("closed", "failed"),
         )
-    raise ValueError(
+    raise Refused(
         f"this session came without a transport ({type(runner_args).__name__}): start it with a "
         "Daily room, over /api/offer (webrtc) or over /ws (twilio)"
     )
@@ -104,8 +108,8 @@ async def hang_up(runner_args: RunnerArguments) -> None:
 
 def warm_up() -> None:
     """Import what a phone call needs, which is little; the runners import WebRTC themselves."""
-    import pipecat.serializers.twilio
-    import pipecat.transports.websocket.fastapi  # noqa: F401
+
+    import telephony.media_stream  # noqa: F401
 
 
 def client_id(client: Any) -> str:
@@ -138,14 +142,29 @@ async def _answer_phone(runner_args: WebSocketRunnerArguments) -> Connection:
     )
 
     websocket = runner_args.websocket
-    async with asyncio.timeout(HANDSHAKE_SECONDS):
-        provider, call = await parse_telephony_websocket(websocket)
-    # Whoever speaks this protocol can rewrite what the bot was told: only where it was asked for.
-    if provider == "eval" and setting("ALLOW_EVAL") == "1":
+    try:
+        async with asyncio.timeout(HANDSHAKE_SECONDS):
+            provider, call = await parse_telephony_websocket(websocket)
+    except TimeoutError:
+        raise Refused(
+            f"its socket did not begin a media stream within {HANDSHAKE_SECONDS:g} s"
+        ) from None
+    # A health check, a scan, a connection that broke: whatever the stranger sent or did not send.
+    except Exception as error:
+        raise Refused(f"its socket began no media stream ({type(error).__name__})") from None
+    if provider == "eval":
+        # Whoever speaks this protocol can rewrite what the bot was told: only where asked for.
+        if setting("ALLOW_EVAL") != "1":
+            await websocket.close(code=1008, reason="set ALLOW_EVAL=1 to let evals in")
+            raise Refused("it is an eval, and ALLOW_EVAL is not set to 1; see evals/README.md")
         return Connection(await create_transport(runner_args, {"eval": _eval_params}))
     if provider != "twilio":
-        raise ValueError(f"/ws speaks Twilio media streams, and this looks like {provider!r}")
-    if not twilio_auth.lets_in(websocket, call.call_id, call.body or {}):
+        raise Refused(f"/ws speaks Twilio media streams, and this looks like {provider!r}")
+    call_id, stream_id = call.call_id, call.stream_id
+    if not (twilio_auth.is_sid(call_id, "CA") and twilio_auth.is_sid(stream_id, "MZ")):
+        raise Refused("its ids are none of Twilio's")
+    assert call_id and stream_id
+    if not twilio_auth.lets_in(websocket, call_id, call.body):
         await websocket.close(code=1008)
         raise Refused("it did not bring the token of a call that Twilio sent here")
     # Where create_transport leaves them, for whoever wants to know who is calling.
@@ -154,28 +173,62 @@ async def _answer_phone(runner_args: WebSocketRunnerArguments) -> Connection:
     params = FastAPIWebsocketParams(
         audio_in_enabled=True,
         audio_out_enabled=True,
-        serializer=_twilio_serializer(call.stream_id or "", call.call_id),
+        serializer=_twilio_serializer(stream_id, call_id, websocket.close),
     )
     transport = FastAPIWebsocketTransport(websocket=websocket, params=params)
     return Connection(transport, audio_in_hz=PHONE_HZ, audio_out_hz=PHONE_HZ, is_phone=True)
 
 
-def _twilio_serializer(stream_id: str, call_id: str | None) -> "TwilioFrameSerializer":
+def _is_dial_in(body: Any) -> bool:
+    """Whether a Daily session's body is that of a phone call; Refused where it is a forged one.
+
+    Pipecat asks the API that the body names about the call that the body names.
+    """
+    settings = body.get("dialin_settings") if isinstance(body, dict) else None
+    if not settings:
+        return False
+    assert isinstance(body, dict)
+    api = body.get("daily_api_url")
+    ids = (
+        [settings.get(name) for name in ("call_id", "call_domain")]
+        if isinstance(settings, dict)
+        else [None]
+    )
+    is_daily = isinstance(api, str) and _is_dailys(api)
+    if not is_daily or not all(isinstance(i, str) and DAILY_ID.fullmatch(i) for i in ids):
+        raise Refused("its dial-in settings are none of Daily's")
+    return True
+
+
+def _is_dailys(url: str) -> bool:
+    if url == setting("DAILY_API_URL", DAILY_API):
+        return True
+    with suppress(ValueError):
+        address = urlsplit(url)
+        return address.scheme == "https" and (address.hostname or "").endswith(".daily.co")
+    return False
+
+
+def _twilio_serializer(
+    stream_id: str, call_id: str, close: Callable[[], Awaitable[None]]
+) -> "MediaStreamSerializer":
     # Built here rather than by create_transport, which refuses a call without credentials.
-    from pipecat.serializers.twilio import TwilioFrameSerializer
+    from telephony.media_stream import MediaStreamSerializer
 
     account, token = setting("TWILIO_ACCOUNT_SID"), setting("TWILIO_AUTH_TOKEN")
-    can_hang_up = bool(account and token and call_id)
+    can_hang_up = bool(twilio_auth.is_sid(account, "AC") and token)
     if not can_hang_up:
         logger.warning(
-            "TWILIO_ACCOUNT_SID and TWILIO_AUTH_TOKEN are not both set: when the bot ends this "
-            "call the audio stops, and what happens next is up to the rest of the TwiML"
+            "TWILIO_ACCOUNT_SID (AC and 32 digits) and TWILIO_AUTH_TOKEN are not both set: when "
+            "the bot ends this call the audio stops, and what happens next is up to the rest of "
+            "the TwiML"
         )
-    return TwilioFrameSerializer(
+    return MediaStreamSerializer(
+        hang_up=close,
         stream_sid=stream_id,
         call_sid=call_id,
         account_sid=account or None,
         auth_token=token or None,
         base_url=setting("TWILIO_BASE_URL") or None,
-        params=TwilioFrameSerializer.InputParams(auto_hang_up=can_hang_up),
+        params=MediaStreamSerializer.InputParams(auto_hang_up=can_hang_up),
     )

@@ -3,17 +3,19 @@
 `python bot.py` talks to whoever finds it, and a stranger on the line costs money. With
 `TWILIO_AUTH_TOKEN` set, a phone call has to pass twice: the request for its TwiML has to be signed
 by Twilio, and its stream has to bring the token written into that TwiML, which is good for that
-one call, once, for a minute. With `-t twilio` the other ways to the bot are closed as well.
+one call, for a minute, once in each process. With `-t twilio` the other ways to the bot are closed
+as well.
 
-The token travels as a `<Parameter>` of the stream, inside the connection, not in its address:
-addresses end up in the access logs of every proxy on the way.
+The token is signed and not remembered, so the stream may reach another process of the same server
+than the one that answered with the TwiML. It travels as a `<Parameter>` of the stream, inside the
+connection, not in its address: addresses end up in the access logs of every proxy on the way.
 """
 
 import argparse
 import base64
 import hashlib
 import hmac
-import secrets
+import re
 import time
 from collections.abc import Callable, Coroutine, MutableMapping, Sequence
 from typing import TYPE_CHECKING
@@ -32,41 +34,60 @@ if TYPE_CHECKING:
 
 TOKEN_PARAMETER = "gate_token"
 # Twilio opens the stream as soon as it has read the TwiML.
-TOKEN_SECONDS = 60.0
-# Only a signed request makes a token, so this is a bound on memory and no limit on callers.
-MAX_TOKENS = 1000
+TOKEN_SECONDS = 60
 # What `-t twilio` serves behind a gate. Pipecat's server has more: a browser could call by
 # /api/offer, whatever -t says.
 OPEN_PATHS = {"/", "/ws", "/status"}
-# Twilio's form is one or two kilobytes.
-MAX_BODY_BYTES = 64 * 1024
+
+NO_HOST = (
+    "Phone calls need -x HOST, the public name under which Twilio reaches this server over HTTPS: "
+    "python bot.py -t twilio -x voice.example.org"
+)
+
+# Of everything that Twilio gives an id to: calls, media streams, accounts.
+# https://www.twilio.com/docs/glossary/what-is-a-sid
+SID = re.compile(r"(?P<kind>[A-Z]{2})[0-9a-fA-F]{32}")
 
 TWIML = """<?xml version="1.0" encoding="UTF-8"?>
 <Response>
   <Connect>
-    <Stream url="wss://{host}/ws">
-      <Parameter name="from_number" value={from_number} />
-      <Parameter name="to_number" value={to_number} />
-      <Parameter name="{parameter}" value={token} />
+    <Stream url="wss://{host}/ws">{parameters}
     </Stream>
   </Connect>
 </Response>"""
+PARAMETER = """
+      <Parameter name={name} value={value} />"""
+BUSY = """<?xml version="1.0" encoding="UTF-8"?>
+<Response>
+  <Reject reason="busy" />
+</Response>"""
+
+
+def is_sid(value: object, kind: str) -> bool:
+    """Whether `value` is an id of Twilio's own form: "CA" a call, "MZ" a stream, "AC" an account.
+
+    What a stream says of itself is a stranger's word, and ids become addresses and file names.
+    """
+    match = SID.fullmatch(value) if isinstance(value, str) else None
+    return bool(match and match["kind"] == kind)
 
 
 class Gate:
     """Checks Twilio's signature, and gives out the tokens that calls have to bring."""
 
-    def __init__(self, auth_token: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, auth_token: str, *, clock: Callable[[], float] = time.time) -> None:
         """Open a gate.
 
         Args:
             auth_token: The auth token of the Twilio account, which signs its requests.
-            clock: Seconds; tokens expire by it.
+            clock: Seconds of a clock that all processes share; tokens expire by it.
         """
         self._auth_token = auth_token.encode()
+        # Not the auth token itself: what signs Twilio's requests signs nothing else.
+        self._token_key = hmac.digest(self._auth_token, b"tokens of media streams", hashlib.sha256)
         self._clock = clock
-        # By call, oldest first. The id of a call is no secret, so looking it up betrays nothing.
-        self._tokens: dict[str, tuple[str, float]] = {}
+        # When each used token expires. Only a signed request makes a token, so nobody can fill it.
+        self._used: dict[str, int] = {}
 
     def signed_by_twilio(
         self, host: str, query: str, form: Sequence[tuple[str, str]], signature: str
@@ -96,35 +117,38 @@ class Gate:
         return base64.b64encode(hmac.digest(self._auth_token, text.encode(), hashlib.sha1))
 
     def issue(self, call_sid: str) -> str:
-        """Return a new token for this call. An older one of the same call is void."""
-        now = self._clock()
-        self._tokens.pop(call_sid, None)
-        for call, (_, expires) in list(self._tokens.items()):
-            if expires > now and len(self._tokens) < MAX_TOKENS:
-                break
-            del self._tokens[call]
-        token = secrets.token_urlsafe(32)
-        self._tokens[call_sid] = (token, now + TOKEN_SECONDS)
-        return token
+        """Return a token for this call: when it expires, and a signature of both."""
+        return self._token(call_sid, int(self._clock()) + TOKEN_SECONDS)
 
     def lets_in(self, call_sid: str, token: str) -> bool:
         """Whether the token was issued for this call and is neither used nor too old; uses it."""
-        issued, expires = self._tokens.get(call_sid, ("", 0.0))
-        if not issued or not hmac.compare_digest(issued.encode(), token.encode()):
+        now = self._clock()
+        expires = (
+            int(text) if (text := token.partition(".")[0]).isdecimal() and token.isascii() else 0
+        )
+        is_ours = hmac.compare_digest(self._token(call_sid, expires).encode(), token.encode())
+        if not is_ours or not now < expires or token in self._used:
             return False
-        del self._tokens[call_sid]
-        return self._clock() < expires
+        self._used = {used: until for used, until in self._used.items() if until > now}
+        self._used[token] = expires
+        return True
+
+    def _token(self, call_sid: str, expires: int) -> str:
+        signed = f"{call_sid} {expires}".encode()
+        return f"{expires}.{hmac.digest(self._token_key, signed, hashlib.sha256).hex()}"
 
 
-def guard(app: "FastAPI", arguments: Sequence[str]) -> None:
-    """Put a gate before the telephony routes of `app`, where TWILIO_AUTH_TOKEN is set.
+def guard(
+    app: "FastAPI", arguments: Sequence[str], *, busy: Callable[[str], str] = lambda _caller: ""
+) -> None:
+    """Answer Twilio's requests for TwiML, and put a gate before the phone calls of `app`.
+
+    The gate stands where TWILIO_AUTH_TOKEN is set.
 
     Args:
         app: Pipecat's development server, before it starts.
         arguments: The command line of bot.py, without the program.
-
-    Raises:
-        SystemExit: `-t twilio` was asked for and not said under which name Twilio reaches it.
+        busy: Why a call from this number cannot be taken now; empty where it can.
     """
     # Pipecat reads its options when it is too late to add a route, so these two are read here too.
     parser = argparse.ArgumentParser(add_help=False)
@@ -132,28 +156,25 @@ def guard(app: "FastAPI", arguments: Sequence[str]) -> None:
     parser.add_argument("-x", "--proxy", nargs="?")
     options, _ = parser.parse_known_args(arguments)
     host = (options.proxy or "").rpartition("://")[2].strip("/")
-    is_for_twilio = options.transport == "twilio"
-    if is_for_twilio and not host:
-        raise SystemExit(
-            "-t twilio needs -x HOST as well, the public name under which Twilio reaches this "
-            "server over HTTPS, such as voice.example.org"
-        )
     auth_token = setting("TWILIO_AUTH_TOKEN")
-    if not auth_token:
-        if is_for_twilio:
-            logger.warning(
-                "TWILIO_AUTH_TOKEN is not set: whoever finds this server can talk to the bot"
-            )
+    # Where lets_in finds it. On Pipecat Cloud nobody calls guard, and the platform answers.
+    app.state.twilio_gate = gate = Gate(auth_token) if auth_token else None
+    if options.transport != "twilio":
         return
 
     from starlette.routing import Route
 
-    gate = Gate(auth_token)
-    # Where lets_in finds it. On Pipecat Cloud nobody calls guard, and the platform answers.
-    app.state.twilio_gate = gate
-    if is_for_twilio:
-        # Before Pipecat's own route for the same address: the first one answers.
-        app.router.routes.append(Route("/", _answer_with_twiml(gate, host), methods=["POST"]))
+    if not host:
+        logger.warning(NO_HOST + (". Until then calls are refused" if gate else ""))
+    elif not gate:
+        logger.warning(
+            "TWILIO_AUTH_TOKEN is not set: whoever finds this server can talk to the bot"
+        )
+    # Before Pipecat's own routes for the same address: the first one answers.
+    app.router.routes.append(
+        Route("/", _answer_with_twiml(gate, host, busy), methods=["GET", "POST"])
+    )
+    if gate:
         app.add_middleware(_OnlyOpenPaths)
 
 
@@ -188,30 +209,54 @@ class _OnlyOpenPaths:
 
 
 def _answer_with_twiml(
-    gate: Gate, host: str
+    gate: Gate | None, host: str, busy: Callable[[str], str]
 ) -> "Callable[[Request], Coroutine[None, None, Response]]":
-    from starlette.responses import Response
+    from starlette.responses import RedirectResponse, Response
 
     async def answer(request: "Request") -> "Response":
-        body = b""
-        async for piece in request.stream():
-            body += piece
-            if len(body) > MAX_BODY_BYTES:
-                return Response(status_code=413)
-        form = parse_qsl(body.decode("utf-8", errors="replace"), keep_blank_values=True)
-        fields = dict(form)
         signature = request.headers.get("X-Twilio-Signature", "")
-        is_signed = gate.signed_by_twilio(host, request.url.query, form, signature)
-        if not is_signed or not fields.get("CallSid"):
-            logger.warning(f"Refused a request for TwiML: no call signed for https://{host}/")
-            return Response("not signed by Twilio", status_code=403)
-        twiml = TWIML.format(
-            host=host,
-            from_number=quoteattr(fields.get("From", "")),
-            to_number=quoteattr(fields.get("To", "")),
-            parameter=TOKEN_PARAMETER,
-            token=quoteattr(gate.issue(fields["CallSid"])),
+        # Without waiting for a body that a stranger may take hours to send.
+        if gate and not signature:
+            return _not_signed(host)
+        # Twilio's webhooks can be set to GET, with the fields in the address.
+        is_posted = request.method == "POST"
+        body = await request.body() if is_posted else request.url.query.encode()
+        form = parse_qsl(body.decode("utf-8", errors="replace"), keep_blank_values=True)
+        if gate and not gate.signed_by_twilio(
+            host, request.url.query, form if is_posted else [], signature
+        ):
+            return _not_signed(host)
+        fields = dict(form)
+        if not is_posted and "CallSid" not in fields:
+            # A browser, to Pipecat's page.
+            return RedirectResponse("/client/")
+        if not host:
+            return Response(NO_HOST, status_code=503, media_type="text/plain")
+        call_sid, caller = fields.get("CallSid", ""), fields.get("From", "")
+        if (gate or call_sid) and not is_sid(call_sid, "CA"):
+            logger.warning("Refused a request for TwiML: its CallSid is none of Twilio's")
+            return Response("not a call of Twilio's", status_code=400)
+        if refusal := busy(caller):
+            logger.warning(f"A call was refused: {refusal}")
+            return Response(BUSY, media_type="application/xml")
+        parameters = {"from_number": caller, "to_number": fields.get("To", "")} if call_sid else {}
+        if gate:
+            parameters[TOKEN_PARAMETER] = gate.issue(call_sid)
+        written = (
+            PARAMETER.format(name=quoteattr(name), value=quoteattr(value))
+            for name, value in parameters.items()
         )
+        twiml = TWIML.format(host=host, parameters="".join(written))
         return Response(twiml, media_type="application/xml")
 
     return answer
+
+
+def _not_signed(host: str) -> "Response":
+    from starlette.responses import Response
+
+    if not host:
+        return Response(NO_HOST, status_code=503, headers={"Connection": "close"})
+    logger.warning(f"Refused a request for TwiML: no call signed for https://{host}/")
+    # What is left of the body is nobody's business: the connection closes.
+    return Response("not signed by Twilio", status_code=403, headers={"Connection": "close"})

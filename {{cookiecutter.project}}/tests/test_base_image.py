@@ -165,7 +165,7 @@ async def test_a_session_without_a_transport_ends_in_one_clear_line(
             assert (response.status, await response.json()) == (200, {})
     ours = [line for line in log if "Exception running bot()" not in line]
     assert len(ours) == 1
-    assert "no-transport ERROR" in ours[0]
+    assert "no-transport WARNING" in ours[0]
     assert "without a transport" in ours[0]
     assert "Traceback" not in "".join(log)
 

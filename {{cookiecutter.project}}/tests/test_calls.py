@@ -5,7 +5,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import numpy as np
 import pytest
 from aiohttp import web
@@ -103,7 +102,7 @@ def assert_recording_shows(harness: Harness, ended: dict[str, Any]) -> None:
 async def test_the_bot_says_goodbye_and_hangs_up(
     harness: Harness, transport: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TWILIO_ACCOUNT_SID", "AC1")
+    monkeypatch.setenv("TWILIO_ACCOUNT_SID", "AC" + "0" * 32)
     monkeypatch.setenv("TWILIO_AUTH_TOKEN", "token")
     async with harness.caller(transport) as caller:
         await greeting_of(caller)
@@ -243,23 +242,6 @@ async def test_a_message_is_sent_only_after_the_caller_agreed(
     ]
     assert "not sent yet" in results[0]
     assert ("sent" if accepts else "error") in results[1]
-
-
-async def test_a_socket_that_is_no_phone_call_ends_in_one_clear_line(harness: Harness) -> None:
-    lines: list[str] = []
-    sink = logger.add(lines.append, level="ERROR", format="{message}")
-    try:
-        async with (
-            aiohttp.ClientSession() as stranger,
-            stranger.ws_connect(harness.url.replace("http", "ws", 1) + "/ws") as socket,
-        ):
-            await socket.send_json({"hello": "world"})
-            await socket.send_json({"hello": "again"})
-            assert (await harness.over()).error is not None
-    finally:
-        logger.remove(sink)
-    assert "could not be answered" in lines[0]
-    assert "Twilio" in lines[0]
 
 
 @pytest.mark.slow

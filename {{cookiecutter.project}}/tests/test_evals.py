@@ -79,4 +79,4 @@ async def test_evals_are_turned_away_unless_the_environment_lets_them_in(
         log = bot.log.read_text()
     assert status == 1, printed
     assert "0/3 passed" in printed
-    assert "could not be answered" in log
+    assert "A call was refused" in log and "ALLOW_EVAL" in log

@@ -94,6 +94,11 @@ class TwilioCaller(Caller):
         stop = {"accountSid": self._account_sid, "callSid": self.call_sid}
         await self._send(self._numbered({"event": "stop", "stop": stop}))
 
+    async def send_raw(self, text: str) -> None:
+        """Send a message that need not be one of Twilio's."""
+        assert self._socket is not None
+        await self._socket.send_str(text)
+
     async def hang_up(self) -> None:
         """Send `stop` and close the socket."""
         if self._socket is not None and not self._socket.closed:

@@ -118,9 +118,6 @@ async def run_bot(
     """
     descriptor, name = tempfile.mkstemp(prefix="rehearsal-bot-", suffix=".log")
     command = ["-m", "rehearsal.host.launch_bot", "bot.py", "-t", transport]
-    if transport == "twilio":
-        # The name in the TwiML, which nobody in the rehearsal asks for unless `options` say so.
-        command += ["-x", f"{HOST}:{port}"]
     with os.fdopen(descriptor, "wb") as log:
         process = await asyncio.create_subprocess_exec(
             sys.executable,

@@ -1,0 +1,51 @@
+"""Twilio's media stream, as strangers may send it."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from loguru import logger
+from pipecat.frames.frames import Frame
+from pipecat.serializers.twilio import TwilioFrameSerializer
+
+
+class MediaStreamSerializer(TwilioFrameSerializer):
+    """Pipecat's serializer, for which a message that makes no sense is no reason to end the call.
+
+    Attributes:
+        dropped: How many messages made no sense.
+    """
+
+    def __init__(self, *args: Any, hang_up: Callable[[], Awaitable[None]], **options: Any) -> None:
+        """Take what Pipecat's serializer takes.
+
+        Args:
+            args: Of Pipecat's serializer.
+            hang_up: Closes the stream. Twilio's `stop` says that the caller is gone; its socket may
+                stay open.
+            options: Of Pipecat's serializer.
+        """
+        super().__init__(*args, **options)
+        self.dropped = 0
+        self._hang_up = hang_up
+        self._hanging_up: asyncio.Future[None] | None = None
+
+    async def deserialize(self, data: str | bytes) -> Frame | None:
+        """Return the frame of a message; None where it has none, or cannot be understood."""
+        try:
+            if json.loads(data)["event"] == "stop":
+                # Not awaited: closing waits for a peer that may not answer.
+                self._hanging_up = self._hanging_up or asyncio.ensure_future(self._hang_up())
+                return None
+            return await super().deserialize(data)
+        # Whatever a stranger's message does to a parser.
+        except Exception as error:
+            self.dropped += 1
+            # The first, the tenth, the hundredth: nobody fills the log.
+            if str(self.dropped).strip("0") == "1":
+                logger.warning(
+                    f"Dropped a message of the media stream ({type(error).__name__}), "
+                    f"number {self.dropped} of this call"
+                )
+            return None

@@ -1,0 +1,186 @@
+"""What strangers send: no calls, forged calls, broken messages. Running calls take no harm."""
+
+import asyncio
+import json
+from pathlib import Path
+
+import aiohttp
+import pytest
+from harness import SECONDS, Harness, run_harness
+from loguru import logger
+from pipecat.runner.types import DailyRunnerArguments
+
+import transports
+from rehearsal.callers.twilio import TwilioCaller
+from rehearsal.engines.scripted import Answer, Script
+
+pytestmark = pytest.mark.anyio
+
+TALK = Script(
+    greeting="Hello there.",
+    hears=("Can you hear me?",),
+    answers=(Answer(says="Yes, loud and clear."),),
+)
+EVAL_CONNECT = json.dumps(
+    {
+        "label": "rtvi-ai",
+        "type": "client-message",
+        "id": "1",
+        "data": {"t": "eval-connect", "d": {}},
+    }
+)
+
+
+@pytest.fixture
+async def harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """The bot and its world, with a script for a short talk."""
+    async with run_harness(monkeypatch, tmp_path) as harness:
+        harness.engine.script = TALK
+        yield harness
+
+
+async def greeting_of(caller: TwilioCaller) -> None:
+    await caller.hear(within=SECONDS)
+    await caller.hear_out(quiet=0.5, within=SECONDS)
+
+
+NO_CALLS = {
+    "closed at once": [],
+    "closed after one message": ['{"event": "connected"}'],
+    "another protocol": ['{"hello": "world"}', '{"hello": "again"}'],
+    "no JSON": ["GET / HTTP/1.1", "x"],
+    "no objects": ["[]", "[]"],
+    "nothing in it": ['{"event": "connected"}', '{"event": "start", "start": null}'],
+    "an eval": [EVAL_CONNECT],
+}
+"""What comes over /ws and is no phone call, and nobody's fault."""
+
+
+@pytest.mark.parametrize("messages", NO_CALLS.values(), ids=NO_CALLS)
+async def test_a_socket_that_is_no_phone_call_is_refused_in_one_line(
+    harness: Harness, messages: list[str]
+) -> None:
+    lines: list[str] = []
+    sink = logger.add(lines.append, level="WARNING", format="{level} {file} {message}")
+    try:
+        async with (
+            aiohttp.ClientSession() as stranger,
+            stranger.ws_connect(harness.url.replace("http", "ws", 1) + "/ws") as socket,
+        ):
+            for message in messages:
+                await socket.send_str(message)
+            if len(messages) < 2 and messages != [EVAL_CONNECT]:
+                await socket.close()
+            assert (await harness.over()).error is None
+            closed = await socket.receive()
+    finally:
+        logger.remove(sink)
+    ours = [line for line in lines if " bot.py " in line]
+    assert len(ours) == 1
+    assert ours[0].startswith("WARNING bot.py A call was refused")
+    assert "Traceback" not in "".join(lines)
+    if messages == [EVAL_CONNECT]:
+        assert closed.type is aiohttp.WSMsgType.CLOSE
+        assert "ALLOW_EVAL" in ours[0] and "ALLOW_EVAL" in str(closed.extra)
+
+
+FORGED_STARTS = {
+    "callSid": "../Messages.json?To=%2B15550100&From=%2B15550199&Body=hello&x=",
+    "streamSid": "../../x",
+}
+
+
+@pytest.mark.parametrize("name", FORGED_STARTS)
+async def test_a_forged_id_reaches_neither_a_url_nor_the_disk_nor_the_log(
+    harness: Harness, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TWILIO_ACCOUNT_SID", "AC" + "0" * 32)
+    monkeypatch.setenv("TWILIO_AUTH_TOKEN", "token")
+    forged = FORGED_STARTS[name]
+    lines: list[str] = []
+    sink = logger.add(lines.append, level="TRACE", format="{message}")
+    caller = harness.caller("twilio")
+    assert isinstance(caller, TwilioCaller)
+    setattr(caller, {"callSid": "call_sid", "streamSid": "stream_sid"}[name], forged)
+    try:
+        async with caller:
+            await asyncio.wait_for(caller.ended.wait(), SECONDS)
+        assert (await harness.over()).error is None
+    finally:
+        logger.remove(sink)
+    assert [line for line in lines if "none of Twilio's" in line]
+    assert forged not in "".join(lines)
+    assert not harness.roark.calls and not list(harness.calls_dir.glob("*"))
+    assert not [r for r in harness.providers.log.requests if "2010-04-01" in r.path]
+
+
+MALFORMED = [
+    '{"event": "media", "media": null}',
+    '{"event": "media", "media": {"payload": "=bad="}}',
+    '{"event": "media", "media": {"payload": 7}}',
+    '{"event": "dtmf", "dtmf": null}',
+    "{}",
+    "[]",
+    "7",
+    "not JSON",
+    "[" * 10_000,
+]
+
+
+async def test_malformed_messages_are_dropped_and_the_call_goes_on(harness: Harness) -> None:
+    lines: list[str] = []
+    sink = logger.add(lines.append, level="WARNING", format="{message}")
+    caller = harness.caller("twilio")
+    assert isinstance(caller, TwilioCaller)
+    try:
+        async with caller:
+            for message in MALFORMED:
+                await caller.send_raw(message)
+            await greeting_of(caller)
+            said = await harness.say(caller)
+            await caller.hear(since=said.end, within=SECONDS)
+        await harness.over()
+    finally:
+        logger.remove(sink)
+    assert len([line for line in lines if "Dropped a message" in line]) == 1
+    assert harness.received.ended
+    assert harness.received.ended["callEndedReason"] == "client-disconnected"
+
+
+async def test_stop_is_a_hang_up_though_the_socket_stays_open(harness: Harness) -> None:
+    caller = harness.caller("twilio")
+    assert isinstance(caller, TwilioCaller)
+    async with caller:
+        await greeting_of(caller)
+        await caller.stop()
+        await asyncio.wait_for(harness.over(), 5)
+    assert harness.record["ending"]["reason"] == "client-disconnected"
+
+
+DIAL_IN = {
+    "dialin_settings": {"call_id": "5a1b-2c", "call_domain": "9f-0e"},
+    "daily_api_key": "theirs",
+    "daily_api_url": "https://api.daily.co/v1",
+}
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"daily_api_url": "http://169.254.169.254/v1"},
+        {"daily_api_url": "https://api.daily.co.example.org/v1"},
+        {"daily_api_url": None},
+        {"dialin_settings": {"call_id": "../../x", "call_domain": "9f-0e"}},
+        {"dialin_settings": ["call_id"]},
+    ],
+)
+async def test_a_forged_dial_in_has_nobody_asked_but_daily(forged: dict[str, object]) -> None:
+    """Pipecat posts to the address in the body, which whoever starts a session can write."""
+    pytest.importorskip("pipecat.transports.daily.transport")
+    room = "https://example.daily.co/room"
+    taken = await transports.answer(DailyRunnerArguments(room_url=room, token="t", body=DIAL_IN))
+    assert taken.is_phone
+    with pytest.raises(transports.Refused):
+        await transports.answer(
+            DailyRunnerArguments(room_url=room, token="t", body=DIAL_IN | forged)
+        )
