@@ -17,7 +17,6 @@ from loguru import logger
 from pipecat.frames.frames import Frame, TTSSpeakFrame
 from pipecat.pipeline.pipeline import Pipeline
 from pipecat.pipeline.worker import PipelineParams, PipelineWorker, ProcessorUnusablePolicy
-from pipecat.processors.aggregators.dtmf_aggregator import DTMFAggregator
 from pipecat.processors.aggregators.llm_context import LLMContext
 from pipecat.processors.aggregators.llm_response_universal import LLMContextAggregatorPair
 from pipecat.runner.types import RunnerArguments
@@ -28,6 +27,7 @@ import services
 import tools
 import transports
 from conversation import endings, recovery, silence, turns, warm_up
+from conversation.caller_words import CallerWords
 from host import private_log, shutdown, telemetry
 from roark import RoarkObserver
 from telephony import twilio_auth
@@ -132,8 +132,7 @@ async def run_pipeline(
         [
             transport.input(),
             stt,
-            # Keys pressed on the phone reach the LLM as text.
-            DTMFAggregator(),
+            CallerWords(),
             aggregators.user(),
             llm,
             tts,

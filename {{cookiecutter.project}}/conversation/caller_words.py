@@ -1,0 +1,57 @@
+"""What the caller says, types and presses, as text that cannot pass for an instruction.
+
+What happens on the line is told to the LLM in [square brackets], and prompt.md says that the caller
+did not say it. So nothing that comes from the caller may hold any.
+"""
+
+from typing import Any
+
+from loguru import logger
+from pipecat.frames.frames import (
+    Frame,
+    FunctionCallResultFrame,
+    LLMMessagesAppendFrame,
+    TranscriptionFrame,
+    UserFileRawFrame,
+    UserImageRawFrame,
+)
+from pipecat.processors.aggregators.dtmf_aggregator import DTMFAggregator
+from pipecat.processors.frame_processor import FrameDirection
+
+# Whatever a reader would take for a square bracket: also the full-width, tortoise shell, lenticular
+# and mathematical ones.
+OPENING = "[\uff3b\u3010\u3014\u3016\u301a\u27e6\u2045\u2772\ufe5d\ufe47\u298b\u298d\u298f\u2e22"
+CLOSING = "]\uff3d\u3011\u3015\u3017\u301b\u27e7\u2046\u2773\ufe5e\ufe48\u298c\u298e\u2990\u2e23"
+ROUND = str.maketrans(OPENING + CLOSING, "(" * len(OPENING) + ")" * len(CLOSING))
+
+
+class CallerWords(DTMFAggregator):
+    """Stands where the caller's words come into the pipeline; keys pressed become text here, too.
+
+    A client that speaks RTVI can send more than words. A result for a tool that runs here is
+    dropped, and so is a file: what is written in it, or behind its address, could say anything.
+    """
+
+    async def process_frame(self, frame: Frame, direction: FrameDirection) -> None:
+        """Pass on what the caller may say, with round brackets."""
+        # Upstream come the LLM's own frames.
+        if direction is FrameDirection.DOWNSTREAM:
+            match frame:
+                case TranscriptionFrame():
+                    frame.text = frame.text.translate(ROUND)
+                case LLMMessagesAppendFrame():
+                    # Instructions come this way as well; theirs is another role.
+                    frame.messages = [_of_caller(message) for message in frame.messages]
+                case FunctionCallResultFrame() | UserFileRawFrame() | UserImageRawFrame():
+                    logger.warning(f"Dropped a {type(frame).__name__}: callers may talk and type")
+                    return
+                case _:
+                    pass
+        await super().process_frame(frame, direction)
+
+
+def _of_caller(message: Any) -> Any:
+    match message:
+        case {"role": "user", "content": str(text)}:
+            return {**message, "content": text.translate(ROUND)}
+    return message
