@@ -32,7 +32,7 @@ ARGUMENTS = "tests/test_form.py::test_answers_come_by_arguments_or_by_a_file"
 README = "tests/test_readme.py::test_followed_from_nothing"
 PIP = "tests/test_readme.py::test_a_project_installs_and_holds_a_call_with_pip_alone"
 CI = "tests/test_root_deploy.py::test_the_workflows_run_everything"
-FRESH = "tests/test_rendering.py::test_the_default_rendering_passes_its_own_tests"
+FRESH = "tests/test_rendering.py::test_the_rendering_farthest_from_the_default_passes_its_own_tests"
 BOT = "tests/test_development_server.py::test_the_server_has_pipecats_routes"
 PROVIDERS = "rehearsal/tests/test_cli.py::test_the_servers_alone_print_what_points_a_bot_at_them"
 DELIVER = "roark/tests/test_cli.py::test_deliver_delivers_what_is_left_with_a_line_per_call"
@@ -52,14 +52,16 @@ TESTED = {
     "python -m venv .venv && . .venv/bin/activate": PIP,
     "pip install --upgrade pip": PIP,
     "pip install -e . --group dev": PIP,
-    'pytest -m "not slow"': PIP,
+    "pytest": PIP,
     "python -m rehearsal": README,
     "python -m rehearsal call -t twilio": README,
     "python -m rehearsal providers": PROVIDERS,
     "pip install uv && uv run pytest": "tests/test_readme.py::test_the_readme_has_the_two_commands",
     ".ci/run": CI,
     "uv run pytest": CI,
-    'uv run pytest -m "not slow"': FRESH,
+    'uv run pytest -m "not slow"': CI,
+    'uv run pytest -m "" tests roark rehearsal': CI,
+    "uv run pytest roark rehearsal": CI,
     "uv sync": FRESH,
     "uvx cookiecutter . --no-input stt=assemblyai llm=anthropic": ARGUMENTS,
     "uvx cookiecutter . --no-input --config-file answers.yaml": ARGUMENTS,

@@ -10,7 +10,13 @@ def test_a_bot_with_whisper_and_piper_holds_its_calls(bake: Bake) -> None:
         pytest.importorskip(package, reason=f"{package} has the weights")
     project = bake(stt="local", tts="local")
     held = project.tool(
-        "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "tests/test_local_services.py"
+        "pytest",
+        "-q",
+        "-n",
+        "0",
+        "-p",
+        "no:cacheprovider",
+        "rehearsal/tests/test_local_services.py",
     )
     succeed(held)
     assert "skipped" not in held.stdout, held.stdout

@@ -5,8 +5,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-import pytest
-from baking import FOLDER, ROOT, BakedProject, succeed, tracked_files
+from baking import FOLDER, ROOT, tracked_files
 
 # What `git clone` cannot write on Windows: these characters, these names, a final dot or space.
 ILLEGAL_ON_WINDOWS = re.compile(
@@ -38,20 +37,6 @@ def test_the_hooks_are_short_and_need_nothing_but_python() -> None:
         imports = set(re.findall(r"^(?:import|from) (\w+)", source, flags=re.MULTILINE))
         assert len(source.splitlines()) <= 45
         assert imports <= {"contextlib", "fnmatch", "json", "os", "pathlib", "re", "shutil", "sys"}
-
-
-def test_the_template_is_linted_and_formatted_where_it_lies() -> None:
-    repository = BakedProject(ROOT)
-
-    extensions = [path.name for path in ROOT.glob("*.py")]
-    for folder in (FOLDER, "hooks", "tests", *extensions):
-        succeed(repository.tool("ruff", "check", "--no-cache", folder))
-        succeed(repository.tool("ruff", "format", "--check", "--no-cache", folder))
-
-
-@pytest.mark.slow
-def test_the_template_is_typed_where_it_lies() -> None:
-    succeed(BakedProject(ROOT).tool("pyright"))
 
 
 def test_this_repository_tests_the_template_with_the_dependencies_it_ships() -> None:

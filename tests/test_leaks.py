@@ -11,7 +11,6 @@ import pytest
 from harness import SECONDS, Harness, run_harness
 from pipecat.frames.frames import Frame
 from pipecat.pipeline.worker import PipelineWorker
-
 from rehearsal.engines.scripted import Script
 from roark import RoarkObserver
 

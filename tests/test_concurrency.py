@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 from harness import RECORDS_AUDIO
 from numpy.typing import NDArray
-
 from rehearsal.callers.caller import Caller, Utterance
 from rehearsal.callers.twilio import TwilioCaller
 from rehearsal.callers.webrtc import WebRTCCaller
