@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from baking import FOLDER, BakedProject, CommandLine, succeed
+from baking import FOLDER, ROOT, BakedProject, CommandLine, succeed
 
 from extensions.template_link import checked_out, link, origin
 
 PURPOSE = 'You say "{{ 7 * 7 }}" to all \N{GRINNING FACE}.'
 ANSWERS = {"purpose": PURPOSE, "transport": "twilio", "record_audio": False}
-CHANGED, DELETED, ADDED = "roark/client.py", "rehearsal/script.py", "LATER.md"
+CHANGED, DELETED, ADDED = "roark/client.py", "rehearsal/engines/scripted.py", "LATER.md"
 LATER = "# From a later version.\n"
+# The last commit before the move into rooms: see "If you already generated one" in CHANGELOG.md.
+BEFORE_THE_MOVE = "f4d13c14ca0b62b89984138f29ad4f93609fb760"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -148,6 +150,50 @@ def test_a_project_takes_a_later_version_and_keeps_its_edits(
     assert "up to date" in workplace.cruft("check")
     changed = workplace.run("git", "status", "--porcelain", cwd=made.path).splitlines()
     assert {line[3:] for line in changed} == {CHANGED, ADDED, ".cruft.json"}
+
+
+@pytest.mark.slow
+def test_a_project_from_before_the_move_comes_into_the_new_house_with_its_edits(
+    template: Path, tmp_path: Path
+) -> None:
+    workplace = Workplace(tmp_path)
+    archive = ["git", "-C", ROOT, "archive", "--format=tar", "--prefix=template/", BEFORE_THE_MOVE]
+    old = subprocess.run(archive, capture_output=True)
+    if old.returncode:
+        pytest.skip("a shallow clone: the commit before the move is not in it")
+    subprocess.run(["tar", "-x", "-C", tmp_path], input=old.stdout, check=True)
+    workplace.run("git", "init", "--quiet", cwd=workplace.template)
+    workplace.commit(workplace.template)
+    workplace.run("git", "clone", "--quiet", workplace.template, workplace.clone)
+    workplace.generate()
+    made = workplace.project
+    edits = {
+        "prompt.md": "Never sing.\n",
+        "tools.py": '\n\nasync def sing(params: FunctionCallParams):\n    """Sing."""\n',
+        "services.py": "\n# Ours, to keep.\n",
+    }
+    for name, edit in edits.items():
+        workplace.edit(name, made.read(name) + edit)
+
+    for path in workplace.template.iterdir():
+        if path.name != ".git":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.copytree(template, workplace.template, dirs_exist_ok=True)
+    workplace.commit(workplace.template)
+    workplace.cruft("update", "--skip-apply-ask")
+
+    for name, edit in edits.items():
+        assert made.read(name).endswith(edit), name
+        assert "<<<<<<<" not in made.read(name), name
+    assert not [name for name in made.files() if name.endswith(".rej")]
+    files = made.files()
+    assert {
+        "conversation/recovery.py",
+        "host/private_log.py",
+        "rehearsal/providers/all.py",
+    } <= files
+    assert not {"failures.py", "quiet_log.py", "rehearsal/deepgram.py", "tests/stage.py"} & files
+    succeed(made.tool("ruff", "check", "--no-cache", "--select", "E,F", "."))
 
 
 @pytest.mark.slow
