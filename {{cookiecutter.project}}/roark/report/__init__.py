@@ -32,14 +32,16 @@ from pathlib import Path
 
 from roark.folder import DELIVERY, JOURNAL, RECORD, RECORDING, reason_of
 from roark.report import call_page, index_page
-from roark.report.index_page import UNREADABLE, KnownRows
+from roark.report.index_page import UNREADABLE, KnownIndex
 from roark.report.page import SOURCES, write
-from roark.report.reading import Call, holds_a_call
+from roark.report.reading import Call, Files, files_of, is_a_call
 
 PAGE = "report.html"
 INDEX = "index.html"
 # How often `watch` looks for what is new.
 WATCH_SECONDS = 10.0
+# How old the page of a call that goes on may be meanwhile.
+LIVE_PAGE_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -74,25 +76,28 @@ def write_index(calls_dir: Path, *, watched: bool = False) -> Report:
     if not calls_dir.is_dir():
         raise FileNotFoundError(f"{calls_dir} is not a directory, so there are no calls in it.")
     index = calls_dir / INDEX
-    known = KnownRows.of(index)
+    known = KnownIndex.of(index)
+    code_changed_at = max(path.stat().st_mtime_ns for path in SOURCES)
     rows, unreadable = [], []
-    for folder in call_folders(calls_dir):
+    for folder in _folders(calls_dir):
         try:
-            if _is_stale(folder):
+            files = files_of(folder)
+            if not is_a_call(files):
+                continue
+            if _is_stale(files, code_changed_at, watched=watched):
                 write_report(folder)
-            row = known.row(folder)
+            row = known.row(folder, files)
             rows.append(row)
             if row["roark"] == UNREADABLE:
                 unreadable.append((folder.name, f"{DELIVERY} is damaged"))
-        except FileNotFoundError:
-            # The outbox has tidied the call away meanwhile; or a file of it is a dead link.
-            if folder.is_dir():
-                unreadable.append((folder.name, "a file of it is gone"))
         # Whatever lies in one folder must not keep the others from being shown.
         except Exception as error:
-            unreadable.append((folder.name, reason_of(error)))
+            # The outbox may tidy a call away while we look; what is not named like one may be
+            # anybody's.
+            if folder.is_dir() and folder.name[0].isdigit():
+                unreadable.append((folder.name, reason_of(error)))
     text = index_page.render(rows, unreadable, watched=watched)
-    if not index.exists() or index.read_text(encoding="utf-8") != text:
+    if text != known.page:
         write(index, text)
     # The index says when it was looked at last.
     os.utime(index)
@@ -129,21 +134,6 @@ def main(
     return 1 if report.unreadable else 0
 
 
-def call_folders(calls_dir: Path) -> list[Path]:
-    """The folders that hold a call, newest first; a half-written one counts."""
-    found = []
-    for entry in os.scandir(calls_dir):
-        path = Path(entry.path)
-        try:
-            is_a_call = entry.is_dir() and holds_a_call(path)
-        except OSError:
-            # Not ours to look into. One that is named like a call will be named.
-            is_a_call = entry.name[:1].isdigit()
-        if is_a_call:
-            found.append(path)
-    return sorted(found, key=lambda path: path.name, reverse=True)
-
-
 def find_call(calls_dir: Path, wanted: str) -> Path:
     """The folder of a call named by its path, its folder's name or a part of that.
 
@@ -151,11 +141,10 @@ def find_call(calls_dir: Path, wanted: str) -> Path:
         LookupError: with a sentence that says why there is not exactly one.
     """
     for path in (Path(wanted), calls_dir / wanted):
-        if path.is_dir() and holds_a_call(path):
+        if path.is_dir() and is_a_call(files_of(path)):
             return path
-    found = []
-    if calls_dir.is_dir():
-        found = [path for path in call_folders(calls_dir) if wanted in path.name]
+    named = [path for path in _folders(calls_dir) if wanted in path.name]
+    found = [path for path in named if is_a_call(files_of(path))]
     if len(found) == 1:
         return found[0]
     if not found:
@@ -164,18 +153,20 @@ def find_call(calls_dir: Path, wanted: str) -> Path:
     raise LookupError(f"{wanted!r} is a part of {len(found)} calls' names: {names}")
 
 
-def _is_stale(folder: Path) -> bool:
+def _folders(directory: Path) -> list[Path]:
+    """The folders in a directory, newest call first; none where there is no directory."""
+    if not directory.is_dir():
+        return []
+    names = [entry.name for entry in os.scandir(directory) if entry.is_dir()]
+    return [directory / name for name in sorted(names, reverse=True)]
+
+
+def _is_stale(files: Files, code_changed_at: int, *, watched: bool) -> bool:
     """Whether the page of a call is missing or older than what it is made of."""
-    try:
-        written = (folder / PAGE).stat().st_mtime_ns
-        record = (folder / RECORD).stat().st_mtime_ns
-    except FileNotFoundError:
+    if PAGE not in files:
         return True
-    if max(record, _sources_changed_at()) > written:
-        return True
-    sources = [folder / name for name in (JOURNAL, RECORDING) if (folder / name).exists()]
-    return any(path.stat().st_mtime_ns > written for path in sources)
-
-
-def _sources_changed_at() -> int:
-    return max(path.stat().st_mtime_ns for path in SOURCES)
+    if RECORD not in files:
+        # The call goes on, perhaps for hours, and shares the machine with us.
+        return not watched or time.time_ns() - files[PAGE][1] > LIVE_PAGE_SECONDS * 1e9
+    changed = [files[name][1] for name in (RECORD, JOURNAL, RECORDING) if name in files]
+    return max(*changed, code_changed_at) > files[PAGE][1]

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
 from pathlib import Path
 
 from roark.folder import DELIVERY, RECORD, Folder
 from roark.report.page import SOURCES, data, h, page
-from roark.report.reading import SIDES, Call, Row, end_ms, start_ms, text_of
+from roark.report.reading import SIDES, Call, Files, Row, end_ms, start_ms, text_of
 
 # What was said can be searched in the newest calls, as far as it fits into this.
 WORDS_CHARACTERS = 4_000_000
@@ -20,35 +18,38 @@ STRIP_STEPS = 150
 UNREADABLE = "cannot be read"
 
 DATA = "calls"
+DATA_BEGINS = f'<script type="application/json" id="{DATA}">'
 MADE_BY_US = (".html", ".tmp")
 
 
-class KnownRows:
-    """The rows of the index on disk: it is its own memory of the calls that have not changed."""
+class KnownIndex:
+    """The index on disk: it is its own memory of the calls that have not changed."""
 
-    def __init__(self, rows: dict[str, Row]) -> None:
+    def __init__(self, page: str, rows: dict[str, Row]) -> None:
+        self.page = page
         self._rows = rows
 
     @classmethod
-    def of(cls, index: Path) -> KnownRows:
-        """Those of an index that this version of the code has written, else none."""
+    def of(cls, index: Path) -> KnownIndex:
+        """As it lies there; without a row where it was not written by this version of the code."""
         try:
-            source = index.read_text(encoding="utf-8")
-            found = re.search(
-                rf'<script type="application/json" id="{DATA}">(.*?)</script>', source
-            )
-            written = json.loads(found.group(1)) if found else {}
+            page = index.read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            return cls("", {})
+        try:
+            content = page.rpartition(DATA_BEGINS)[2].partition("</script>")[0]
+            written = json.loads(content)
             if written["code"] == _code():
-                return cls({row["folder"]: row for row in written["calls"]})
-        except (OSError, ValueError, TypeError, KeyError):
+                return cls(page, {row["folder"]: row for row in written["calls"]})
+        except (ValueError, TypeError, KeyError):
             pass
-        return cls({})
+        return cls(page, {})
 
-    def row(self, folder: Path) -> Row:
+    def row(self, folder: Path, files: Files) -> Row:
         """What the index shows of a call, read anew only if its folder has changed."""
-        stamp = _stamp(folder)
+        stamp = _stamp(files)
         known = self._rows.get(folder.name)
-        if known and known["stamp"] == stamp and (folder / RECORD).exists():
+        if known and known["stamp"] == stamp and RECORD in files:
             return known
         return index_row(Call.read(folder, with_sound=False)) | {"stamp": stamp}
 
@@ -151,14 +152,10 @@ def _code() -> str:
     return digest.hexdigest()[:16]
 
 
-def _stamp(folder: Path) -> str:
+def _stamp(files: Files) -> str:
     """Changes with anything in a folder that is not ours."""
-    files = sorted(
-        (entry.name, entry.stat().st_size, entry.stat().st_mtime_ns)
-        for entry in os.scandir(folder)
-        if not entry.name.endswith(MADE_BY_US)
-    )
-    return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
+    theirs = sorted(item for item in files.items() if not item[0].endswith(MADE_BY_US))
+    return hashlib.sha256(repr(theirs).encode()).hexdigest()[:16]
 
 
 def _strip(call: Call, side: str) -> list[int]:

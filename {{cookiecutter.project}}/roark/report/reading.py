@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from contextlib import suppress
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class Call:
     @classmethod
     def read(cls, folder: Path, *, with_sound: bool = True) -> Call:
         """What the folder holds; raises FileNotFoundError when that is nothing of a call."""
-        if not holds_a_call(folder):
+        if not is_a_call(files_of(folder)):
             raise FileNotFoundError(f"{folder} holds no call: no {RECORD} and no {JOURNAL}.")
         notices = []
         record = _finished_record(folder)
@@ -170,9 +171,24 @@ class Call:
         return busy
 
 
-def holds_a_call(folder: Path) -> bool:
+# Of each file of a folder its size in bytes and the epoch nanoseconds of its last change.
+Files = dict[str, tuple[int, int]]
+
+
+def files_of(folder: Path) -> Files:
+    """What lies in a folder, by one look at it; raises OSError when we may not look."""
+    found = {}
+    for entry in os.scandir(folder):
+        # A file may be put in its place between the two.
+        with suppress(FileNotFoundError):
+            status = entry.stat()
+            found[entry.name] = (status.st_size, status.st_mtime_ns)
+    return found
+
+
+def is_a_call(files: Files) -> bool:
     """Whether there is anything of a call in a folder."""
-    return any((folder / name).exists() for name in (RECORD, JOURNAL, DELIVERY))
+    return not files.keys().isdisjoint((RECORD, JOURNAL, DELIVERY))
 
 
 def _finished_record(folder: Path) -> Row | None:

@@ -469,6 +469,22 @@ def test_a_watched_directory_is_looked_at_again_until_ctrl_c(call: Path, capsys)
     assert index.data["watched"] is True
 
 
+def test_the_page_of_a_call_that_goes_on_is_watched_once_a_minute(folder: Path):
+    write_journal(folder, events(CONVERSATION[:3]))
+    report.write_index(folder.parent, watched=True)
+    page = folder / "report.html"
+    page.write_text("as it was")
+    report.write_index(folder.parent, watched=True)
+    assert page.read_text() == "as it was"
+    before = page.stat().st_mtime - 61
+    os.utime(page, (before, before))
+    report.write_index(folder.parent, watched=True)
+    assert "Maple Dental" in page.read_text()
+    page.write_text("as it was")
+    report.write_index(folder.parent)
+    assert "Maple Dental" in page.read_text()
+
+
 DEEP = b"[" * 100_000
 
 
