@@ -100,6 +100,7 @@ def render(call: Call) -> str:
 {_responses_card(call)}
 {_usage_card(call)}
 {_details_card(call)}
+{_further_cards(call)}
 </div>
 </div>
 {KEYS}
@@ -331,7 +332,7 @@ USAGE = {
     "tts_characters": "Characters spoken",
     "stt_seconds": "Seconds heard",
 }
-SERVICES = {"stt": "Ears", "llm": "Brain", "tts": "Voice"}
+SERVICES = {"stt": "Speech to text", "llm": "LLM", "tts": "Text to speech"}
 
 
 def _usage_card(call: Call) -> str:
@@ -375,9 +376,36 @@ def _details_card(call: Call) -> str:
         kilohertz = f"{call.sound.rate / 1000:g} kHz"
         sides = "stereo" if call.sound.sides > 1 else "mono"
         pairs.append(("Recording", f"{clock(call.sound.length_ms)}, {kilohertz}, {sides}"))
+    pairs += _further(call.record)
     prompt = text_of(agent, "prompt")
     more = f'<details><summary>Prompt</summary><pre dir="auto">{h(prompt)}</pre></details>'
     return _pairs_card("Details", pairs, more if prompt else "")
+
+
+# What the rest of the page shows, and what says nothing to a person.
+SHOWN = {
+    *("version", "call_id", "agent", "agent_spoke_first", "started_at", "ended_at", "duration_ms"),
+    *("ending", "recording", "turns", "tools", "usage", "models", "phone", "errors", "nodes"),
+}
+
+
+def _further(record: Row) -> list[tuple[str, str]]:
+    """(name, value) of all that is neither a list nor an object."""
+    return [
+        (name.replace("_", " ").capitalize(), text_span(text_of(record, name)))
+        for name, value in record.items()
+        if name not in SHOWN and isinstance(value, str | int | float) and value != ""
+    ]
+
+
+def _further_cards(call: Call) -> str:
+    """Further objects of the record, such as values that the bot has attached to the call."""
+    cards = [
+        _pairs_card(h(name.replace("_", " ").capitalize()), _further(row_of(call.record, name)))
+        for name in call.record
+        if name not in SHOWN
+    ]
+    return "\n".join(cards)
 
 
 def _pairs_card(title: str, pairs: list[tuple[str, str]], more: str = "") -> str:

@@ -292,6 +292,18 @@ def test_tools_errors_nodes_interruptions_and_usage_are_there(folder: Path):
     assert [mark["bad"] for mark in page.data["marks"]] == [False, True, True]
 
 
+def test_what_the_record_has_beyond_that_is_shown_under_its_own_name(call: Path):
+    record = json.loads((call / "call.json").read_text())
+    record["direction"] = "outbound"
+    record["phone"] = {"from_number": "+1 555 0199", "to_number": "+1 555 0142"}
+    record["my_values"] = {"ticket": "<b>T-17</b>", "vip": True, "score": 0.5, "deep": [1]}
+    (call / "call.json").write_text(json.dumps(record))
+    page = Page(report.write_report(call))
+    assert "Direction outbound" in page.text
+    assert "My values Ticket <b>T-17</b> Vip true Score 0.5" in page.text
+    assert "21 November 2026, 14:05 UTC +1 555 0142" in page.text
+
+
 def test_hostile_text_stays_text_wherever_it_stands(folder: Path):
     turns = tuple(
         ("user", text, 1000 * number, 1000 * number + 500) for number, text in enumerate(HOSTILE)
