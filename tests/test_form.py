@@ -12,6 +12,7 @@ from baking import Bake, BakedProject, CommandLine, succeed
 ANSWERS: dict[str, list[Any]] = {
     "project": ["my-voice-bot", "another-bot"],
     "purpose": ["You tell callers the time.", "You take orders for a pizzeria."],
+    "language": ["en", "de", "es", "fr", "it", "ja", "nl", "pt"],
     "transport": ["webrtc", "daily", "twilio"],
     "stt": ["deepgram", "assemblyai", "openai", "local"],
     "llm": ["openai", "anthropic", "google", "compatible"],
@@ -21,40 +22,50 @@ ANSWERS: dict[str, list[Any]] = {
 }
 
 TRANSCRIPT = """\
-  [1/8] Project name: the folder, the package and the agent on Pipecat Cloud (my-voice-bot): \
-  [2/8] Purpose: one sentence to the bot, who it is and what it does \
+  [1/9] Project name: the folder, the package and the agent on Pipecat Cloud (my-voice-bot): \
+  [2/9] Purpose: one sentence to the bot, who it is and what it does \
 (You are the friendly receptionist of a small dental practice and help callers with opening hours \
 and appointments.): \
-  [3/8] Transport to start with (the code has all three)
+  [3/9] Language of the calls (LANGUAGE in .env takes any other)
+    1 - English
+    2 - German
+    3 - Spanish
+    4 - French
+    5 - Italian
+    6 - Japanese
+    7 - Dutch
+    8 - Portuguese
+    Choose from [1/2/3/4/5/6/7/8] (1): \
+  [4/9] Transport to start with (the code has all three)
     1 - WebRTC: a browser page on your own machine, no account
     2 - Daily: rooms for browsers and apps, what Pipecat Cloud uses
     3 - Twilio: phone calls
     Choose from [1/2/3] (1): \
-  [4/8] Speech recognition: who hears the caller
+  [5/9] Speech recognition: who hears the caller
     1 - Deepgram
     2 - AssemblyAI
     3 - OpenAI
     4 - Whisper in the bot's own process: no key, slower, needs a good CPU
     Choose from [1/2/3/4] (1): \
-  [5/8] Language model: who decides what to say
+  [6/9] Language model: who decides what to say
     1 - OpenAI
     2 - Anthropic
     3 - Google Gemini
     4 - Any OpenAI-compatible server by its URL, such as Ollama, Groq or vLLM
     Choose from [1/2/3/4] (1): \
-  [6/8] Voice: who speaks
+  [7/9] Voice: who speaks
     1 - Cartesia
     2 - ElevenLabs
     3 - Deepgram
     4 - Piper in the bot's own process: no key (its licence is GPL-3.0)
     Choose from [1/2/3/4] (1): \
-  [7/8] Pipecat Cloud region to deploy to
+  [8/9] Pipecat Cloud region to deploy to
     1 - us-west: Oregon
     2 - us-east: Virginia
     3 - eu-central: Frankfurt
     4 - ap-south: Mumbai
     Choose from [1/2/3/4] (1): \
-  [8/8] Record each call's audio [y/n] (y): \
+  [9/9] Record each call's audio [y/n] (y): \
 
 The template is no git clone: the project is not linked to its later versions.
 
@@ -71,7 +82,7 @@ def test_every_question_and_every_choice_has_a_human_label(form: dict[str, Any])
     labels = form["__prompts__"]
 
     assert {name for name in form if not name.startswith("_")} == ANSWERS.keys() == labels.keys()
-    for name in ("transport", "stt", "llm", "tts", "region"):
+    for name in ("language", "transport", "stt", "llm", "tts", "region"):
         assert form[name] == ANSWERS[name]
         assert labels[name].keys() == {"__prompt__", *ANSWERS[name]}
 
@@ -79,7 +90,7 @@ def test_every_question_and_every_choice_has_a_human_label(form: dict[str, Any])
 def test_enter_enter_enter_gives_the_default_project(
     command_line: CommandLine, template: Path, tmp_path: Path, default_project: BakedProject
 ) -> None:
-    done = command_line(template, "--output-dir", tmp_path, lines=[""] * 8)
+    done = command_line(template, "--output-dir", tmp_path, lines=[""] * 9)
 
     assert (done.stdout, done.stderr, done.returncode) == (TRANSCRIPT, "", 0)
     assert not BakedProject(tmp_path / "my-voice-bot").differences(default_project)
@@ -89,7 +100,7 @@ def test_answers_typed_at_the_prompts_are_the_answers_given_as_arguments(
     command_line: CommandLine, template: Path, tmp_path: Path, bake: Bake
 ) -> None:
     purpose = 'Say {{ "hi" }} and # <% raw %> \\ with \U0001f600 {%'
-    lines = ["another-bot", purpose, "3", "2", "3", "4", "4", "no"]
+    lines = ["another-bot", purpose, "2", "3", "2", "3", "4", "4", "no"]
 
     succeed(command_line(template, "--output-dir", tmp_path, lines=lines))
 
@@ -97,6 +108,7 @@ def test_answers_typed_at_the_prompts_are_the_answers_given_as_arguments(
     given = bake(
         project="another-bot",
         purpose=purpose,
+        language="de",
         transport="twilio",
         stt="assemblyai",
         llm="google",

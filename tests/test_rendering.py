@@ -32,6 +32,7 @@ WHOSE_CALLS_ARE_HELD = (
 FARTHEST = {
     "project": "another-bot",
     "purpose": 'Say "hello" \\ {{ and }} """goodbye""".',
+    "language": "de",
     "transport": "twilio",
     "stt": "assemblyai",
     "llm": "anthropic",

@@ -33,6 +33,14 @@ REQUIRED = {
     # <% endif %>
 }
 
+# What is spoken in calls, where LANGUAGE does not say.
+# <% if cookiecutter.language != "en" %>
+DEFAULT_LANGUAGE = "{{ cookiecutter.language }}"
+# <% endif %>
+# <% if cookiecutter.language == "en" %>
+DEFAULT_LANGUAGE = "en"
+# <% endif %>
+
 
 def setting(name: str, default: str = "") -> str:
     """The variable `name`, or `default` where it is unset or blank."""
@@ -48,15 +56,34 @@ def seconds(name: str, default: float) -> float:
         raise RuntimeError(f"{name} is a number of seconds, not {value!r}") from None
 
 
+def language() -> str:
+    """The language of calls, LANGUAGE: a code such as `de` or, with a region, `pt-BR`.
+
+    Raises:
+        RuntimeError: It is no such code.
+    """
+    from pipecat.transcriptions.language import Language
+
+    value = setting("LANGUAGE", DEFAULT_LANGUAGE)
+    name, _, region = value.replace("_", "-").partition("-")
+    try:
+        return Language(f"{name.lower()}-{region.upper()}" if region else name.lower()).value
+    except ValueError:
+        raise RuntimeError(
+            f"LANGUAGE is the code of a language, such as en, de or pt-BR, not {value!r}"
+        ) from None
+
+
 def missing_keys() -> dict[str, str]:
     """Each required variable that is not set, with what it is."""
     return {name: purpose for name, purpose in REQUIRED.items() if not setting(name)}
 
 
 def require_keys() -> None:
-    """Raise RuntimeError, naming every required variable that is missing."""
+    """Raise RuntimeError, naming every required variable that is missing, or what one must be."""
     if missing := missing_keys():
         raise RuntimeError(f"not configured: {', '.join(missing)} missing; see env.example")
+    language()
 
 
 def reason(error: Exception) -> str:
@@ -74,6 +101,10 @@ def exit_without_keys() -> None:
 
     # As Pipecat's runner does a moment later: what .env says wins over the shell.
     load_dotenv(override=True)
+    try:
+        language()
+    except RuntimeError as error:
+        raise SystemExit(str(error)) from None
     missing = missing_keys()
     if not missing or {"-h", "--help"} & set(sys.argv):
         return

@@ -13,7 +13,7 @@ environment: at a proxy, at a region, or at the rehearsal on this machine.
 import re
 from typing import TYPE_CHECKING, Any
 
-from config import setting
+from config import language, setting
 
 if TYPE_CHECKING:
     from pipecat.processors.aggregators.llm_response_universal import LLMAssistantAggregatorParams
@@ -38,6 +38,37 @@ CONTEXT_TOKENS = 8000
 SUMMARY_TOKENS = 2000
 KEPT_MESSAGES = 10
 SUMMARY_TIMEOUT_SECONDS = 30.0
+# <% if cookiecutter.stt == "deepgram" %>
+# Where nova-3 tells the speech of a country apart; elsewhere it is given the language alone.
+# https://developers.deepgram.com/docs/models-languages-overview
+DEEPGRAM_REGIONS = set(
+    "da-DK de-CH en-AU en-GB en-IN en-NZ en-US es-419 fr-CA ko-KR nl-BE pt-BR pt-PT sv-SE".split()
+)
+# <% endif %>
+# <% if cookiecutter.tts == "local" %>
+# A voice speaks one language. https://huggingface.co/rhasspy/piper-voices
+PIPER_VOICES = {
+    "en": "en_US-joe-medium",
+    "de": "de_DE-thorsten-medium",
+    "es": "es_ES-davefx-medium",
+    "fr": "fr_FR-siwis-medium",
+    "it": "it_IT-paola-medium",
+    "nl": "nl_NL-mls-medium",
+    "pt": "pt_BR-faber-medium",
+}
+# <% endif %>
+# <% if cookiecutter.tts == "deepgram" %>
+# A voice speaks one language. https://developers.deepgram.com/docs/tts-models
+DEEPGRAM_VOICES = {
+    "en": "aura-2-andromeda-en",
+    "de": "aura-2-aurelia-de",
+    "es": "aura-2-celeste-es",
+    "fr": "aura-2-agathe-fr",
+    "it": "aura-2-cinzia-it",
+    "ja": "aura-2-ama-ja",
+    "nl": "aura-2-beatrix-nl",
+}
+# <% endif %>
 
 LINK = re.compile(r"(?:https?://|www\.)(?:www\.)?([\w.-]*\w)(?:[/?#:](?:\S*[^\s.,;:!?)])?)?")
 
@@ -56,7 +87,7 @@ def create_stt() -> "STTService":
         settings=AssemblyAISTTService.Settings(
             model=setting("ASSEMBLYAI_MODEL", "universal-3-6-pro"),
             # Not `language`, which this service never sends.
-            language_codes=[Language(setting("ASSEMBLYAI_LANGUAGE", "en"))],
+            language_codes=[Language(setting("ASSEMBLYAI_LANGUAGE", language()))],
         ),
     )
 
@@ -73,7 +104,7 @@ def create_stt() -> "STTService":
         base_url=setting("OPENAI_STT_BASE_URL", "wss://api.openai.com/v1/realtime"),
         settings=OpenAIRealtimeSTTService.Settings(
             model=setting("OPENAI_STT_MODEL", "gpt-realtime-whisper"),
-            language=setting("OPENAI_STT_LANGUAGE", "en"),
+            language=setting("OPENAI_STT_LANGUAGE", language()),
         ),
     )
     heard: dict[str, str] = {}
@@ -115,9 +146,8 @@ def create_stt() -> "STTService":
         # tiny.en on two cores.
         ttfs_p99_latency=1.0,
         settings=whisper.WhisperSTTService.Settings(
-            # A name, or a folder with a model in CTranslate2's format.
-            model=setting("WHISPER_MODEL", "base.en"),
-            language=setting("WHISPER_LANGUAGE", "en"),
+            model=_whisper_model(),
+            language=setting("WHISPER_LANGUAGE", language()),
         ),
     )
 
@@ -133,7 +163,7 @@ def create_stt() -> "STTService":
         base_url=setting("DEEPGRAM_BASE_URL"),
         settings=DeepgramSTTService.Settings(
             model=setting("DEEPGRAM_MODEL", "nova-3-general"),
-            language=setting("DEEPGRAM_LANGUAGE", "en"),
+            language=setting("DEEPGRAM_LANGUAGE", _deepgram_language()),
         ),
     )
 
@@ -276,6 +306,7 @@ def create_tts() -> "TTSService":
             model=setting("ELEVENLABS_MODEL", "eleven_flash_v2_5"),
             # Required: ElevenLabs has no voice that every account may use.
             voice=setting("ELEVENLABS_VOICE_ID"),
+            language=language(),
         ),
         # Models write for eyes now and then, whatever the prompt says.
         text_transforms=[("*", strip_markdown), ("*", name_links)],
@@ -293,8 +324,9 @@ def create_tts() -> "TTSService":
         api_key=setting("DEEPGRAM_API_KEY"),
         base_url=setting("DEEPGRAM_TTS_BASE_URL", "wss://api.deepgram.com"),
         settings=DeepgramTTSService.Settings(
-            # At Deepgram the voice is the model.
-            voice=setting("DEEPGRAM_TTS_VOICE", "aura-2-andromeda-en"),
+            # At Deepgram the voice is the model, and speaks one language.
+            voice=_deepgram_voice(),
+            language=language(),
         ),
         # Models write for eyes now and then, whatever the prompt says.
         text_transforms=[("*", strip_markdown), ("*", name_links)],
@@ -315,13 +347,14 @@ def create_tts() -> "TTSService":
     if not hasattr(PiperVoice.load, "cache_info"):
         # Each call would load a voice of its own, while the others wait.
         PiperVoice.load = cache(PiperVoice.load)
-    # A name, or a voice's .onnx file with its .onnx.json beside it.
-    voice = Path(setting("PIPER_VOICE", "en_US-joe-medium"))
+    voice = Path(_piper_voice())
     return PiperTTSService(
         download_dir=voice.parent if voice.suffix == ".onnx" else None,
         # Piper makes a sentence as a whole; on a busy machine a long one may take seconds.
         stop_frame_timeout_s=10.0,
-        settings=PiperTTSService.Settings(voice=voice.name.removesuffix(".onnx")),
+        settings=PiperTTSService.Settings(
+            voice=voice.name.removesuffix(".onnx"), language=language()
+        ),
         # Models write for eyes now and then, whatever the prompt says.
         text_transforms=[("*", strip_markdown), ("*", name_links)],
     )
@@ -341,10 +374,60 @@ def create_tts() -> "TTSService":
             model=setting("CARTESIA_MODEL", "sonic-3.6"),
             # Cartesia has no default voice; this is the one Pipecat's own examples use.
             voice=setting("CARTESIA_VOICE_ID", "86e30c1d-714b-4074-a1f2-1cb6b552fb49"),
+            language=language(),
         ),
         # Models write for eyes now and then, whatever the prompt says.
         text_transforms=[("*", strip_markdown), ("*", name_links)],
     )
+
+
+# <% endif %>
+def language_doubts() -> list[str]:
+    """What of the above cannot hear or speak LANGUAGE, in a sentence each."""
+    doubts: list[str] = []
+    # <% if cookiecutter.stt == "local" %>
+    if _whisper_model().endswith(".en") and _spoken() != "en":
+        doubts.append(f"WHISPER_MODEL is {_whisper_model()}, which hears English only")
+    # <% endif %>
+    # <% if cookiecutter.tts == "local" %>
+    if not re.match(rf"(?:.*[/\\])?{_spoken()}_", voice := _piper_voice()):
+        doubts.append(f"the voice {voice} does not speak {_spoken()}: set PIPER_VOICE")
+    # <% endif %>
+    # <% if cookiecutter.tts == "deepgram" %>
+    if (voice := _deepgram_voice()).rpartition("-")[2] != _spoken():
+        doubts.append(f"the voice {voice} does not speak {_spoken()}: set DEEPGRAM_TTS_VOICE")
+    # <% endif %>
+    return doubts
+
+
+def _spoken() -> str:
+    """LANGUAGE without its region."""
+    return language().partition("-")[0]
+
+
+# <% if cookiecutter.stt == "local" %>
+def _whisper_model() -> str:
+    """A name, or a folder with a model in CTranslate2's format."""
+    return setting("WHISPER_MODEL", "base.en" if _spoken() == "en" else "base")
+
+
+# <% endif %>
+# <% if cookiecutter.stt == "deepgram" %>
+def _deepgram_language() -> str:
+    return language() if language() in DEEPGRAM_REGIONS else _spoken()
+
+
+# <% endif %>
+# <% if cookiecutter.tts == "local" %>
+def _piper_voice() -> str:
+    """A name, or a voice's .onnx file with its .onnx.json beside it."""
+    return setting("PIPER_VOICE", PIPER_VOICES.get(_spoken(), PIPER_VOICES["en"]))
+
+
+# <% endif %>
+# <% if cookiecutter.tts == "deepgram" %>
+def _deepgram_voice() -> str:
+    return setting("DEEPGRAM_TTS_VOICE", DEEPGRAM_VOICES.get(_spoken(), DEEPGRAM_VOICES["en"]))
 
 
 # <% endif %>

@@ -37,6 +37,7 @@ from pipecat.services.tts_service import TTSService
 from pipecat.utils.errors import ErrorCategory
 
 import config
+from conversation import phrases
 from conversation.endings import instruction
 
 if TYPE_CHECKING:
@@ -54,10 +55,6 @@ TTS_ATTEMPTS = 2
 STT_ATTEMPTS = 2
 # An interruption is through the pipeline in milliseconds; one that is stuck is not waited for.
 SETTLE_SECONDS = 1.0
-
-# Spoken as they stand, for the LLM that could put them better may be what failed.
-ONE_MOMENT = "One moment, please."
-APOLOGY = "I am sorry, I have a technical problem. Please try again later. Goodbye."
 
 SAY_AGAIN = "Your last answer did not reach the caller, or not all of it. Answer again, briefly."
 """For the LLM: goes before every further attempt."""
@@ -81,6 +78,8 @@ class Failures(BaseObserver):
         self._ending = ending
         self._llm = llm
         self._tts = tts
+        # Spoken as they stand, for the LLM that could put them better may be what failed.
+        self._phrases = phrases.spoken()
         self._answer_seconds = config.seconds("ANSWER_SECONDS", ANSWER_SECONDS)
         self._has_started = False
         self._failed_connections = 0
@@ -254,14 +253,12 @@ class Failures(BaseObserver):
             async with asyncio.timeout(SETTLE_SECONDS):
                 await self._worker.flush_pipeline(SETTLE_SECONDS)
         if not self._ending.has_begun:
-            await self._worker.queue_frames(
-                [TTSSpeakFrame(ONE_MOMENT, append_to_context=False), instruction(SAY_AGAIN)]
-            )
+            one_moment = TTSSpeakFrame(self._phrases.one_moment, append_to_context=False)
+            await self._worker.queue_frames([one_moment, instruction(SAY_AGAIN)])
 
     def _apologise(self, detail: str) -> None:
-        self._ending.after(
-            InterruptionFrame(), TTSSpeakFrame(APOLOGY), reason="error", detail=detail
-        )
+        apology = TTSSpeakFrame(self._phrases.apology)
+        self._ending.after(InterruptionFrame(), apology, reason="error", detail=detail)
 
     def _run(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)

@@ -24,13 +24,8 @@ from pipecat.turns.user_start import BaseUserTurnStartStrategy
 from pipecat.turns.user_turn_strategies import UserTurnStrategies
 
 import config
-from conversation import silence
+from conversation import phrases, silence
 
-# What people say while they go on listening. Add your language's.
-BACKCHANNELS = frozenset(
-    "mhm mhmm mmhm mmhmm mm mmm hm hmm uhhuh uh huh ah aha oh yeah yep ok okay right sure "
-    "i see".split()
-)
 # Speech that goes on longer than this is an interruption, whatever the recogniser makes of it.
 LONGEST_BACKCHANNEL_SECONDS = 0.6
 # One said this shortly before the bot falls silent is taken for an answer to what it said.
@@ -52,7 +47,7 @@ def params() -> LLMUserAggregatorParams:
 def is_backchannel(text: str) -> bool:
     """Whether these words only say that somebody is listening."""
     words = re.sub(r"[^\w\s]", "", text.lower()).split()
-    return bool(words) and all(word in BACKCHANNELS for word in words)
+    return bool(words) and all(word in phrases.spoken().backchannels for word in words)
 
 
 class InterruptionUserTurnStartStrategy(BaseUserTurnStartStrategy):

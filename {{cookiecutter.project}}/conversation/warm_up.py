@@ -7,9 +7,11 @@ call would pay for that with a second or two of silence.
 import gc
 from functools import cache
 
+from loguru import logger
+
 import services
 import transports
-from conversation import turns
+from conversation import phrases, turns
 from roark import client
 
 
@@ -20,6 +22,8 @@ def once() -> None:
     Raises:
         Exception: One of the services cannot be built; no call could be answered.
     """
+    for doubt in phrases.doubts():
+        logger.warning(f"{doubt[0].upper()}{doubt[1:]}")
     services.create_stt()
     services.create_llm("")
     services.create_tts()

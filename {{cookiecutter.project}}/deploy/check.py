@@ -35,7 +35,9 @@ ASK = """\
 import asyncio, inspect, json, bot
 assert inspect.iscoroutinefunction(bot.bot), "bot.py has no async def bot(runner_args)"
 ready = getattr(bot, "readyz", lambda: True)()
-print(json.dumps(asyncio.run(ready) if inspect.isawaitable(ready) else ready))
+ready = asyncio.run(ready) if inspect.isawaitable(ready) else ready
+doubts = getattr(bot, "doubts", list)()
+print(json.dumps({"ready": ready, "doubts": doubts}))
 """
 
 
@@ -306,7 +308,10 @@ def check_start(project: Path, env_file: Path) -> Iterator[Finding]:
         last = answer.stderr.strip().splitlines()[-1:] or [f"status {answer.returncode}"]
         yield Finding(f"import bot: {last[0]}", "see the whole of it: python -c 'import bot'")
         return
-    ready = json.loads(answer.stdout.splitlines()[-1])
+    told = json.loads(answer.stdout.splitlines()[-1])
+    ready = told["ready"]
+    for doubt in told["doubts"]:
+        yield Finding(doubt, "choose another, or live with it", fatal=False)
     if not (ready if isinstance(ready, bool) else ready.get("ready")):
         yield Finding(f"readyz() says {json.dumps(ready)}", f"fill it in in {env_file.name}")
 

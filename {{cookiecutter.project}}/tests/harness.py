@@ -39,6 +39,8 @@ RECORDS_AUDIO = "roark.audio_processor" in Path(bot.__file__).read_text(encoding
 SECONDS = 30.0
 """What anything may take on a busy machine before its test gives up."""
 VOICE_HZ = 16000
+NOT_SET = ("TWILIO_ACCOUNT_SID", "TWILIO_AUTH_TOKEN", "MESSAGE_URL", "GREETING")
+"""What a test of calls sets for itself, if it does, whatever the owner has."""
 
 
 class ListenedTo(ScriptedEngine):
@@ -199,7 +201,7 @@ async def run_harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncI
     async with serve_providers(engine) as providers, RoarkReceiver() as roark:
         # As in the image, ENV is not set.
         monkeypatch.delenv("ENV", raising=False)
-        for name in ("TWILIO_ACCOUNT_SID", "TWILIO_AUTH_TOKEN", "MESSAGE_URL", "GREETING"):
+        for name in NOT_SET:
             monkeypatch.delenv(name, raising=False)
         world = {
             **providers.environment,

@@ -413,6 +413,17 @@ class TestCheck:
         assert main(["check"], project) == 1
         assert A_KEY in capsys.readouterr().out
 
+    @pytest.mark.slow
+    def test_a_language_without_phrases_is_minded(
+        self, project: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """The bot would apologise in English."""
+        edit(project / ".env", "LANGUAGE=", "LANGUAGE=tr\n#")
+        assert main(["check"], project) == 0
+        assert "mind: LANGUAGE is tr, but conversation/phrases/ has no tr.toml" in (
+            capsys.readouterr().out
+        )
+
     @pytest.mark.parametrize("breakage", BREAKAGES)
     def test_it_names_what_would_fail_and_the_mend(
         self,
@@ -427,7 +438,7 @@ class TestCheck:
         break_it, what, mend = BREAKAGES[breakage]
         break_it(project)
         # The import of bot.py takes seconds and has tests of its own.
-        monkeypatch.setattr(deploy, "ASK", "print('true')")
+        monkeypatch.setattr(deploy, "ASK", 'print(\'{"ready": true, "doubts": []}\')')
         assert main(["check"], project) == 1
         report = capsys.readouterr().out
         assert what in report and mend in report

@@ -12,7 +12,7 @@ from pipecat.processors.aggregators.llm_response_universal import LLMAssistantAg
 from pipecat.processors.frame_processor import FrameDirection
 
 import bot
-from conversation import recovery
+from conversation import phrases, recovery
 from rehearsal.callers import webrtc as webrtc_caller
 from rehearsal.callers.caller import Caller
 from rehearsal.engines.scripted import Script
@@ -86,7 +86,7 @@ async def test_a_wrong_key_is_apologised_for_and_ends_the_call(
         await bot_hangs_up(caller)
         assert spoken_seconds(caller) > 1
     await assert_failed(harness, kind)
-    assert " ".join(said_by_bot(harness)).endswith(recovery.APOLOGY)
+    assert " ".join(said_by_bot(harness)).endswith(phrases.spoken().apology)
 
 
 @BOTH_TRANSPORTS
@@ -113,7 +113,7 @@ async def test_a_recogniser_that_is_down_is_apologised_for(harness: Harness) -> 
     async with harness.caller("twilio") as caller:
         await bot_hangs_up(caller)
     await assert_failed(harness, "stt")
-    assert " ".join(said_by_bot(harness)).endswith(recovery.APOLOGY)
+    assert " ".join(said_by_bot(harness)).endswith(phrases.spoken().apology)
 
 
 @pytest.mark.slow
@@ -127,7 +127,7 @@ async def test_a_recogniser_that_refuses_twice_is_not_waited_for_any_longer(
     async with harness.caller("twilio") as caller:
         await bot_hangs_up(caller)
     await assert_failed(harness, "stt")
-    assert " ".join(said_by_bot(harness)).endswith(recovery.APOLOGY)
+    assert " ".join(said_by_bot(harness)).endswith(phrases.spoken().apology)
     assert len(harness.server("stt").requests) == recovery.STT_ATTEMPTS
 
 
@@ -141,7 +141,7 @@ async def test_an_llm_that_fails_once_is_asked_again(
         await harness.hear_said(caller, TALK.answers[0].says)
     await harness.over()
     assert " ".join(said_by_bot(harness)).endswith(
-        f"{recovery.ONE_MOMENT} Here is my answer again."
+        f"{phrases.spoken().one_moment} Here is my answer again."
     )
 
 
@@ -187,7 +187,7 @@ async def test_an_llm_that_stays_broken_ends_the_call_with_an_apology(
         await harness.say(caller)
         await bot_hangs_up(caller)
     await assert_failed(harness, "llm")
-    assert " ".join(said_by_bot(harness)).endswith(recovery.APOLOGY)
+    assert " ".join(said_by_bot(harness)).endswith(phrases.spoken().apology)
 
 
 @pytest.mark.slow
@@ -196,7 +196,7 @@ async def test_an_llm_that_is_down_ends_the_call_with_an_apology(harness: Harnes
     async with harness.caller("twilio") as caller:
         await bot_hangs_up(caller)
     await assert_failed(harness, "llm")
-    assert " ".join(said_by_bot(harness)).endswith(recovery.APOLOGY)
+    assert " ".join(said_by_bot(harness)).endswith(phrases.spoken().apology)
 
 
 @pytest.mark.slow
@@ -238,7 +238,7 @@ async def test_an_llm_that_fails_once_is_asked_again_and_the_call_goes_on(
         await caller.hear(since=said.end, within=SECONDS)
         await caller.hear_out(quiet=0.5, within=SECONDS)
     await harness.over()
-    again = f"{recovery.ONE_MOMENT} Here is my answer again. {TALK.answers[1].says}"
+    again = f"{phrases.spoken().one_moment} Here is my answer again. {TALK.answers[1].says}"
     assert " ".join(said_by_bot(harness)).endswith(again)
     assert harness.record["ending"]["reason"] == "client-disconnected"
 
@@ -264,7 +264,7 @@ async def test_a_voice_that_fails_once_speaks_again_and_the_call_goes_on(
         await caller.hear_out(quiet=0.5, within=SECONDS)
     await harness.over()
     answer = TALK.answers[1].says
-    again = [recovery.ONE_MOMENT, "Here is my answer again.", answer]
+    again = [phrases.spoken().one_moment, "Here is my answer again.", answer]
     is_refused = fault in ("rate_limited", "server_errors")
     to_say = ["Hello there.", *again] if is_refused else ["Hello there.", answer, *again]
     assert [text.strip() for text in harness.spoken] == to_say

@@ -40,6 +40,7 @@ HELD_BACK_SECONDS = {"twilio": 0.0, "webrtc": 0.08}
 @pytest.fixture
 async def harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """The bot and its world; whatever the caller says, the bot tells a long story."""
+    monkeypatch.setenv("LANGUAGE", "en")
     async with run_harness(monkeypatch, tmp_path) as harness:
         harness.engine.script = Script.parse(
             {"greeting": STORY, "hears": ["Mhm.", "Stop, please."], "answers": [{"says": STORY}]}
@@ -114,12 +115,14 @@ async def test_keys_reach_the_llm_as_text(harness: Harness) -> None:
 
 
 @pytest.mark.parametrize("text", ["Mhm.", "Mm-hmm.", "Uh-huh!", "Yeah, okay.", "I see."])
-def test_listening_noises_are_backchannels(text: str) -> None:
+def test_listening_noises_are_backchannels(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("LANGUAGE", "en")
     assert is_backchannel(text)
 
 
 @pytest.mark.parametrize("text", ["", "No.", "Stop.", "Yeah, but wait.", "DTMF: 1"])
-def test_anything_else_is_none(text: str) -> None:
+def test_anything_else_is_none(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("LANGUAGE", "en")
     assert not is_backchannel(text)
 
 

@@ -1,0 +1,78 @@
+"""What the bot says as it stands, whatever becomes of the LLM: one file for each language.
+
+For a further language copy `en.toml`, under the code of the language, and translate it.
+"""
+
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import config
+import services
+
+FOLDER = Path(__file__).parent
+FALLBACK = "en"
+
+
+@dataclass(frozen=True)
+class Phrases:
+    """The phrases of one language.
+
+    Parameters:
+        language: The language's English name, for the LLM.
+        one_moment: Before the bot tries again what failed.
+        apology: The last words of a call that cannot go on.
+        backchannels: The words, in lower case, of those who only say that they are listening.
+    """
+
+    language: str
+    one_moment: str
+    apology: str
+    backchannels: frozenset[str]
+
+
+def spoken() -> Phrases:
+    """The phrases of LANGUAGE; in a language without a file they are English.
+
+    Raises:
+        RuntimeError: LANGUAGE is no code of a language.
+    """
+    return _of(config.language())
+
+
+def doubts() -> Iterator[str]:
+    """Yield what does not go with LANGUAGE, in a sentence each; raises as `spoken` does."""
+    code = config.language()
+    if not _file(code).exists():
+        yield (
+            f"LANGUAGE is {code}, but conversation/phrases/ has no {_base(code)}.toml: what the "
+            f"bot says when something fails is in {_of(code).language}"
+        )
+    yield from services.language_doubts()
+
+
+def instruction() -> str:
+    """What the prompt says of the language."""
+    code = config.language()
+    name = spoken().language if _file(code).exists() else f"the language with the code {code}"
+    region = f" as in {code}" if "-" in code else ""
+    return f"Speak {name}{region}, numbers, dates and times too."
+
+
+@cache
+def _of(code: str) -> Phrases:
+    file = _file(code) if _file(code).exists() else FOLDER / f"{FALLBACK}.toml"
+    table: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))
+    table["backchannels"] = frozenset(table["backchannels"].split())
+    return Phrases(**table)
+
+
+def _file(code: str) -> Path:
+    return FOLDER / f"{_base(code)}.toml"
+
+
+def _base(code: str) -> str:
+    return code.partition("-")[0]
