@@ -418,7 +418,8 @@ class TestCheck:
         self, project: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         """The bot would apologise in English."""
-        edit(project / ".env", "LANGUAGE=", "LANGUAGE=tr\n#")
+        with (project / ".env").open("a") as settings:
+            settings.write("LANGUAGE=tr\n")
         assert main(["check"], project) == 0
         assert "mind: LANGUAGE is tr, but conversation/phrases/ has no tr.toml" in (
             capsys.readouterr().out
