@@ -7,7 +7,7 @@ import runpy
 import shutil
 import tomllib
 from fnmatch import fnmatch
-from itertools import combinations, product
+from itertools import combinations, cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,12 @@ def pairs(answers: dict[str, Any]) -> set[tuple[tuple[str, Any], tuple[str, Any]
 
 
 def covering() -> list[dict[str, Any]]:
-    """Return few forms in which any two answers to different questions meet at least once."""
-    forms = [dict(zip(CHOICES, answers, strict=True)) for answers in product(*CHOICES.values())]
+    """Return few forms in which any two answers to different questions meet at least once.
+
+    The language, which is a setting and no code, only has each of its answers.
+    """
+    choices = {name: answers for name, answers in CHOICES.items() if name != "language"}
+    forms = [dict(zip(choices, answers, strict=True)) for answers in product(*choices.values())]
     # In another order the best of many equally good ones is seldom the first.
     random.Random(68).shuffle(forms)
     missing = set[tuple[tuple[str, Any], tuple[str, Any]]]().union(*map(pairs, forms))
@@ -58,7 +62,8 @@ def covering() -> list[dict[str, Any]]:
         best = max(forms, key=lambda form: len(missing & pairs(form)))
         chosen.append(best)
         missing -= pairs(best)
-    return chosen
+    languages = cycle(CHOICES["language"])
+    return [form | {"language": next(languages)} for form in chosen]
 
 
 ANSWERS = covering()

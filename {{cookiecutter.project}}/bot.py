@@ -28,3 +28,208 @@ import tools
 import transports
 from conversation import endings, phrases, recovery, silence, turns, warm_up
 from conversation.caller_words import CallerWords
+from host import private_log, shutdown, telemetry
+from roark import RoarkObserver
+from telephony import twilio_auth
+
+private_log.begin()
+
+AGENT = "{{ cookiecutter.project }}"
+PROMPT_FILE = Path(__file__).with_name("prompt.md")
+# For the LLM, where GREETING in .env does not say what to say.
+GREET = "The caller is on the line. Greet them and ask what you can do for them, briefly."
+
+
+async def bot(runner_args: RunnerArguments) -> None:
+    """Hold one call. Returns when it is over and its record is delivered or safe on disk."""
+    try:
+        config.require_keys()
+        connection = await transports.answer(runner_args)
+    except transports.Refused as refusal:
+        logger.warning(f"A call was refused: {refusal}")
+        await transports.hang_up(runner_args)
+        return
+    except Exception as error:
+        logger.error(f"This call could not be answered: {config.reason(error)}")
+        await transports.hang_up(runner_args)
+        raise
+
+    instructions = PROMPT_FILE.read_text(encoding="utf-8").rstrip()
+    instructions += f"\n- {phrases.instruction()}\n"
+    roark = RoarkObserver(
+        api_key=config.setting("ROARK_API_KEY"),
+        agent_id=AGENT,
+        agent_name=AGENT,
+        agent_prompt=instructions,
+        runner_args=runner_args,
+    )
+    async with telemetry.of_call(roark.pipecat_call_id, service=AGENT):
+        await run_call(connection, instructions, roark, runner_args)
+
+
+async def run_call(
+    connection: transports.Connection,
+    instructions: str,
+    roark: RoarkObserver,
+    runner_args: RunnerArguments,
+) -> None:
+    """Hold the call on `connection` and deliver its record, however it ends."""
+    try:
+        await run_pipeline(connection, instructions, roark, runner_args)
+    except asyncio.CancelledError:
+        # Cancelled before the pipeline ran; afterwards endings.py has noted it.
+        roark.note_ending(*endings.SESSION_LIMIT)
+        raise
+    except Exception as error:
+        roark.note_ending("error", f"{type(error).__name__} in the bot")
+        logger.exception("The call broke")
+        raise
+    finally:
+        # The one place that runs after every kind of ending. The reason noted first stands.
+        await transports.hang_up(runner_args)
+        await roark.aflush(reason="client-disconnected")
+        endings.forget_soon()
+
+
+def readyz() -> dict[str, object]:
+    """Tell Pipecat Cloud whether this process can take a call, and why not."""
+    missing = config.missing_keys()
+    if not missing:
+        # The platform sends no caller before this has returned.
+        warm_up.once()
+    return {"ready": not missing, "missing": sorted(missing)}
+
+
+def first_words() -> Frame:
+    """How the call begins: with the words of GREETING, or, where it is blank, with the LLM's own.
+
+    Words that are known are spoken at once, and the LLM remembers them as its own.
+    """
+    if words := config.setting("GREETING"):
+        return TTSSpeakFrame(words, append_to_context=True)
+    return endings.instruction(GREET)
+
+
+def doubts() -> list[str]:
+    """What of the settings does not go together, for `python -m deploy check`."""
+    return [*phrases.doubts()]
+
+
+async def run_pipeline(
+    connection: transports.Connection,
+    instructions: str,
+    roark: RoarkObserver,
+    runner_args: RunnerArguments,
+) -> None:
+    """Build the pipeline for `connection` and run it until one side ends the call."""
+    transport = connection.transport
+    call = tools.CallState()
+    stt = services.create_stt()
+    llm = services.create_llm(instructions)
+    tts = services.create_tts()
+
+    context = LLMContext(tools=tools.offered())
+    # Loads two models; in a thread, for the other calls of this process are not to stumble.
+    user_params = await asyncio.to_thread(turns.params)
+    aggregators = LLMContextAggregatorPair(
+        context, user_params=user_params, assistant_params=services.memory_params()
+    )
+    pipeline = Pipeline(
+        [
+            transport.input(),
+            stt,
+            CallerWords(),
+            aggregators.user(),
+            llm,
+            tts,
+            transport.output(),
+            # <% if cookiecutter.record_audio %>
+            roark.audio_processor,
+            # <% endif %>
+            # After the output, so that the context holds what the caller heard, not what was said
+            # into an interruption.
+            aggregators.assistant(),
+        ]
+    )
+    is_traced = bool(config.setting("OTEL_EXPORTER_OTLP_ENDPOINT"))
+    worker = PipelineWorker(
+        pipeline,
+        params=PipelineParams(
+            audio_in_sample_rate=services.RECOGNISER_HZ or connection.audio_in_hz,
+            audio_out_sample_rate=connection.audio_out_hz,
+            enable_metrics=True,
+            enable_usage_metrics=True,
+        ),
+        app_resources=call,
+        conversation_id=roark.pipecat_call_id,
+        enable_rtvi=not connection.is_phone,
+        enable_tracing=is_traced,
+        # Counts turns for the traces; nobody else asks.
+        enable_turn_tracking=is_traced,
+        idle_timeout_secs=runner_args.pipeline_idle_timeout_secs,
+        cancel_timeout_secs=endings.TEARDOWN_SECONDS,
+        observers=[roark],
+        # A service that is broken for good ends the call in recovery.py, after an apology.
+        processor_unusable_policy=ProcessorUnusablePolicy.CONTINUE,
+    )
+    runner = WorkerRunner(handle_sigint=runner_args.handle_sigint)
+    await runner.add_workers(worker)
+    ending = call.ending = endings.Ending(worker, runner, roark)
+    silence.watch(aggregators.user(), worker, ending, recogniser=type(stt).__name__)
+    failed = recovery.Failures(worker, ending, llm=llm, tts=tts, bot_side=aggregators.assistant())
+    worker.add_observer(failed)
+
+    caller: str | None = None
+    client_ready = asyncio.Event()
+
+    @transport.event_handler("on_client_connected")
+    async def on_client_connected(_transport, client):
+        nonlocal caller
+        if caller is not None:
+            return
+        caller = transports.client_id(client)
+        logger.info("Caller connected")
+        greeting = first_words()
+        failed.expect_answer(has_text=isinstance(greeting, TTSSpeakFrame))
+        with suppress(TimeoutError):
+            await asyncio.wait_for(client_ready.wait(), connection.client_ready_seconds)
+        if not ending.has_begun:
+            await worker.queue_frame(greeting)
+
+    @transport.event_handler("on_client_disconnected")
+    async def on_client_disconnected(_transport, client):
+        if caller is not None and transports.client_id(client) != caller:
+            return
+        client_ready.set()
+        await ending.now("client-disconnected", "the caller hung up")
+
+    if not connection.is_phone:
+
+        @worker.rtvi.event_handler("on_client_ready")
+        async def on_client_ready(_rtvi):
+            client_ready.set()
+
+    @worker.event_handler("on_idle_timeout")
+    async def on_idle_timeout(_worker):
+        roark.note_ending("idle-timeout", "nothing happened on the line")
+
+    @worker.event_handler("on_setup_timeout")
+    async def on_setup_timeout(_worker):
+        roark.note_ending("error", "a service took too long to connect")
+
+    async def on_signal(name: str) -> None:
+        await ending.now("signal", f"the process received {name}")
+
+    with shutdown.ends_call(on_signal):
+        await ending.run(connection)
+
+
+if __name__ == "__main__":
+    config.exit_without_keys()
+
+    from pipecat.runner.run import app, main
+
+    twilio_auth.guard(app, sys.argv[1:])
+    if not config.missing_keys():
+        warm_up.once()
+    main()
