@@ -26,7 +26,7 @@ import config
 import services
 import tools
 import transports
-from conversation import endings, phrases, recovery, silence, turns, warm_up
+from conversation import clock, endings, phrases, recovery, silence, turns, warm_up
 from conversation.caller_words import CallerWords
 from host import private_log, shutdown, telemetry
 from roark import RoarkObserver
@@ -64,6 +64,8 @@ async def bot(runner_args: RunnerArguments) -> None:
         runner_args=runner_args,
     )
     async with telemetry.of_call(roark.pipecat_call_id, service=AGENT):
+        # What stays the same comes first; Roark knows the call's time without it.
+        instructions += f"- {clock.instruction()}\n"
         await run_call(connection, instructions, roark, runner_args)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 # If any of these is missing, no call can be held. With each, where to get it.
 REQUIRED = {
@@ -74,6 +75,19 @@ def language() -> str:
         ) from None
 
 
+def timezone() -> ZoneInfo:
+    """The zone in which the bot tells the time, TIMEZONE; without it UTC.
+
+    Raises:
+        RuntimeError: There is no such zone.
+    """
+    name = setting("TIMEZONE", "UTC")
+    try:
+        return ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        raise RuntimeError(f"TIMEZONE is a zone such as Europe/Berlin, not {name!r}") from None
+
+
 def missing_keys() -> dict[str, str]:
     """Each required variable that is not set, with what it is."""
     return {name: purpose for name, purpose in REQUIRED.items() if not setting(name)}
@@ -83,7 +97,13 @@ def require_keys() -> None:
     """Raise RuntimeError, naming every required variable that is missing, or what one must be."""
     if missing := missing_keys():
         raise RuntimeError(f"not configured: {', '.join(missing)} missing; see env.example")
+    check_values()
+
+
+def check_values() -> None:
+    """Raise RuntimeError for the first of LANGUAGE and TIMEZONE that is not what it has to be."""
     language()
+    timezone()
 
 
 def reason(error: Exception) -> str:
@@ -102,7 +122,7 @@ def exit_without_keys() -> None:
     # As Pipecat's runner does a moment later: what .env says wins over the shell.
     load_dotenv(override=True)
     try:
-        language()
+        check_values()
     except RuntimeError as error:
         raise SystemExit(str(error)) from None
     missing = missing_keys()

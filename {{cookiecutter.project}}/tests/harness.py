@@ -39,7 +39,7 @@ RECORDS_AUDIO = "roark.audio_processor" in Path(bot.__file__).read_text(encoding
 SECONDS = 30.0
 """What anything may take on a busy machine before its test gives up."""
 VOICE_HZ = 16000
-NOT_SET = ("TWILIO_ACCOUNT_SID", "TWILIO_AUTH_TOKEN", "MESSAGE_URL", "GREETING")
+NOT_SET = ("TWILIO_ACCOUNT_SID", "TWILIO_AUTH_TOKEN", "MESSAGE_URL", "GREETING", "TIMEZONE")
 """What a test of calls sets for itself, if it does, whatever the owner has."""
 
 
