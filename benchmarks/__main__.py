@@ -7,7 +7,7 @@ from pathlib import Path
 
 from loguru import logger
 
-from benchmarks import crowd, faults, frames, generation, long_call, markers, speed, stall
+from benchmarks import crowd, faults, frames, generation, long_call, markers, report, speed, stall
 
 README = Path(__file__).with_name("README.md")
 
@@ -20,6 +20,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "speed": speed.report,
     "crowd": crowd.report,
     "generation": generation.report,
+    "report": report.report,
 }
 
 

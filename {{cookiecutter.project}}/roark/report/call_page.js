@@ -328,6 +328,10 @@
 
   // Hands
 
+  try {
+    document.querySelector(".back").hash = sessionStorage.getItem("calls") ?? "";
+  } catch { /* This browser keeps the pages apart. */ }
+
   const msAt = (event) => {
     const box = timeline.getBoundingClientRect();
     return view.start + ((event.clientX - box.left) / box.width) * view.span;

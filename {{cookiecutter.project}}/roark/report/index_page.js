@@ -3,7 +3,7 @@
 
 (() => {
   const byId = (id) => document.getElementById(id);
-  const { calls, watched } = JSON.parse(byId("calls").textContent);
+  const { calls, watched, searched } = JSON.parse(byId("calls").textContent);
 
   const PAGE_ROWS = 100;
   const RELOAD_MS = 30_000;
@@ -51,7 +51,6 @@
     call.said = call.words.toLowerCase();
   }
   const severalAgents = new Set(calls.map((call) => call.agent)).size > 1;
-  const withWords = calls.filter((call) => call.words).length;
 
   // name, label, class, value to sort by, whether the largest comes first
   const COLUMNS = [
@@ -97,7 +96,11 @@
     const order = state.sort + (state.reverse ? " reverse" : "");
     if (order !== "started") kept.set("sort", order);
     if (state.page) kept.set("page", state.page + 1);
-    history.replaceState(null, "", `#${kept}`);
+    history.replaceState(null, "", kept.size ? `#${kept}` : location.pathname);
+    // The page of a call leads back to this view, where the browser lets files share anything.
+    try {
+      sessionStorage.setItem("calls", location.hash);
+    } catch { /* Then it leads to the whole list. */ }
   }
 
   // Which calls
@@ -281,11 +284,12 @@
     table.classList.toggle("by-day", byDay);
     showHead();
     showTotals(found);
-    byId("empty").hidden = found.length > 0;
-    byId("empty").textContent = !calls.length ? "No calls yet."
-      : withWords < calls.length && byId("search").value
-        ? `No call is like that. What was said is searched in the newest ${count(withWords, "call")} only.`
-        : "No call is like that.";
+    byId("empty").textContent = [
+      !calls.length ? "No calls yet." : !found.length && "No call is like that.",
+      byId("search").value && searched < calls.length &&
+        `What was said is searched in the newest ${count(searched, "call")} only.`,
+    ].filter(Boolean).join(" ");
+    byId("empty").hidden = !byId("empty").textContent;
     byId("pages").hidden = pages < 2;
     byId("previous").disabled = !state.page;
     byId("next").disabled = state.page === pages - 1;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from itertools import accumulate
 from pathlib import Path
 
 from roark.folder import DELIVERY, RECORD, Folder
@@ -83,18 +84,16 @@ def index_row(call: Call) -> Row:
 
 def render(rows: list[Row], unreadable: list[tuple[str, str]], *, watched: bool) -> str:
     """The page of all calls, whose rows are given newest first."""
-    left = WORDS_CHARACTERS
-    shown = []
-    for row in rows:
-        left -= len(row["words"])
-        shown.append(row if left >= 0 else row | {"words": ""})
+    sizes = accumulate(len(row["words"]) for row in rows)
+    searched = sum(size <= WORDS_CHARACTERS for size in sizes)
+    shown = rows[:searched] + [row | {"words": ""} for row in rows[searched:]]
     notices = "".join(
         f'<p class="notice" role="status">{h(name)} cannot be read: {h(why)}.</p>'
         for name, why in unreadable[:5]
     )
     if len(unreadable) > 5:
         notices += f'<p class="notice">So it is with {len(unreadable) - 5} more.</p>'
-    content = {"code": _code(), "watched": watched, "calls": shown}
+    content = {"code": _code(), "watched": watched, "searched": searched, "calls": shown}
     return page(
         "Calls", BODY.format(notices=notices, data=data(DATA, content)), "index_page.js", "index"
     )
@@ -131,9 +130,9 @@ BODY = """
 <div class="card"><table id="table"><thead><tr></tr></thead></table>
 <p class="muted empty" id="empty" hidden></p></div>
 <nav class="pages" id="pages" aria-label="Pages" hidden>
-<button class="small" id="previous">\u2190 Newer</button>
+<button class="small" id="previous">\u2190 Previous</button>
 <span id="range"></span>
-<button class="small" id="next">Older \u2192</button>
+<button class="small" id="next">Next \u2192</button>
 </nav>
 <p class="muted keys"><kbd>/</kbd> searches, <kbd>j</kbd> <kbd>k</kbd> go from call to call,
 <kbd>enter</kbd> opens, <kbd>esc</kbd> clears. All times are UTC.</p>

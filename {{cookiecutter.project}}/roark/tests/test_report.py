@@ -460,6 +460,18 @@ def test_what_has_not_changed_is_neither_read_nor_written_again(
     assert (later / "report.html").read_text() == "as it was"
 
 
+def test_what_was_said_is_in_the_index_of_the_newest_calls_as_far_as_it_fits(
+    call: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for day in (22, 23):
+        shutil.copytree(call, call.with_name(f"202611{day}T140509-call-2-00000000"))
+    size = len(Page(report.write_index(call.parent).index).rows[0]["words"])
+    monkeypatch.setattr(index_page, "WORDS_CHARACTERS", 2 * size)
+    index = Page(report.write_index(call.parent).index)
+    assert [bool(row["words"]) for row in index.rows] == [True, True, False]
+    assert index.data["searched"] == 2
+
+
 def test_an_index_made_by_other_code_is_not_trusted(call: Path, monkeypatch: pytest.MonkeyPatch):
     index = report.write_index(call.parent).index
     index.write_text(index.read_text().replace("Maple Dental", "Maple Rental"))
@@ -918,8 +930,8 @@ def test_the_index_shows_days_totals_and_a_hundred_calls_at_a_time(open_page, in
     days = tab.page.locator(".day th").all_inner_texts()
     assert days[0].startswith("Saturday, 21 November 2026")
     assert "43 calls \u00b7 21 % errors" in days[0]
-    tab.page.get_by_role("button", name="Older").click()
-    tab.page.get_by_role("button", name="Older").click()
+    tab.page.get_by_role("button", name="Next").click()
+    tab.page.get_by_role("button", name="Next").click()
     assert shown(tab) == [f"call-{number:03}" for number in range(200, 250)]
     assert tab.page.locator("#range").inner_text() == "201\u2013250 of 250"
     tab.page.reload()
@@ -963,11 +975,15 @@ def test_the_keys_go_from_call_to_call(open_page, index: Path):
 
 def test_a_call_is_opened_from_the_index_and_leads_back_to_it(open_page, call: Path):
     tab = open_page(report.write_index(call.parent).index)
+    tab.page.keyboard.press("/")
+    tab.page.keyboard.type("alvarez")
+    tab.page.keyboard.press("Enter")
     # The whole row is the link.
     tab.page.locator("td.duration").click(force=True)
     assert tab.page.url == (call / "report.html").as_uri()
     tab.page.get_by_role("link", name="All calls").click()
-    assert tab.page.url.startswith((call.parent / "index.html").as_uri())
+    assert tab.page.url == f"{(call.parent / 'index.html').as_uri()}#search=alvarez"
+    assert tab.page.locator("mark").inner_text() == "Alvarez"
 
 
 def test_the_transcript_is_searched_copied_and_downloaded(open_page, call: Path):
