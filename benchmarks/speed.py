@@ -146,6 +146,9 @@ async def world(folder: Path, script: Script = SCRIPT) -> AsyncIterator[dict[str
         yield {
             **kept,
             **providers.environment,
+            # How many calls are too many is what crowd.py measures.
+            "MAX_CALLS": "0",
+            "MAX_CALLS_PER_CALLER": "0",
             "ROARK_BASE_URL": roark.url,
             "ROARK_API_KEY": "key",
             "CALLS_DIR": str(folder / "calls"),

@@ -28,7 +28,7 @@ import tools
 import transports
 from conversation import clock, endings, phrases, recovery, silence, turns, warm_up
 from conversation.caller_words import CallerWords
-from host import private_log, shutdown, telemetry
+from host import calls, private_log, shutdown, telemetry
 from roark import RoarkObserver
 from telephony import twilio_auth
 
@@ -45,7 +45,8 @@ async def bot(runner_args: RunnerArguments) -> None:
     try:
         config.require_keys()
         connection = await transports.answer(runner_args)
-    except transports.Refused as refusal:
+        call = calls.of_process.begin(connection.caller, connection.call_id)
+    except (transports.Refused, calls.Busy) as refusal:
         logger.warning(f"A call was refused: {refusal}")
         await transports.hang_up(runner_args)
         return
@@ -54,19 +55,20 @@ async def bot(runner_args: RunnerArguments) -> None:
         await transports.hang_up(runner_args)
         raise
 
-    instructions = PROMPT_FILE.read_text(encoding="utf-8").rstrip()
-    instructions += f"\n- {phrases.instruction()}\n"
-    roark = RoarkObserver(
-        api_key=config.setting("ROARK_API_KEY"),
-        agent_id=AGENT,
-        agent_name=AGENT,
-        agent_prompt=instructions,
-        runner_args=runner_args,
-    )
-    async with telemetry.of_call(roark.pipecat_call_id, service=AGENT):
-        # What stays the same comes first; Roark knows the call's time without it.
-        instructions += f"- {clock.instruction()}\n"
-        await run_call(connection, instructions, roark, runner_args)
+    with call:
+        instructions = PROMPT_FILE.read_text(encoding="utf-8").rstrip()
+        instructions += f"\n- {phrases.instruction()}\n"
+        roark = RoarkObserver(
+            api_key=config.setting("ROARK_API_KEY"),
+            agent_id=AGENT,
+            agent_name=AGENT,
+            agent_prompt=instructions,
+            runner_args=runner_args,
+        )
+        async with telemetry.of_call(roark.pipecat_call_id, service=AGENT):
+            # What stays the same comes first; Roark knows the call's time without it.
+            instructions += f"- {clock.instruction()}\n"
+            await run_call(connection, instructions, roark, runner_args)
 
 
 async def run_call(
@@ -231,7 +233,10 @@ if __name__ == "__main__":
 
     from pipecat.runner.run import app, main
 
-    twilio_auth.guard(app, sys.argv[1:])
+    from host import front_door
+
+    twilio_auth.guard(app, sys.argv[1:], reserve=calls.of_process.reserve)
+    front_door.guard(app, sys.argv[1:])
     if not config.missing_keys():
         warm_up.once()
     main()

@@ -8,7 +8,7 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -23,6 +23,7 @@ from pipecat.runner.utils import create_transport, parse_telephony_websocket
 from pipecat.transports.base_transport import BaseTransport, TransportParams
 
 from config import setting
+from host import calls
 from telephony import twilio_auth
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class Connection:
         transport: Pipecat's transport, with audio in and out.
         audio_in_hz: Rate of the caller's audio through the pipeline.
         audio_out_hz: Rate of the bot's audio through the pipeline.
+        caller: The number or address it comes from, where that is known.
+        call_id: Its id at the phone company.
         is_phone: Whether a telephone is at the other end: no RTVI client, no "ready" to wait for.
         is_alive: Whether the caller's end shows signs of life; None where Pipecat tells if not.
         is_closed: Whether the connection was closed, perhaps before Pipecat listened for that.
@@ -61,6 +64,8 @@ class Connection:
     transport: BaseTransport
     audio_in_hz: int = 16000
     audio_out_hz: int = 24000
+    caller: str = field(default_factory=calls.caller_address.get)
+    call_id: str = ""
     is_phone: bool = False
     is_alive: Callable[[], bool] | None = None
     is_closed: Callable[[], bool] = lambda: False
@@ -176,7 +181,14 @@ async def _answer_phone(runner_args: WebSocketRunnerArguments) -> Connection:
         serializer=_twilio_serializer(stream_id, call_id, websocket.close),
     )
     transport = FastAPIWebsocketTransport(websocket=websocket, params=params)
-    return Connection(transport, audio_in_hz=PHONE_HZ, audio_out_hz=PHONE_HZ, is_phone=True)
+    return Connection(
+        transport,
+        audio_in_hz=PHONE_HZ,
+        audio_out_hz=PHONE_HZ,
+        caller=calls.identity(call.from_number),
+        call_id=call_id,
+        is_phone=True,
+    )
 
 
 def _is_dial_in(body: Any) -> bool:

@@ -1,5 +1,8 @@
 """SIGTERM and SIGINT end the calls in progress, so that each is closed and reported.
 
+With DRAIN_SECONDS the first SIGTERM lets them go on to their own end for so long, and the process
+goes after the last of them; no new ones are taken meanwhile. A second SIGTERM ends them now.
+
 Pipecat's development server does not tell a webrtc call that the process is stopping: it waits
 for the call instead, until whoever sent the signal loses patience and kills it. Pipecat Cloud's
 server waits too, and means it: there a call goes on to its own end, and this module keeps out.
@@ -9,14 +12,64 @@ import asyncio
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from loguru import logger
 
-_in_progress: dict[object, Callable[[str], object]] = {}
-_previous: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
+import config
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# A proxy that asks for /status every second has noticed by then. Until it has, it sends calls here.
+NOTICE_SECONDS = 3.0
+
+
+@dataclass
+class _Process:
+    """What signals this process has had, and the calls they are about.
+
+    Attributes:
+        calls: Each call in progress.
+        ends: How those end that have come so far as to have an end.
+        previous: What handled the signals before.
+        drain_seconds: How long SIGTERM lets calls go on.
+        draining_since: When it first came, in seconds of time.monotonic.
+        ended_by: The signal that ends calls, once it has come.
+    """
+
+    calls: set[object] = field(default_factory=set)
+    ends: dict[object, Callable[[str], object]] = field(default_factory=dict)
+    previous: dict[int, Callable[[int, FrameType | None], object] | int | None] = field(
+        default_factory=dict
+    )
+    drain_seconds: float = 0.0
+    draining_since: float | None = None
+    ended_by: str = ""
+
+
+_process = _Process()
+
+
+@contextmanager
+def waits_for_call() -> Iterator[None]:
+    """While this context is open, a call is in progress, and the process does not go without it."""
+    if not _is_ours_to_handle():
+        yield
+        return
+    call = object()
+    if not _process.calls:
+        _process.drain_seconds = config.seconds("DRAIN_SECONDS", 0.0)
+        _take_signals(asyncio.get_running_loop())
+    _process.calls.add(call)
+    try:
+        yield
+    finally:
+        _process.calls.discard(call)
+        if not _process.calls:
+            _give_signals_back()
 
 
 @contextmanager
@@ -29,20 +82,27 @@ def ends_call(end: Callable[[str], Coroutine[None, None, None]]) -> Iterator[Non
         yield
         return
     loop = asyncio.get_running_loop()
-    key = object()
-    _in_progress[key] = lambda name: asyncio.run_coroutine_threadsafe(end(name), loop)
-    if not _previous:
-        _previous.update({number: signal.signal(number, _on_signal) for number in SIGNALS})
-    try:
-        yield
-    finally:
-        del _in_progress[key]
-        if not _in_progress:
-            for number, handler in _previous.items():
-                # Somebody took the signal over since: theirs to keep.
-                if signal.getsignal(number) is _on_signal:
-                    signal.signal(number, handler)
-            _previous.clear()
+    call = object()
+    with waits_for_call():
+        _process.ends[call] = lambda name: asyncio.run_coroutine_threadsafe(end(name), loop)
+        if _process.ended_by:
+            # It came while the pipeline was being built.
+            _process.ends[call](_process.ended_by)
+        try:
+            yield
+        finally:
+            del _process.ends[call]
+
+
+def is_draining() -> bool:
+    """Whether the process goes as soon as its calls are over."""
+    return _process.draining_since is not None
+
+
+def takes_no_calls() -> bool:
+    """Whether it is too late for a new call: it is draining, and whoever asks has noticed."""
+    since = _process.draining_since
+    return since is not None and time.monotonic() - since > NOTICE_SECONDS
 
 
 def _is_ours_to_handle() -> bool:
@@ -50,13 +110,53 @@ def _is_ours_to_handle() -> bool:
     if threading.current_thread() is not threading.main_thread():
         return False
     # ENV is "local" under the development server. A host without any handler would just die.
-    handlers = (signal.SIG_DFL, _on_signal)
-    return os.environ.get("ENV") == "local" or signal.getsignal(signal.SIGTERM) in handlers
+    if os.environ.get("ENV") == "local" or _process.calls:
+        return True
+    return signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def _on_signal(number: int, frame: FrameType | None) -> None:
-    for end in list(_in_progress.values()):
-        end(signal.Signals(number).name)
-    previous = _previous.get(number)
+def _take_signals(loop: asyncio.AbstractEventLoop) -> None:
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGTERM and _process.drain_seconds and not is_draining():
+            _process.draining_since = time.monotonic()
+            # In the loop: a handler of signals may run in the middle of anything.
+            loop.call_soon_threadsafe(_drain, loop)
+        else:
+            _end_calls(number, frame)
+
+    _process.previous = {number: signal.signal(number, on_signal) for number in SIGNALS}
+
+
+def _drain(loop: asyncio.AbstractEventLoop) -> None:
+    logger.info(
+        f"Draining: {len(_process.calls)} calls may go on for {_process.drain_seconds:g} s; "
+        "another SIGTERM ends them now"
+    )
+    over = _process
+
+    def end_now() -> None:
+        if over is _process and is_draining():
+            _end_calls(signal.SIGTERM, None)
+
+    loop.call_later(_process.drain_seconds, end_now)
+
+
+def _end_calls(number: int, frame: FrameType | None) -> None:
+    _process.ended_by = signal.Signals(number).name
+    for end in list(_process.ends.values()):
+        end(_process.ended_by)
+    previous = _process.previous.get(number)
     if callable(previous):
         previous(number, frame)
+
+
+def _give_signals_back() -> None:
+    global _process
+    over, _process = _process, _Process()
+    for number, handler in over.previous.items():
+        # Somebody took the signal over since: theirs to keep.
+        if getattr(signal.getsignal(number), "__module__", None) == __name__:
+            signal.signal(number, handler)
+    if over.draining_since is not None and not over.ended_by:
+        # The last call is over: now for what the signal was about.
+        os.kill(os.getpid(), signal.SIGTERM)

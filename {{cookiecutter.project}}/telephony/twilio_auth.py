@@ -139,7 +139,10 @@ class Gate:
 
 
 def guard(
-    app: "FastAPI", arguments: Sequence[str], *, busy: Callable[[str], str] = lambda _caller: ""
+    app: "FastAPI",
+    arguments: Sequence[str],
+    *,
+    reserve: Callable[[str, str], str] = lambda _call_sid, _number: "",
 ) -> None:
     """Answer Twilio's requests for TwiML, and put a gate before the phone calls of `app`.
 
@@ -148,7 +151,7 @@ def guard(
     Args:
         app: Pipecat's development server, before it starts.
         arguments: The command line of bot.py, without the program.
-        busy: Why a call from this number cannot be taken now; empty where it can.
+        reserve: Keeps a line for a call from a number; returns why it cannot be taken now, if so.
     """
     # Pipecat reads its options when it is too late to add a route, so these two are read here too.
     parser = argparse.ArgumentParser(add_help=False)
@@ -172,7 +175,7 @@ def guard(
         )
     # Before Pipecat's own routes for the same address: the first one answers.
     app.router.routes.append(
-        Route("/", _answer_with_twiml(gate, host, busy), methods=["GET", "POST"])
+        Route("/", _answer_with_twiml(gate, host, reserve), methods=["GET", "POST"])
     )
     if gate:
         app.add_middleware(_OnlyOpenPaths)
@@ -209,7 +212,7 @@ class _OnlyOpenPaths:
 
 
 def _answer_with_twiml(
-    gate: Gate | None, host: str, busy: Callable[[str], str]
+    gate: Gate | None, host: str, reserve: Callable[[str, str], str]
 ) -> "Callable[[Request], Coroutine[None, None, Response]]":
     from starlette.responses import RedirectResponse, Response
 
@@ -236,7 +239,7 @@ def _answer_with_twiml(
         if (gate or call_sid) and not is_sid(call_sid, "CA"):
             logger.warning("Refused a request for TwiML: its CallSid is none of Twilio's")
             return Response("not a call of Twilio's", status_code=400)
-        if refusal := busy(caller):
+        if refusal := reserve(call_sid, caller):
             logger.warning(f"A call was refused: {refusal}")
             return Response(BUSY, media_type="application/xml")
         parameters = {"from_number": caller, "to_number": fields.get("To", "")} if call_sid else {}

@@ -1,0 +1,253 @@
+"""What `python bot.py` asks of strangers before they cost anything.
+
+Pipecat's development server takes what comes: bodies that never end, sockets that say nothing,
+messages of megabytes, and calls until none is held well. Here whoever has not proved to be a caller
+has few seconds and kilobytes and may have few connections, and the calls in progress go on.
+"""
+
+import argparse
+import asyncio
+import ipaddress
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import uvicorn.config
+from loguru import logger
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+from host import calls, shutdown
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+# Twilio's form is one or two kilobytes, the offer of a browser ten.
+MAX_BODY_BYTES = 256 * 1024
+BODY_SECONDS = 10.0
+# A message of Twilio's is less than one; a burst is many messages.
+MAX_MESSAGE_BYTES = 64 * 1024
+# For everything up to the proof: header, body, the first messages of a stream.
+UNPROVEN_SECONDS = 30.0
+# Far below the 1024 files that a process may have open.
+MAX_UNPROVEN = 128
+TRANSPORTS = ["webrtc", "daily", "twilio"]
+
+
+class Connections:
+    """The connections that have proved nothing yet, oldest first. When there are too many the
+    oldest goes: a caller proves it within milliseconds, and whoever only waits makes room.
+    """
+
+    def __init__(self, limit: int = MAX_UNPROVEN) -> None:
+        """Let there be at most `limit`."""
+        self._limit = limit
+        self._unproven: dict[asyncio.Transport, None] = {}
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._unproven)
+
+    def opened(self, connection: asyncio.Transport) -> None:
+        """Note a new connection."""
+        self._unproven[connection] = None
+        if len(self._unproven) > self._limit:
+            oldest = next(iter(self._unproven))
+            self.forget(oldest)
+            oldest.abort()
+
+    def forget(self, connection: asyncio.Transport) -> None:
+        """Let a connection be: it is proven, or gone."""
+        self._unproven.pop(connection, None)
+
+    def expire(self, connection: asyncio.Transport) -> None:
+        """Close a connection if it still has proved nothing."""
+        if connection in self._unproven:
+            self.forget(connection)
+            connection.abort()
+
+
+connections = Connections()
+"""Those of this process."""
+
+
+class Protocol(AutoHTTPProtocol):
+    """uvicorn's, with limits for those that have proved nothing."""
+
+    def __init__(self, config: uvicorn.Config, *args: Any, **options: Any) -> None:
+        # Pipecat's runner passes nothing on to uvicorn: this is the way to its settings.
+        config.ws_max_size = MAX_MESSAGE_BYTES
+        super().__init__(config, *args, **options)  # type: ignore[call-arg]
+        self._connection: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to count its time."""
+        super().connection_made(transport)
+        self._connection = transport
+        connections.opened(transport)
+        loop = asyncio.get_running_loop()
+        loop.call_later(UNPROVEN_SECONDS, connections.expire, transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget it."""
+        if self._connection:
+            connections.forget(self._connection)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Let what answers this request vouch for its connection."""
+        assert self._connection
+        vouch = partial(connections.forget, self._connection)
+        outer = calls.proves_its_connection.set(vouch)
+        try:
+            super().data_received(data)
+        finally:
+            calls.proves_its_connection.reset(outer)
+
+
+def guard(app: "FastAPI", arguments: Sequence[str]) -> None:
+    """Put limits before every route of `app`, Pipecat's server, and say at /status how it is.
+
+    Args:
+        app: Pipecat's development server, before it starts.
+        arguments: The command line of bot.py, without the program.
+
+    Raises:
+        SystemExit: A limit in the environment is no number.
+    """
+    try:
+        limit = calls.whole_number("MAX_CALLS", calls.MAX_CALLS)
+        calls.whole_number("MAX_CALLS_PER_CALLER", calls.MAX_CALLS_PER_CALLER)
+    except RuntimeError as error:
+        raise SystemExit(str(error)) from None
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("-t", "--transport", nargs="?")
+    transport = parser.parse_known_args(arguments)[0].transport
+
+    async def status(_request: Request) -> Response:
+        draining = shutdown.is_draining()
+        busy = bool(limit) and len(calls.of_process) >= limit
+        answer = {
+            "status": "draining" if draining else "busy" if busy else "ready",
+            "transports": [transport] if transport else TRANSPORTS,
+            "calls": len(calls.of_process),
+            "max_calls": limit,
+            "refused": calls.of_process.refused,
+        }
+        # A proxy that asks sends its next call to another process.
+        return JSONResponse(answer, 503 if draining else 200)
+
+    # Before Pipecat's own route for the same address: the first one answers.
+    app.router.routes.append(Route("/status", status, methods=["GET"]))
+    app.add_middleware(FrontDoor)
+    # What uvicorn speaks HTTP with where nothing else was asked for.
+    uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:{Protocol.__name__}"
+
+
+class FrontDoor:
+    """Middleware: limits how long and large a request may be, and turns calls away when full."""
+
+    def __init__(self, app: "ASGIApp") -> None:
+        self._app = app
+
+    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+        """Pass on what is within the limits."""
+        calls.caller_address.set(_address(scope))
+        if scope["type"] == "http" and not scope["path"].endswith("/files"):
+            receive = _limited(receive)
+            refusal = calls.of_process.refusal(calls.caller_address.get())
+            if refusal and (asks := _call_asked_for(scope)):
+                receive, is_new = (
+                    await _is_new_call(receive) if asks == "offer" else (receive, True)
+                )
+                if is_new:
+                    calls.of_process.refused += 1
+                    logger.warning(f"A call was refused: {refusal}")
+                    detail = f"{refusal[0].upper()}{refusal[1:]}."
+                    answer = JSONResponse({"detail": detail}, 503, headers={"Connection": "close"})
+                    await answer(scope, receive, send)
+                    return
+        # Who hangs up in the middle of a request is nobody's fault.
+        with suppress(ClientDisconnect):
+            await self._app(scope, receive, send)
+
+
+def _address(scope: "Scope") -> str:
+    """Where a request comes from; empty for this machine, where a proxy may speak for anybody."""
+    host = (scope.get("client") or [""])[0]
+    try:
+        return "" if ipaddress.ip_address(host).is_loopback else host
+    except ValueError:
+        return ""
+
+
+def _call_asked_for(scope: "Scope") -> str:
+    path, method = scope["path"], scope["method"]
+    if method == "POST" and path.endswith("/api/offer"):
+        return "offer"
+    is_start = (method, path) in (
+        ("POST", "/start"),
+        ("POST", "/daily-dialin-webhook"),
+        ("GET", "/daily"),
+    )
+    return "start" if is_start else ""
+
+
+def _limited(receive: "Receive") -> "Receive":
+    """Read a body for BODY_SECONDS and up to MAX_BODY_BYTES."""
+    deadline = asyncio.get_running_loop().time() + BODY_SECONDS
+    size, is_whole = 0, False
+
+    async def limited() -> "Message":
+        nonlocal size, is_whole
+        if is_whole:
+            return await receive()
+        try:
+            async with asyncio.timeout_at(deadline):
+                message = await receive()
+        except TimeoutError:
+            raise _refused(408) from None
+        size += len(message.get("body", b""))
+        if size > MAX_BODY_BYTES:
+            raise _refused(413)
+        is_whole = not message.get("more_body")
+        return message
+
+    return limited
+
+
+def _refused(status: int) -> HTTPException:
+    # What is left of the body is nobody's business: the connection closes.
+    return HTTPException(status, headers={"Connection": "close"})
+
+
+async def _is_new_call(receive: "Receive") -> "tuple[Receive, bool]":
+    """Whether an offer is of a new call; one that names its connection is about that one's tracks.
+
+    Also returns what gives the body out once more.
+    """
+    body = b""
+    try:
+        while (message := await receive())["type"] == "http.request":
+            body += message.get("body", b"")
+            if not message.get("more_body"):
+                break
+        offer = json.loads(body)
+    except (HTTPException, ValueError):
+        return receive, True
+    given = False
+
+    async def again() -> "Message":
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again, not (isinstance(offer, dict) and offer.get("pc_id"))

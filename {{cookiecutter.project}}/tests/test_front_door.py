@@ -1,0 +1,222 @@
+"""A full house and slow strangers: who waits, who is told, and who takes no harm."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from host import calls, front_door
+from host.calls import Busy, Calls
+from rehearsal.callers.twilio import TwilioCaller
+from rehearsal.callers.webrtc import WebRTCCaller
+from rehearsal.engines.scripted import Script, ScriptedEngine
+from rehearsal.host.bot_process import BotProcess, run_bot
+from rehearsal.providers.all import serve as serve_providers
+from rehearsal.providers.roark import RoarkReceiver
+from rehearsal.providers.server import free_port
+
+SECONDS = 30.0
+AUTH_TOKEN = "an-auth-token-of-twilio"
+
+
+class Clock:
+    """A clock that the test turns."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def three_lines(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """Room for three calls at once, two of a caller."""
+    monkeypatch.setenv("MAX_CALLS", "3")
+    monkeypatch.setenv("MAX_CALLS_PER_CALLER", "2")
+    return Calls(clock=Clock())
+
+
+@pytest.mark.anyio
+async def test_the_next_call_is_told_that_all_lines_are_busy_until_one_ends(
+    three_lines: Calls,
+) -> None:
+    with three_lines.begin(""), three_lines.begin(""):
+        with three_lines.begin(""):
+            with pytest.raises(Busy, match="busy"):
+                three_lines.begin("")
+            assert three_lines.refused == 1
+        with three_lines.begin(""):
+            assert len(three_lines) == 3
+
+
+@pytest.mark.anyio
+async def test_a_caller_may_not_take_every_line(three_lines: Calls) -> None:
+    with three_lines.begin("+15550100"), three_lines.begin("+15550100"):
+        with pytest.raises(Busy, match="other calls"):
+            three_lines.begin("+15550100")
+        assert not three_lines.refusal("+15550199")
+
+
+@pytest.mark.anyio
+async def test_a_line_is_kept_for_a_call_between_its_twiml_and_its_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MAX_CALLS", "1")
+    clock = Clock()
+    lines = Calls(clock=clock)
+    assert not lines.reserve("CA1", "+15550100")
+    assert not lines.reserve("CA1", "+15550100"), "Twilio asked again"
+    assert lines.reserve("CA2", "+15550199")
+    with lines.begin("+15550100", "CA1"):
+        assert lines.reserve("CA2", "+15550199")
+    assert not lines.reserve("CA2", "+15550199")
+    clock.now += calls.RESERVED_SECONDS
+    assert not lines.reserve("CA3", "+15550111"), "a call that never came keeps no line"
+
+
+@pytest.mark.parametrize("number", ["", "anonymous", "Restricted", "client:bob", None])
+def test_those_who_withhold_their_number_are_not_one_caller(number: str | None) -> None:
+    assert calls.identity(number) == ""
+
+
+@pytest.mark.parametrize("value", ["many", "-1", "2.5"])
+def test_a_limit_that_is_no_number_is_said(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAX_CALLS", value)
+    with pytest.raises(RuntimeError, match="MAX_CALLS is a whole number"):
+        Calls().refusal()
+
+
+class Wire(asyncio.Transport):
+    """A connection that only knows whether it was broken off."""
+
+    is_broken = False
+
+    def abort(self) -> None:
+        self.is_broken = True
+
+
+def test_whoever_only_waits_makes_room_and_a_proven_call_stays() -> None:
+    connections = front_door.Connections(limit=3)
+    call, *strangers = [Wire() for _ in range(6)]
+    connections.opened(call)
+    connections.forget(call)
+    for stranger in strangers:
+        connections.opened(stranger)
+    assert [stranger.is_broken for stranger in strangers] == [True, True, False, False, False]
+    connections.expire(call)
+    connections.expire(strangers[-1])
+    assert strangers[-1].is_broken and not call.is_broken
+    assert len(connections) == 2
+
+
+@asynccontextmanager
+async def bot_process(
+    transport: str, tmp_path: Path, *options: str, **settings: str
+) -> AsyncIterator[tuple[BotProcess, RoarkReceiver]]:
+    """`python bot.py -t TRANSPORT` and its world."""
+    engine = ScriptedEngine(Script(greeting="Hello there."))
+    async with serve_providers(engine) as providers, RoarkReceiver() as roark:
+        world = {
+            **providers.environment,
+            "ROARK_BASE_URL": roark.url,
+            "ROARK_API_KEY": "rehearsal",
+            "CALLS_DIR": str(tmp_path / "calls"),
+            **settings,
+        }
+        async with run_bot(transport, free_port(), world, options=options) as bot:
+            yield bot, roark
+
+
+async def connect(bot: BotProcess, sent: bytes) -> asyncio.StreamReader:
+    """Open a connection, send `sent` and no more; what comes back can be read."""
+    host, port = bot.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(sent)
+    # The writer lives as long as the reader: dropping it would close the connection.
+    reader.writer = writer  # type: ignore[attr-defined]
+    return reader
+
+
+SLOW_BODY = (
+    b"POST / HTTP/1.1\r\nHost: x\r\nX-Twilio-Signature: {}\r\nContent-Length: 500\r\n\r\nabc"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.anyio
+async def test_a_thousand_who_wait_harm_neither_the_call_nor_the_next_caller(
+    tmp_path: Path,
+) -> None:
+    """Slow bodies, signed or not, headers that never end, and sockets that say nothing."""
+    options = ("-x", "voice.example.org")
+    async with bot_process("twilio", tmp_path, *options) as (bot, roark):
+        socket = bot.url.replace("http", "ws", 1) + "/ws"
+        async with TwilioCaller(socket) as caller:
+            await caller.hear(within=SECONDS)
+            kinds = (b"", b"POST / HTTP/1.1\r\nHost: x\r\n", SLOW_BODY)
+            strangers = [await connect(bot, kinds[number % 3]) for number in range(1020)]
+            async with aiohttp.ClientSession() as client:
+                async with client.get(f"{bot.url}/status") as answer:
+                    status = await answer.json()
+                async with client.post(bot.url + "/") as answer:
+                    assert "<Stream" in await answer.text()
+            assert (status["status"], status["calls"]) == ("ready", 1)
+            async with TwilioCaller(socket) as next_caller:
+                await next_caller.hear(within=SECONDS)
+            assert not caller.ended.is_set()
+        del strangers
+        await roark.until(lambda: len(roark.calls) == 2, timeout=SECONDS)
+        await roark.until(lambda: all(call.whole for call in roark.calls.values()), timeout=SECONDS)
+        log = bot.log.read_text()
+    assert "Traceback" not in log
+
+
+@pytest.mark.slow
+@pytest.mark.anyio
+async def test_what_is_too_slow_or_too_large_is_refused_without_a_traceback(tmp_path: Path) -> None:
+    settings = {"TWILIO_AUTH_TOKEN": AUTH_TOKEN}
+    async with bot_process("twilio", tmp_path, "-x", "voice.example.org", **settings) as (bot, _):
+        unsigned = await connect(bot, SLOW_BODY.replace(b"X-Twilio-Signature", b"X-None"))
+        async with asyncio.timeout(front_door.BODY_SECONDS / 2):
+            assert (await unsigned.readline()).split()[1] == b"403", "header first"
+            assert await unsigned.read(), "and the connection closes"
+        slow = await connect(bot, SLOW_BODY)
+        async with asyncio.timeout(2 * front_door.BODY_SECONDS):
+            assert (await slow.readline()).split()[1] == b"408"
+        async with aiohttp.ClientSession() as client:
+            body = b"a" * (front_door.MAX_BODY_BYTES + 1)
+            headers = {"X-Twilio-Signature": "guess"}
+            async with client.post(bot.url, data=body, headers=headers) as answer:
+                assert answer.status == 413
+            async with client.ws_connect(bot.url.replace("http", "ws", 1) + "/ws") as socket:
+                await socket.send_str("x" * (front_door.MAX_MESSAGE_BYTES + 1))
+                message = await asyncio.wait_for(socket.receive(), SECONDS)
+                assert message.data == aiohttp.WSCloseCode.MESSAGE_TOO_BIG
+        log = bot.log.read_text()
+    assert "Traceback" not in log and " ERROR " not in log
+
+
+@pytest.mark.slow
+@pytest.mark.anyio
+async def test_a_full_house_says_so_on_the_web_on_the_phone_and_at_status(tmp_path: Path) -> None:
+    async with bot_process("webrtc", tmp_path, MAX_CALLS="1") as (bot, _roark):
+        async with aiohttp.ClientSession() as client, WebRTCCaller(bot.url) as caller:
+            await caller.hear(within=SECONDS)
+            async with client.post(f"{bot.url}/start", json={"transport": "webrtc"}) as answer:
+                assert answer.status == 503
+                assert "busy" in (await answer.json())["detail"]
+            offer = {"sdp": "v=0", "type": "offer"}
+            async with client.post(f"{bot.url}/api/offer", json=offer) as answer:
+                assert answer.status == 503
+            async with client.get(f"{bot.url}/status") as answer:
+                status = await answer.json()
+            assert (status["status"], status["max_calls"], status["refused"]) == ("busy", 1, 2)
+            async with TwilioCaller(bot.url.replace("http", "ws", 1) + "/ws") as phone:
+                await asyncio.wait_for(phone.ended.wait(), SECONDS)
+            assert not caller.ended.is_set()
+        log = bot.log.read_text()
+    assert log.count("all lines are busy") == 3
+    assert "Traceback" not in log
