@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 
@@ -93,3 +94,85 @@ async def test_without_any_handler_a_signal_ends_the_call_and_not_the_process(
             await asyncio.wait_for(call.ended.wait(), 5)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def reached(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The signals that reached the server; it drains for a minute."""
+    monkeypatch.setenv("DRAIN_SECONDS", "60")
+    numbers: list[int] = []
+
+    def server(number: int, _frame: object) -> None:
+        numbers.append(number)
+
+    before = {number: signal.signal(number, server) for number in shutdown.SIGNALS}
+    yield numbers
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+async def turn_of_the_loop() -> None:
+    """Let what was handed over from a signal handler run."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def test_draining_lets_calls_go_on_and_the_process_goes_after_the_last(
+    reached: list[int],
+) -> None:
+    first, second = Call(), Call()
+    with shutdown.ends_call(first.end):
+        with shutdown.ends_call(second.end):
+            os.kill(os.getpid(), signal.SIGTERM)
+            await turn_of_the_loop()
+            assert shutdown.is_draining()
+        assert reached == [], "a call is left"
+    assert first.names == second.names == []
+    assert reached == [signal.SIGTERM]
+    assert not shutdown.is_draining()
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+async def test_a_second_signal_ends_them_now(reached: list[int], second: signal.Signals) -> None:
+    call = Call()
+    with shutdown.ends_call(call.end):
+        os.kill(os.getpid(), signal.SIGTERM)
+        await turn_of_the_loop()
+        os.kill(os.getpid(), second)
+        await asyncio.wait_for(call.ended.wait(), 5)
+        assert reached == [second]
+    assert call.names == [second.name]
+    assert reached == [second], "not told twice"
+
+
+async def test_draining_has_a_limit(reached: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DRAIN_SECONDS", "0.05")
+    call = Call()
+    with shutdown.ends_call(call.end):
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.wait_for(call.ended.wait(), 5)
+    assert reached == [signal.SIGTERM]
+
+
+async def test_new_calls_are_taken_until_a_proxy_has_noticed(
+    reached: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with shutdown.ends_call(Call().end):
+        os.kill(os.getpid(), signal.SIGTERM)
+        await turn_of_the_loop()
+        assert not shutdown.takes_no_calls()
+        monkeypatch.setattr(shutdown, "NOTICE_SECONDS", -1.0)
+        assert shutdown.takes_no_calls()
+
+
+async def test_a_signal_does_not_miss_a_call_whose_pipeline_is_being_built(
+    reached: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DRAIN_SECONDS", "0")
+    call = Call()
+    with shutdown.waits_for_call():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert reached == [signal.SIGTERM]
+        with shutdown.ends_call(call.end):
+            await asyncio.wait_for(call.ended.wait(), 5)
+    assert call.names == ["SIGTERM"]

@@ -1,5 +1,7 @@
 """Who may call a Twilio bot on your own server: signed requests, and tokens good for one call."""
 
+import asyncio
+import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -15,7 +17,7 @@ from loguru import logger
 
 from rehearsal.callers.twilio import TwilioCaller
 from rehearsal.engines.scripted import Script, ScriptedEngine
-from rehearsal.host.bot_process import BotProcess, run_bot
+from rehearsal.host.bot_process import BotFailed, BotProcess, run_bot
 from rehearsal.providers.all import serve as serve_providers
 from rehearsal.providers.roark import RoarkReceiver
 from rehearsal.providers.server import free_port
@@ -262,7 +264,7 @@ def test_the_token_is_taken_out_of_what_is_kept_with_the_call() -> None:
 
 @asynccontextmanager
 async def guarded_bot(
-    transport: str, tmp_path: Path
+    transport: str, tmp_path: Path, **settings: str
 ) -> AsyncIterator[tuple[BotProcess, RoarkReceiver]]:
     """`python bot.py -t TRANSPORT -x HOST` with an auth token, in a process of its own."""
     engine = ScriptedEngine(Script(greeting="Hello there."))
@@ -273,6 +275,7 @@ async def guarded_bot(
             "ROARK_BASE_URL": roark.url,
             "ROARK_API_KEY": "rehearsal",
             "CALLS_DIR": str(tmp_path / "calls"),
+            **settings,
         }
         options = ["-x", f"https://{HOST}/"] if transport == "twilio" else []
         async with run_bot(transport, free_port(), world, options=options) as bot:
@@ -370,3 +373,49 @@ async def test_a_server_without_the_auth_token_takes_every_call(tmp_path: Path) 
         world = {**providers.environment, "CALLS_DIR": str(tmp_path / "calls")}
         async with run_bot("twilio", free_port(), world) as bot:
             assert not await is_turned_away(TwilioCaller(bot.url.replace("http", "ws", 1) + "/ws"))
+
+
+@pytest.mark.slow
+@pytest.mark.anyio
+async def test_one_process_is_replaced_and_no_call_is_cut(tmp_path: Path) -> None:
+    """Two processes of one server, as behind a proxy: a call that one announced the other holds."""
+    async with (
+        guarded_bot("twilio", tmp_path, DRAIN_SECONDS="60") as (one, roark),
+        guarded_bot("twilio", tmp_path, DRAIN_SECONDS="60") as (other, _),
+        aiohttp.ClientSession() as proxy,
+    ):
+        caller = TwilioCaller(one.url.replace("http", "ws", 1) + "/ws")
+        _, parameters = await twiml_for(other, caller)
+        asking = TwilioCaller(one.url.replace("http", "ws", 1) + "/ws", parameters=parameters)
+        asking.call_sid = caller.call_sid
+        async with asking as call:
+            await call.hear(within=SECONDS)
+            one.send_signal(signal.SIGTERM)
+            async with asyncio.timeout(SECONDS):
+                while (await status_of(proxy, one)) != (503, "draining"):
+                    await asyncio.sleep(0.05)
+                assert await status_of(proxy, other) == (200, "ready")
+                while "Reject" not in await twiml_text(proxy, one):
+                    await asyncio.sleep(0.1)
+            assert "<Stream" in await twiml_text(proxy, other)
+            assert not call.ended.is_set()
+        with pytest.raises(BotFailed):
+            await asyncio.wait_for(one.wait_until_gone(), SECONDS)
+        await roark.until(lambda: any(call.whole for call in roark.calls.values()), timeout=SECONDS)
+        (received,) = roark.calls.values()
+    assert received.ended
+    assert received.ended["callEndedReason"] == "client-disconnected"
+
+
+async def status_of(proxy: aiohttp.ClientSession, bot: BotProcess) -> tuple[int, str]:
+    """What a proxy learns from /status."""
+    async with proxy.get(f"{bot.url}/status") as answer:
+        return answer.status, (await answer.json())["status"]
+
+
+async def twiml_text(proxy: aiohttp.ClientSession, bot: BotProcess) -> str:
+    """The TwiML for another caller."""
+    form = form_of(TwilioCaller(bot.url))
+    headers = signed(f"https://{HOST}/", form)
+    async with proxy.post(bot.url, data=form, headers=headers) as answer:
+        return await answer.text()
