@@ -7,7 +7,18 @@ from pathlib import Path
 
 from loguru import logger
 
-from benchmarks import crowd, faults, frames, generation, long_call, markers, report, speed, stall
+from benchmarks import (
+    crowd,
+    faults,
+    frames,
+    generation,
+    growth,
+    long_call,
+    markers,
+    report,
+    speed,
+    stall,
+)
 
 README = Path(__file__).with_name("README.md")
 
@@ -21,6 +32,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "crowd": crowd.report,
     "generation": generation.report,
     "report": report.report,
+    "growth": growth.report,
 }
 
 

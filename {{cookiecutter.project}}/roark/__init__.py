@@ -5,9 +5,21 @@ An independent implementation of the wire contract of Roark's Pipecat integratio
 `pipecat-roark` package, so that one can be swapped for the other by changing an import.
 """
 
-from roark.observer import RoarkObserver
-from roark.recorder import CallRecorder
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from roark.observer import RoarkObserver
+    from roark.recorder import CallRecorder
 
 __version__ = "0.1.0"
 
 __all__ = ["CallRecorder", "RoarkObserver", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    # `python -m roark calls` need not wait for Pipecat.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = "roark.observer" if name == "RoarkObserver" else "roark.recorder"
+    return getattr(import_module(module), name)

@@ -9,18 +9,16 @@ Settings come from the environment or .env: CALLS_DIR, ROARK_API_KEY, ROARK_BASE
 """
 
 import argparse
-import json
-import os
 import sys
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 
 from dotenv import find_dotenv, load_dotenv
 from loguru import logger
 
+from roark.catalog import Catalog, Entry, size_of
 from roark.client import RoarkClient
-from roark.folder import Folder, call_folders, make_private, reason_of
+from roark.folder import Folder, begun_at, call_folders, make_private, reason_of
 from roark.outbox import Flushed, Outbox, setting
 
 
@@ -50,22 +48,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def list_calls(directory: Path) -> int:
     """Prints one line per call, oldest first; exit status 1 if a folder could not be read."""
-    rows = [("STARTED", "LENGTH", "SIZE", "ENDED", "ROARK", "CALL")]
+    catalog = Catalog(directory)
+    rows: list[tuple[str, ...]] = [("STARTED", "LENGTH", "SIZE", "ENDED", "ROARK", "CALL")]
     undelivered = unreadable = 0
-    for path in call_folders(directory):
+    paths = call_folders(directory)
+    for path in paths:
         # Whatever is wrong with one folder, the others are shown.
         try:
-            folder = Folder.load(path)
-            rows.append(_row(folder))
-            undelivered += _is_due(folder)
+            call = catalog.look(path)
+            rows.append(_row(path, call))
+            undelivered += _is_due(call)
         except Exception as error:
             _name_unreadable(path, error)
             unreadable += 1
+    catalog.save(path.name for path in paths)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows if len(rows) > 1 else []:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print("  ".join(cells).rstrip())
+    form = "  ".join(f"{{:<{width}}}" for width in widths)
     if len(rows) > 1:
+        print("\n".join(form.format(*row).rstrip() for row in rows))
         print(f"{_count(len(rows) - 1, 'call')} in {directory}, {undelivered} undelivered.")
     else:
         print(f"No calls in {directory}.")
@@ -105,9 +105,10 @@ def deliver(directory: Path) -> int:
     finally:
         outbox.close()
     left = 0
+    catalog = Catalog(directory)
     for path in call_folders(directory):
         try:
-            left += _is_due(Folder.load(path))
+            left += _is_due(catalog.look(path))
         except Exception as error:
             unreadable[path] = error
     for path, error in unreadable.items():
@@ -128,49 +129,40 @@ def _name_unreadable(path: Path, error: Exception) -> None:
     print(f"{path.name}: cannot be read, passed over: {reason_of(error)}", file=sys.stderr)
 
 
-def _row(folder: Folder) -> tuple[str, str, str, str, str, str]:
+def _row(path: Path, call: Entry | Folder) -> tuple[str, ...]:
     return (
-        f"{folder.begun_at:%Y-%m-%d %H:%M:%S} UTC",
-        _length(folder),
-        f"{sum(file.stat().st_size for file in os.scandir(folder.path)) / 1e6:.1f} MB",
-        _ending(folder),
-        _state(folder),
-        folder.call_id,
+        _started(path),
+        _length(call.seconds),
+        f"{(call.size if isinstance(call, Entry) else size_of(path)) / 1e6:.1f} MB",
+        call.reason,
+        _state(call),
+        call.call_id,
     )
 
 
-def _is_due(folder: Folder) -> bool:
-    """Whether Roark should have more of it; a call that lasts is not over."""
-    if folder.ended is None:
-        return folder.destination is not None and not folder.lock.is_taken
-    return bool(folder.steps_left)
+def _state(call: Entry | Folder) -> str:
+    if isinstance(call, Folder):
+        return "live" if call.lock.is_taken else "process died"
+    if call.left:
+        return ", ".join(f"{number} to deliver to {to}" for to, number in call.left.items())
+    if not call.is_sent:
+        return f"kept, {_count(call.lost, 'chunk')} lost" if call.lost else "kept"
+    return f"delivered, {call.given_up} given up" if call.given_up else "delivered"
 
 
-def _state(folder: Folder) -> str:
-    if folder.ended is None:
-        return "live" if folder.lock.is_taken else "process died"
-    if folder.destination is None:
-        return f"kept, {_count(lost, 'chunk')} lost" if (lost := len(folder.lost)) else "kept"
-    if folder.steps_left:
-        return f"{len(folder.steps_left)} to deliver to {folder.destination}"
-    if folder.steps_given_up:
-        return f"delivered, {len(folder.steps_given_up)} given up"
-    return "delivered"
+def _is_due(call: Entry | Folder) -> bool:
+    """Whether somebody should have more of it; a call that lasts is not over."""
+    if isinstance(call, Folder):
+        return bool(call.destinations) and not call.lock.is_taken
+    return bool(call.left)
 
 
-def _length(folder: Folder) -> str:
-    seconds = folder.recording_seconds
-    body = json.loads(folder.ended or b"{}")
-    if not seconds and body.get("callStartedAt"):
-        lasted = datetime.fromisoformat(body["callEndedAt"]) - datetime.fromisoformat(
-            body["callStartedAt"]
-        )
-        seconds = lasted.total_seconds()
+def _started(path: Path) -> str:
+    return f"{begun_at(path):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _length(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}" if seconds else "-"
-
-
-def _ending(folder: Folder) -> str:
-    return json.loads(folder.ended or b"{}").get("callEndedReason", "-")
 
 
 def _count(number: int, noun: str) -> str:

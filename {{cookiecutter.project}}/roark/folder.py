@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 if sys.platform == "win32":
     import msvcrt
@@ -77,9 +77,14 @@ def begun_at(path: Path) -> datetime:
 def call_folders(directory: Path) -> list[Path]:
     """The call folders of a directory, oldest first; whatever else lies there is not ours."""
     try:
-        return sorted(path.parent for path in directory.glob(f"[0-9]*/{DELIVERY}"))
+        names = [name for name in os.listdir(directory) if name[:1].isdigit()]
     except OSError:
         return []
+    return [
+        directory / name
+        for name in sorted(names)
+        if os.path.exists(os.path.join(directory, name, DELIVERY))
+    ]
 
 
 class Unreadable(Exception):
@@ -175,10 +180,24 @@ class Folder:
 
     What the disk does not take stays in memory, with the reason in `disk_error`; every further
     write tries again.
+
+    Args:
+        path: Where it is.
+        call_id: The call's id.
+        destination: The address of the Roark it is for; None for none.
+        posts: Name -> address of what gets the closed call in one request.
     """
 
-    def __init__(self, path: Path, *, call_id: str = "", destination: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        call_id: str = "",
+        destination: str | None = None,
+        posts: dict[str, str] | None = None,
+    ) -> None:
         self.path = path
+        self.posts = dict(posts or {})
         self.lock = Lock(path)
         self.call_id = call_id
         self.destination = destination
@@ -205,7 +224,9 @@ class Folder:
         self._unwritten: dict[str, bytes] = {}
         self._journal_backlog = b""
         self._journal_is_dirty = False
-        header = {"call_id": call_id, "to": destination, "seed": self._seed}
+        header: dict[str, Any] = {"call_id": call_id, "to": destination, "seed": self._seed}
+        if self.posts:
+            header["posts"] = self.posts
         self._delivery_backlog = as_json(header) + b"\n"
 
     # Reading
@@ -263,8 +284,33 @@ class Folder:
         return sorted(self._waiting)
 
     @property
+    def destinations(self) -> list[str]:
+        """The addresses the call is meant for; none for a call that is only kept."""
+        return [*([self.destination] if self.destination else []), *self.posts.values()]
+
+    @property
+    def left(self) -> dict[str, int]:
+        """How many requests each address has still to get; those with none are left out."""
+        left = dict.fromkeys((self.posts[name] for name in self.posts_left), 1)
+        if self.destination and (steps := self.roark_steps_left):
+            left[self.destination] = len(steps)
+        return left
+
+    @property
     def steps_left(self) -> list[str]:
         """What is still to be delivered, in order; nothing for a call that is only kept."""
+        return [*self.roark_steps_left, *self.posts_left]
+
+    @property
+    def posts_left(self) -> list[str]:
+        """Which of `posts` are still to be made; each once the call is closed."""
+        if self.ended is None:
+            return []
+        return [name for name in self.posts if not self.is_settled(name)]
+
+    @property
+    def roark_steps_left(self) -> list[str]:
+        """What Roark is still to get, in order."""
         if self.destination is None:
             return []
         steps = [chunk_step(index) for index in self.waiting_chunks]
@@ -321,6 +367,25 @@ class Folder:
             return 0.0
         sample_rate, num_channels = self._format
         return self._recording_bytes / (2 * sample_rate * num_channels)
+
+    @property
+    def seconds(self) -> float:
+        """The call's length: that of its recording, or what its ending says; 0 if neither."""
+        if self.recording_seconds:
+            return self.recording_seconds
+        body = json.loads(self.ended or b"{}")
+        try:
+            started, ended = map(
+                datetime.fromisoformat, (body["callStartedAt"], body["callEndedAt"])
+            )
+        except (KeyError, TypeError, ValueError):
+            return 0.0
+        return (ended - started).total_seconds()
+
+    @property
+    def reason(self) -> str:
+        """Why the call ended; "-" while it has not."""
+        return str(json.loads(self.ended or b"{}").get("callEndedReason", "-"))
 
     @property
     def begun_at(self) -> datetime:
@@ -524,6 +589,8 @@ class Folder:
         match fact:
             case {"call_id": str(call_id), "to": str() | None as destination, "seed": str(seed)}:
                 self.call_id, self.destination, self._seed = call_id, destination, seed
+                posts = fact.get("posts")
+                self.posts = cast("dict[str, str]", posts) if isinstance(posts, dict) else {}
                 self._has_header = True
             case {"format": [int(sample_rate), int(num_channels)]}:
                 if sample_rate <= 0 or num_channels <= 0:
@@ -558,7 +625,7 @@ class Folder:
 
     def _append_journal(self) -> None:
         def append() -> None:
-            _append(self.path / JOURNAL, self._journal_backlog)
+            append_lines(self.path / JOURNAL, self._journal_backlog)
             self._journal_backlog = b""
 
         if self._journal_backlog and self.create():
@@ -569,7 +636,7 @@ class Folder:
         return self.create() and (not self._delivery_backlog or self._try(self._append_delivery))
 
     def _append_delivery(self) -> None:
-        _append(self.path / DELIVERY, self._delivery_backlog)
+        append_lines(self.path / DELIVERY, self._delivery_backlog)
         self._delivery_backlog = b""
 
     def _next_is_here(self) -> bool:
@@ -676,7 +743,7 @@ def replace(path: Path, content: bytes) -> None:
     _sync_directory(path.parent)
 
 
-def _append(path: Path, lines: bytes) -> None:
+def append_lines(path: Path, lines: bytes) -> None:
     """Appends all of it or nothing: half a line would spoil the next one."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     with os.fdopen(open_private(path, flags), "ab", buffering=0) as file:
@@ -690,7 +757,7 @@ def _mend(path: Path) -> None:
     """Ends a torn last line, so that the next one is not spoilt."""
     content = _read(path)
     if content and not content.endswith(b"\n"):
-        _append(path, b"\n")
+        append_lines(path, b"\n")
 
 
 def _sync(path: Path) -> None:

@@ -30,7 +30,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -38,6 +38,7 @@ from weakref import WeakKeyDictionary
 from loguru import logger
 
 from roark.call import CallRecord
+from roark.catalog import Catalog, size_of
 from roark.client import Backoff, RoarkClient
 from roark.delivery import Delivery, where
 from roark.folder import (
@@ -65,6 +66,8 @@ LEFTOVERS_PAUSE_SECONDS = 300.0
 # A round over the directory ends when this many calls in a row found nobody at the other end.
 MAX_UNREACHABLE_IN_A_ROW = 3
 TRIM_EVERY_SECONDS = 600.0
+# Old calls whose folders are looked at before live ones have their turn; each takes some 20 us.
+GLANCES_AT_ONCE = 16
 MAX_SAID = 1000
 # What is in the journal survives a killed process at once, and a power cut after this long.
 JOURNAL_SYNC_SECONDS = 1.0
@@ -209,6 +212,7 @@ class Outbox:
         self._deliveries: dict[Path, Delivery] = {}
         self._turned_away: set[Path] = set()
         self._finished: set[Path] = set()
+        self._known: Catalog | None = None
         self._something_is_left = asyncio.Event()
         self._trimmed_at = 0.0
         self._held: dict[Path, int] = {}
@@ -409,9 +413,22 @@ class Outbox:
         self._account(folder)
         if folder.ended is None or folder.is_in_memory or folder.path in self._deliveries:
             return
+        self._remember(folder)
         folder.release()
         if not folder.is_finished:
             self._something_is_left.set()
+
+    @property
+    def _catalog(self) -> Catalog:
+        if self._known is None:
+            self._known = Catalog(self.directory)
+        return self._known
+
+    def _remember(self, folder: Folder) -> None:
+        # Nobody need read it again; a disk that does not take the line costs the next one time.
+        with suppress(OSError):
+            self._catalog.learn(folder)
+            self._catalog.save()
 
     def _start_flush(self, folder: Folder, deadline: float, waiter: "Future[Flushed]") -> None:
         task = self._loop.create_task(self._flush(folder, deadline, waiter))
@@ -513,7 +530,7 @@ class Outbox:
 
     async def _deliver_each(
         self,
-        progress: Callable[[Folder, Flushed | None], None] = lambda *_: None,
+        progress: Callable[[Folder, Flushed | None], None] | None = None,
         unreadable: Callable[[Path, Exception], None] = lambda *_: None,
     ) -> bool:
         """One round; says whether something is left that may go later."""
@@ -522,25 +539,36 @@ class Outbox:
         self._turned_away.intersection_update(paths)
         is_anything_left = False
         unreachable_in_a_row = 0
-        for path in paths:
-            # Live calls have their turn in between.
-            await asyncio.sleep(0)
+        for number, path in enumerate(paths):
+            if number % GLANCES_AT_ONCE == 0:
+                # Live calls have their turn in between.
+                await asyncio.sleep(0)
             if path in self._deliveries or path in self._turned_away or path in self._finished:
                 continue
+            entry = self._catalog.entry(path)
+            if entry and not (entry.left if progress else self._is_for_us(entry.left)):
+                self._finished.add(path)
+                continue
+            await asyncio.sleep(0)
             # Whatever is wrong with one folder, the others have their turn.
             try:
                 folder = Folder.claim(path)
                 if folder is None:
-                    progress(Folder.load(path), None)
+                    if progress:
+                        progress(Folder.load(path), None)
                     continue
                 try:
-                    if folder.is_finished:
-                        self._finished.add(path)
-                        continue
-                    delivery = await self._deliver_left(folder)
+                    is_finished = folder.is_finished
+                    delivery = None if is_finished else await self._deliver_left(folder)
+                    if path.exists():
+                        self._catalog.learn(folder)
                 finally:
                     folder.release()
-                progress(folder, self.result(folder))
+                if is_finished:
+                    self._finished.add(path)
+                    continue
+                if progress:
+                    progress(folder, self.result(folder))
             except Exception as error:
                 self._say_once(f"{path.name} is passed over: {reason_of(error)}")
                 unreadable(path, error)
@@ -551,7 +579,12 @@ class Outbox:
             unreachable_in_a_row = unreachable_in_a_row + 1 if delivery.was_unreachable else 0
             if unreachable_in_a_row == MAX_UNREACHABLE_IN_A_ROW:
                 break
+        self._catalog.save(path.name for path in paths)
         return is_anything_left
+
+    def _is_for_us(self, left: dict[str, int]) -> bool:
+        """Whether one of our destinations should have more."""
+        return self.client is not None and self.client.base_url in left
 
     async def _deliver_left(self, folder: Folder) -> Delivery | None:
         """Closes a call whose process died; delivers it when it is meant for our Roark."""
@@ -607,19 +640,24 @@ class Outbox:
         if self._trimmed_at and time.monotonic() - self._trimmed_at < TRIM_EVERY_SECONDS:
             return
         self._trimmed_at = time.monotonic()
-        too_old = datetime.now(UTC) - timedelta(days=self._disk_days)
+        too_old = time.time() - self._disk_days * 86400
         sizes: dict[Path, int] = {}
         finished: list[Path] = []
         unfinished: list[Path] = []
-        for path in call_folders(self.directory):
-            await asyncio.sleep(0)
+        for number, path in enumerate(call_folders(self.directory)):
+            if number % GLANCES_AT_ONCE == 0:
+                await asyncio.sleep(0)
             # What cannot be read is named by the round over what is left, and never removed.
             with suppress(Exception):
-                folder = Folder.load(path)
-                if folder.is_finished and folder.closed_at < too_old and self._remove(path):
+                call = self._catalog.look(path, at_a_glance=path in self._finished)
+                if isinstance(call, Folder) or call.left:
+                    unfinished.append(path)
+                elif call.closed_at < too_old and self._remove(path):
                     continue
-                sizes[path] = sum(entry.stat().st_size for entry in os.scandir(path))
-                (finished if folder.is_finished else unfinished).append(path)
+                else:
+                    finished.append(path)
+                sizes[path] = size_of(path) if isinstance(call, Folder) else call.size
+        self._catalog.save()
         excess = sum(sizes.values()) - self._disk_bytes
         for path in [*finished, *unfinished]:
             if excess <= 0:
