@@ -123,7 +123,7 @@ def main() -> None:
     # As our bot does before its first call; the modules are there for all four then.
     client.warm_up()
     if sys.argv[1] in MODULES:
-        importlib.import_module(MODULES[sys.argv[1]])
+        getattr(importlib.import_module(MODULES[sys.argv[1]]), "RoarkObserver", None)
     print(1000 * asyncio.run(one_call(sys.argv[1], sys.argv[2])))
 
 
