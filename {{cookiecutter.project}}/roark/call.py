@@ -14,7 +14,8 @@ Every event has `event` (its name) and `at` (epoch nanoseconds of the moment it 
     vad           edge, secs: the voice detector decided `secs` after the fact
     user-turn     edge
     turn-guess    complete, probability: what the turn model made of a pause
-    transcript    text, spaced, user_id?, language?
+    transcript    text, spaced, user_id?, language?, service?: "llm" where speech goes to speech
+    typed         text, via: "keys" or "text", since?: when the first key was pressed, user_id?
     bot           edge: the output transport began or ended speech
     say           context, segment, text: a sentence goes to the voice
     voice         context: its first audio was made
@@ -23,12 +24,13 @@ Every event has `event` (its name) and `at` (epoch nanoseconds of the moment it 
     voice-done    context
     interruption
     llm           edge
-    tool          id, name, arguments;  tool-update, tool-result  id, content, error?
+    tool          id, name, arguments;  tool-update, tool-result  id, content, error?, failed?
     tool-cancel   id, timed_out
     metric        kind, service, model?, value
     error         processor, message, category?, unusable
     node          name (Pipecat Flows)
-    phone         from_number?, to_number?, call_id?, stream_id?
+    phone         from_number?, to_number?, call_id?, stream_id?, call_domain?
+    annotation    values: what the bot attaches to the call
     turn-text     turn, text: what a redaction made of a turn
     ending        reason, detail?, rank
     ended
@@ -75,6 +77,8 @@ class Rank(IntEnum):
 SOONEST_TRANSCRIPT_NS = 200_000_000
 # A text this long after the last speech was spoken too softly for the voice detector.
 LATEST_TRANSCRIPT_NS = 5_000_000_000
+# Nobody hears the bot, says a word and is transcribed in less: such a text was said before.
+REACTION_NS = 500_000_000
 # After a pause this long a murmur and what is said next are two turns.
 MURMUR_NS = 1_500_000_000
 # An interruption is noted where it begins, and is through the pipeline within this.
@@ -98,6 +102,9 @@ class Turn:
         released_at: The caller's: when it was decided that they were done.
         transcribed_at: The caller's: when its last text came before that.
         end_cause: The caller's: "turn-model" or "timeout", whichever decided that.
+        end_probability: The caller's: how sure the turn model was that it ends, 0 to 1.
+        stt_ttfb_ms: The caller's: the recogniser's time to first byte.
+        via: "voice", or where it was not said "keys" or "text".
         answers: The bot's: the turn of the caller's that it is the reply to.
         waits: The bot's: time to first byte of LLM and voice, ms.
         estimated: The bot's: where its text is cut was estimated.
@@ -120,6 +127,9 @@ class Turn:
     transcribed_at: int | None = None
     waits: dict[str, float] = field(default_factory=dict)
     end_cause: str | None = None
+    end_probability: float | None = None
+    stt_ttfb_ms: float | None = None
+    via: str = "voice"
     redacted: str | None = None
 
     @property
@@ -185,6 +195,7 @@ class CallRecord:
         self._errors: list[Event] = []
         self._nodes: list[tuple[int, str]] = []
         self._phone: dict[str, str] = {}
+        self._metadata: dict[str, Any] = {}
 
     @classmethod
     def replay(cls, events: Iterable[Event], *, redact: Redact | None = None) -> CallRecord:
@@ -282,6 +293,7 @@ class CallRecord:
             "phone": dict(self._phone),
             "errors": [dict(error) for error in self._errors],
             "nodes": [{"name": name, "at_ms": self._ms(at)} for at, name in self._nodes],
+            "metadata": dict(self._metadata),
         }
 
     @property
@@ -295,7 +307,13 @@ class CallRecord:
         # Only the latest turns still change.
         for index, turn in list(enumerate(self._turns))[-4:]:
             text = self._shown(turn.text)
-            settled = turn.released_at is not None if turn.role == "user" else turn is not self._bot
+            if turn.role == "assistant":
+                settled = turn is not self._bot
+            elif turn.via == "keys":
+                # The next digits of the same number may follow.
+                settled = turn is not self._turns[-1]
+            else:
+                settled = turn.released_at is not None or turn is not self._user
             if text and text != turn.redacted and (settled or self.ended):
                 turn.redacted = text
                 changed.append((index, text))
@@ -386,7 +404,7 @@ class CallRecord:
         edge_at = at - delay
         if event["edge"] == "start":
             self._user_audible = True
-            if self._user is None or self._user.is_over(at):
+            if self._user is None or self._user.is_over(at) or self._is_mute(self._user):
                 self._open_user_turn(edge_at).detected = True
             elif not self._user.detected:
                 # The turn's own frame came first: this one, its cause, was held up in a queue.
@@ -414,28 +432,95 @@ class CallRecord:
     def _on_turn_guess(self, at: int, event: Event) -> None:
         if self._user and self._user.released_at is None:
             self._user.end_cause = "turn-model" if event["complete"] else "timeout"
+            self._user.end_probability = event.get("probability")
 
     def _on_transcript(self, at: int, event: Event) -> None:
-        user = self._turn_of_transcript(at)
+        user = self._turn_of_transcript(at, event.get("service") == "llm")
         user.pieces.append((event["text"], bool(event.get("spaced"))))
         user.user_id = user.user_id or event.get("user_id") or None
         user.language = user.language or event.get("language") or None
         if user.released_at is None:
             user.transcribed_at = at
 
-    def _turn_of_transcript(self, at: int) -> Turn:
+    def _turn_of_transcript(self, at: int, speech_to_speech: bool) -> Turn:
+        """The turn a text belongs to: never one before something of the bot's that it answers."""
         user = self._user
-        if user is None:
+        if user is None or user.via != "voice":
             return self._open_user_turn(at, end_at=at)
+        before = next((turn for turn in self._released_turns() if turn is not user), None)
         if user.released_at is None:
-            earlier = [turn for turn in self._turns if turn.role == "user" and turn is not user]
             too_soon = at - user.start_at < SOONEST_TRANSCRIPT_NS and not user.pieces
-            return earlier[-1] if earlier and too_soon else user
-        if not self._speech_edges_seen:
+            if before and not self._is_past(before, at, speech_to_speech, is_early=True):
+                # Speech to speech transcribes a turn when it is over. Where no detector told of
+                # speech, a text may be what began the turn.
+                is_empty = not before.pieces
+                if (is_empty and speech_to_speech) or (too_soon and (user.detected or is_empty)):
+                    return before
+        elif not self._speech_edges_seen:
             return self._open_user_turn(at, end_at=at)
-        if at - max(user.released_at, user.end_at or 0) > LATEST_TRANSCRIPT_NS:
+        if self._is_past(user, at, speech_to_speech):
             return self._open_user_turn(at, end_at=at)
         return user
+
+    def _released_turns(self) -> Iterable[Turn]:
+        """What the caller has said to the end, the latest first."""
+        return (
+            turn
+            for turn in reversed(self._turns)
+            if turn.role == "user" and turn.released_at is not None and turn.via == "voice"
+        )
+
+    def _is_past(
+        self, user: Turn, at: int, speech_to_speech: bool, *, is_early: bool = False
+    ) -> bool:
+        """Whether what is transcribed at `at` was said after `user`, maybe in answer to the bot.
+
+        `is_early`: other speech is under way, which it cannot be of.
+        """
+        over_at = user.end_at or user.released_at
+        if over_at is None or (self._user_audible and user.released_at is None):
+            return False
+        is_done = user.released_at is not None or not user.announced
+        if is_done and at - max(user.released_at or 0, over_at) > LATEST_TRANSCRIPT_NS:
+            return True
+        if speech_to_speech and not user.pieces:
+            return False
+        for bot in reversed(self._turns):
+            if bot is user:
+                break
+            # The answer to a turn may come before the turn's text does.
+            heard_at = bot.start_at if user.pieces and not is_early else bot.end_at
+            if bot.role == "assistant" and heard_at and over_at < heard_at <= at - REACTION_NS:
+                return True
+        return False
+
+    def _is_mute(self, user: Turn) -> bool:
+        """Whether nothing was understood of `user`, and the bot has said something since."""
+        return not user.pieces and any(
+            turn.role == "assistant"
+            and turn.end_at is not None
+            and user.end_at is not None
+            and turn.end_at > user.end_at
+            and turn.interrupted_at is None
+            for turn in self._turns[-3:]
+        )
+
+    def _on_typed(self, at: int, event: Event) -> None:
+        since = min(int(event.get("since") or at), at)
+        last = self._turns[-1] if self._turns else None
+        user = self._user
+        if event["via"] == "keys" and user and user is last and user.via == "keys":
+            # Nothing was said to it: the next group of one number.
+            user.released_at, user.announced = None, False
+        elif user and not (user.pieces or user.detected or user.released_at):
+            # Pipecat has taken it for a turn before it was told.
+            user.start_at = min(user.start_at, since)
+        else:
+            user = self._open_user_turn(since)
+        user.via, user.end_at, user.transcribed_at = event["via"], at, None
+        user.pieces.append((event["text"], False))
+        user.user_id = user.user_id or event.get("user_id") or None
+        self._unanswered, self._waits = user, {}
 
     def _open_user_turn(self, at: int, end_at: int | None = None) -> Turn:
         if self._user and self._user.end_at is None:
@@ -536,7 +621,7 @@ class CallRecord:
         tool = self._tools[event["id"]]
         if tool.ended_at is None:
             tool.ended_at, tool.content, tool.error = at, event["content"], event.get("error")
-            tool.status = "failed" if tool.error else "completed"
+            tool.status = "failed" if tool.error or event.get("failed") else "completed"
 
     def _on_tool_cancel(self, at: int, event: Event) -> None:
         tool = self._tools.get(event["id"])
@@ -594,6 +679,8 @@ class CallRecord:
             part = {"llm": "llm_ms", "tts": "tts_ms"}.get(service)
             if part and value > 0:
                 self._waits.setdefault(part, round(value * 1000, 1))
+            elif service == "stt" and value > 0 and self._user and self._user.via == "voice":
+                self._user.stt_ttfb_ms = round(value * 1000, 1)
         else:
             self._usage[kind] = self._usage.get(kind, 0.0) + value
 
@@ -613,6 +700,9 @@ class CallRecord:
 
     def _on_phone(self, at: int, event: Event) -> None:
         self._phone |= {k: v for k, v in event.items() if k not in ("event", "at") and v}
+
+    def _on_annotation(self, at: int, event: Event) -> None:
+        self._metadata |= event["values"]
 
     def _on_turn_text(self, at: int, event: Event) -> None:
         if 0 <= event["turn"] < len(self._turns):
@@ -636,7 +726,9 @@ class CallRecord:
             start_at = turn.start_at + int((start - self._ms(turn.start_at)) * 1e6)
             shown.append(
                 {
+                    "index": len(shown),
                     "role": turn.role,
+                    "via": turn.via,
                     "text": text,
                     "start_ms": start,
                     "end_ms": end,
@@ -649,6 +741,8 @@ class CallRecord:
                     else None,
                     "estimated_cut": turn.estimated,
                     "end_cause": turn.end_cause,
+                    "end_probability": turn.end_probability,
+                    "stt_ttfb_ms": turn.stt_ttfb_ms,
                     "node": turn.node,
                     "latency": self._latency(turn, start, edges[id(turn.answers)][1])
                     if turn.answers
@@ -695,6 +789,8 @@ class CallRecord:
         "user-turn": _on_user_turn,
         "turn-guess": _on_turn_guess,
         "transcript": _on_transcript,
+        "typed": _on_typed,
+        "annotation": _on_annotation,
         "bot": _on_bot,
         "say": _on_say,
         "voice": _on_voice,

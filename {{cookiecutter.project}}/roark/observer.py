@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Coroutine, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
@@ -27,11 +28,13 @@ from pipecat.frames.frames import (
     BotStoppedSpeakingFrame,
     CancelFrame,
     EndFrame,
+    EndWorkerFrame,
     ErrorFrame,
     Frame,
     FunctionCallCancelFrame,
     FunctionCallInProgressFrame,
     FunctionCallResultFrame,
+    InputDTMFFrame,
     InterruptionFrame,
     LLMFullResponseStartFrame,
     LLMSetToolsFrame,
@@ -55,8 +58,10 @@ from pipecat.metrics.metrics import (
     TurnMetricsData,
 )
 from pipecat.observers.base_observer import BaseObserver, FramePushed
+from pipecat.processors.aggregators.dtmf_aggregator import DTMFAggregator
 from pipecat.processors.audio.audio_buffer_processor import AudioBufferProcessor
 from pipecat.processors.frame_processor import FrameDirection, FrameProcessor
+from pipecat.processors.frameworks.rtvi import RTVIProcessor, RTVISendTextFrame
 from pipecat.services.llm_service import LLMService
 from pipecat.services.stt_service import STTService
 from pipecat.services.tts_service import TTSService
@@ -79,6 +84,7 @@ PHONE_FIELDS = {
     "to_number": "To",
     "call_id": "call_id",
     "stream_id": "stream_id",
+    "call_domain": "call_domain",
 }
 
 Handler = Callable[[Any, int, Any], None]
@@ -157,6 +163,7 @@ class RoarkObserver(BaseObserver):
         self._waits_for_end = False
         self._deadline: float | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._keys_since: int | None = None
         self._voice: str | None = None
         self._voiced: dict[str | None, float] = {}
         self._unusable: str | None = None
@@ -206,6 +213,18 @@ class RoarkObserver(BaseObserver):
     def note_ending(self, reason: str, detail: str | None = None) -> None:
         """Say why the call ends, as one of `call.ENDINGS`; the first to say it is believed."""
         self._ending(reason, detail, Rank.SAID)
+
+    def annotate(self, **values: Any) -> None:
+        """Attach values of one's own to the call, under `metadata` in call.json.
+
+        They are kept on this machine, not sent to Roark, and redacted as everything else is. What
+        JSON cannot hold is kept as its text; a value given again replaces the one before.
+        """
+        if values and not self._finished:
+            kept = json.loads(json.dumps(values, default=str))
+            if self._redact:
+                kept = redacted(kept, self._redact)
+            self._emit("annotation", self._now(), values=kept)
 
     async def aflush(
         self,
@@ -280,6 +299,9 @@ class RoarkObserver(BaseObserver):
             UserStartedSpeakingFrame: self._on_user_started,
             UserStoppedSpeakingFrame: self._on_user_stopped,
             TranscriptionFrame: self._on_transcription,
+            InputDTMFFrame: self._on_key,
+            RTVISendTextFrame: self._on_typed_text,
+            EndWorkerFrame: self._on_end_wanted,
             BotStartedSpeakingFrame: self._on_bot_started,
             BotStoppedSpeakingFrame: self._on_bot_stopped,
             AggregatedTextFrame: self._on_sentence,
@@ -309,6 +331,7 @@ class RoarkObserver(BaseObserver):
             # The pipeline's clock starts with its setup, and so do the call and its recording.
             self._emit("started", self._origin or at)
             self._note_phone()
+            self.annotate(**circumstances(self._runner_args))
             self._folder.started(self._record.call_started())
 
     def _on_terminal(self, frame: Frame, at: int, source: FrameProcessor) -> None:
@@ -333,6 +356,10 @@ class RoarkObserver(BaseObserver):
         self._emit("user-turn", at, edge="stop")
 
     def _on_transcription(self, frame: TranscriptionFrame, at: int, source: FrameProcessor) -> None:
+        if isinstance(source, DTMFAggregator):
+            since, self._keys_since = self._keys_since, None
+            self._emit("typed", at, text=frame.text, via="keys", since=since)
+            return
         self._emit(
             "transcript",
             at,
@@ -340,7 +367,19 @@ class RoarkObserver(BaseObserver):
             spaced=frame.includes_inter_frame_spaces,
             user_id=frame.user_id or None,
             language=frame.language and str(getattr(frame.language, "value", frame.language)),
+            service="llm" if isinstance(source, LLMService) else None,
         )
+
+    def _on_key(self, frame: InputDTMFFrame, at: int, source: FrameProcessor) -> None:
+        self._keys_since = self._keys_since or at
+
+    def _on_typed_text(self, frame: RTVISendTextFrame, at: int, source: FrameProcessor) -> None:
+        self._emit("typed", at, text=frame.text, via="text", user_id=frame.user_id or None)
+
+    def _on_end_wanted(self, frame: EndWorkerFrame, at: int, source: FrameProcessor) -> None:
+        # A client's disconnectBot(): the EndFrame that follows would pass for the agent's.
+        if isinstance(source, RTVIProcessor) and not frame.reason:
+            self._ending("client-disconnected", "the client asked the bot to leave", Rank.SAID)
 
     def _on_bot_started(self, frame: Frame, at: int, source: FrameProcessor) -> None:
         self._emit_voiced(at)
@@ -411,6 +450,14 @@ class RoarkObserver(BaseObserver):
         self, frame: FunctionCallResultFrame, at: int, source: FrameProcessor
     ) -> None:
         final = frame.properties.is_final if frame.properties else True
+        error = frame.error
+        if frame.result == LLMService.MISSING_FUNCTION_CALL_MESSAGE_TEMPLATE.format(
+            function_name=frame.function_name
+        ):
+            # Pipecat answers the LLM in place of a tool that is not there.
+            error = error or str(frame.result)
+        # A tool that says so itself; what it returned is its result all the same.
+        failed = isinstance(frame.result, Mapping) and bool(frame.result.get("error"))
         self._emit(
             "tool-result" if final else "tool-update",
             at,
@@ -418,7 +465,8 @@ class RoarkObserver(BaseObserver):
             name=frame.function_name,
             arguments=self._shown_json(frame.arguments, empty="{}"),
             content=self._shown_json(frame.result, empty=""),
-            error=self._shown(frame.error) if frame.error else None,
+            error=self._shown(error) if error else None,
+            failed=failed or None,
         )
 
     def _on_tool_cancel(
@@ -723,6 +771,51 @@ def call_id_of(runner_args: Any) -> str:
     return str(peer or field_of(runner_args, "session_id") or uuid4())
 
 
+def circumstances(runner_args: Any) -> dict[str, str]:
+    """What is known of a call before anybody says anything: version, transport, direction.
+
+    The version is `APP_VERSION`, else the git commit of the folder the bot runs in, if there is
+    one. The direction is "outbound" where the runner's body holds `dialout_settings` or says so
+    itself (`direction`), "inbound" otherwise.
+    """
+    body = field_of(runner_args, "body")
+    told = field_of(body, "direction") or (field_of(body, "dialout_settings") and "outbound")
+    found = {
+        "version": setting("APP_VERSION") or git_commit(Path.cwd()),
+        "transport": transport_of(runner_args),
+        "direction": str(told) if told else "inbound",
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def transport_of(runner_args: Any) -> str | None:
+    """The name of the runner's transport ("twilio", "webrtc", "daily"), None if it tells none."""
+    if named := field_of(runner_args, "transport_type"):
+        return str(named)
+    fields = {"webrtc": "webrtc_connection", "daily": "room_url", "websocket": "websocket"}
+    return next((name for name, field in fields.items() if field_of(runner_args, field)), None)
+
+
+@cache
+def git_commit(folder: Path) -> str | None:
+    """The first 12 digits of the commit that `folder` or the one above is at; None without git."""
+    for place in (folder / ".git", folder.parent / ".git"):
+        try:
+            head = (place / "HEAD").read_text().strip()
+            if head.startswith("ref: "):
+                name = head.removeprefix("ref: ")
+                loose = place / name
+                if loose.is_file():
+                    head = loose.read_text().strip()
+                else:
+                    packed = (place / "packed-refs").read_text().splitlines()
+                    head = next(line.split()[0] for line in packed if line.endswith(f" {name}"))
+            return head[:12]
+        except (OSError, StopIteration, ValueError):
+            continue
+    return None
+
+
 def service_of(source: Any) -> str:
     for kind, name in ((STTService, "stt"), (LLMService, "llm"), (TTSService, "tts")):
         if isinstance(source, kind):
@@ -770,6 +863,6 @@ def redacted(value: Any, redact: Redact) -> Any:
 
 def masked(event: Event) -> Event:
     """The event without what was said; the length stays, it decides how a cut is estimated."""
-    if event["event"] in ("transcript", "say", "words"):
+    if event["event"] in ("transcript", "typed", "say", "words"):
         return event | {"text": re.sub(r"\S", "*", event["text"])}
     return event

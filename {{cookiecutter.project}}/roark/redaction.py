@@ -17,9 +17,11 @@ import re
 _WORDS = "zero|oh|one|two|three|four|five|six|seven|eight|nine|double|triple"
 _DIGIT = rf"(?:\d|\b(?:{_WORDS})\b)"
 _DATE = r"\d{4}-\d\d-\d\d"
+# Keys pressed in groups are told as "DTMF: 4111 DTMF: 1111".
+_BETWEEN = r"(?:[\s().,-]{0,3}|#?\s*DTMF:\s*)"
 # Digits as they are written or spelled out, with what stands between the digits of one number.
 _NUMBER = re.compile(
-    rf"(?<!\d)(?!{_DATE})\+?\(?{_DIGIT}(?:[\s().,-]{{0,3}}{_DIGIT}){{6,}}", re.IGNORECASE
+    rf"(?<!\d)(?!{_DATE})\+?\(?{_DIGIT}(?:{_BETWEEN}{_DIGIT}){{6,}}", re.IGNORECASE
 )
 
 PHONE_DIGITS = range(7, 16)

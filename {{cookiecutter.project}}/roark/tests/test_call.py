@@ -1,5 +1,6 @@
 """What is said of a call, decided from events alone."""
 
+import random
 from typing import Any
 
 import pytest
@@ -198,6 +199,193 @@ def test_a_transcript_too_soon_for_the_speech_under_way_belongs_to_the_turn_befo
     )
     assert texts(record)[0] == ("user", "I want a pizza.")
     assert texts(record)[-1] == ("user", "Wait.")
+
+
+def keyed(at: float, text: str) -> list[dict]:
+    """Keys as Pipecat tells them: an interruption, the text, then the turn that it begins."""
+    return [
+        event("interruption", at - 200),
+        event("typed", at, text=text, via="keys", since=ms(at - 200)),
+        event("user-turn", at + 5, edge="start"),
+        event("user-turn", at + 10, edge="stop"),
+    ]
+
+
+def answered(at: float, text: str, context: str) -> list[dict]:
+    return [*spoken(at, (text, 0), context=context), event("bot", at + 1000, edge="stop")]
+
+
+def test_keys_pressed_after_an_answer_are_a_turn_of_their_own():
+    record = record_of(
+        *keyed(1000, "DTMF: 1#"),
+        *answered(1500, "One.", "a"),
+        *keyed(3000, "DTMF: 22#"),
+        *answered(3500, "Two.", "b"),
+        *keyed(5000, "DTMF: 333#"),
+    )
+    assert texts(record) == [
+        ("user", "DTMF: 1#"),
+        ("assistant", "One."),
+        ("user", "DTMF: 22#"),
+        ("assistant", "Two."),
+        ("user", "DTMF: 333#"),
+    ]
+    turns = record.as_dict()["turns"]
+    assert [turn["via"] for turn in turns[:2]] == ["keys", "voice"]
+    assert turns[3]["latency"]["total_ms"] == 500
+
+
+def test_the_groups_of_one_number_are_one_turn():
+    record = record_of(
+        *keyed(1000, "DTMF: 4111"), *keyed(4000, "DTMF: 1111"), *answered(9000, "Thanks.", "a")
+    )
+    assert texts(record) == [("user", "DTMF: 4111 DTMF: 1111"), ("assistant", "Thanks.")]
+
+
+@pytest.mark.parametrize("begins_turn", [False, True])
+def test_a_word_too_soft_for_the_detector_answers_the_question_before_it(begins_turn):
+    record = record_of(
+        *user(0, 1000, "I want a table."),
+        *answered(1600, "For two?", "a"),
+        event("transcript", 3200, text="Yes."),
+        *([event("user-turn", 3201, edge="start")] if begins_turn else []),
+    )
+    assert [text for _, text in texts(record)] == ["I want a table.", "For two?", "Yes."]
+
+
+def test_a_text_that_an_interim_announced_is_not_of_the_turn_before():
+    record = record_of(
+        *user(0, 1000, "I want a table."),
+        *answered(1600, "For two?", "a"),
+        event("user-turn", 3200, edge="start"),
+        event("transcript", 3300, text="Yes."),
+    )
+    assert [text for _, text in texts(record)] == ["I want a table.", "For two?", "Yes."]
+
+
+@pytest.mark.parametrize("final_ms", [1700, 2400, 3900])
+def test_what_a_speech_to_speech_service_was_told_comes_before_its_answer(final_ms):
+    events = [
+        event("user-turn", 200, edge="start"),
+        event("user-turn", 1200, edge="stop"),
+        *answered(1600, "Sure.", "a"),
+        event("transcript", final_ms, text="A pizza.", service="llm"),
+    ]
+    record = record_of(*sorted(events, key=lambda item: item["at"]))
+    assert texts(record) == [("user", "A pizza."), ("assistant", "Sure.")]
+
+
+def test_a_speech_to_speech_final_after_an_interruption_is_of_the_turn_before():
+    record = record_of(
+        event("user-turn", 200, edge="start"),
+        event("user-turn", 1200, edge="stop"),
+        event("bot", 1600, edge="start"),
+        event("interruption", 2000),
+        event("bot", 2010, edge="stop"),
+        event("user-turn", 2000, edge="start"),
+        event("transcript", 2600, text="A pizza.", service="llm"),
+        event("user-turn", 3000, edge="stop"),
+        event("transcript", 3500, text="No, wait.", service="llm"),
+    )
+    assert texts(record) == [("user", "A pizza."), ("user", "No, wait.")]
+
+
+def test_typed_text_is_a_turn_with_its_answer_and_latency():
+    record = record_of(
+        *user(0, 1000, "Hello."),
+        *answered(1600, "Hi.", "a"),
+        event("typed", 4000, text="A table, please.", via="text"),
+        *answered(4500, "Gladly.", "b"),
+    )
+    assert texts(record)[2:] == [("user", "A table, please."), ("assistant", "Gladly.")]
+    assert record.as_dict()["turns"][3]["latency"]["total_ms"] == 500
+    assert record.call_ended()["transcript"][2]["content"] == "A table, please."
+
+
+def test_noise_that_nobody_understood_does_not_take_the_words_after_the_greeting():
+    record = record_of(
+        event("vad", 200, edge="start", secs=0.2),
+        event("user-turn", 200, edge="start"),
+        *answered(300, "Hello?", "a")[:-1],
+        event("vad", 700, edge="stop", secs=0.2),
+        event("bot", 1500, edge="stop"),
+        event("vad", 2200, edge="start", secs=0.2),
+        event("vad", 3200, edge="stop", secs=0.2),
+        event("transcript", 3300, text="Hi."),
+    )
+    assert texts(record) == [("assistant", "Hello?"), ("user", "Hi.")]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_whatever_comes_each_text_stands_once_and_after_what_it_answers(seed):
+    """Callers speak, murmur, press keys and type; recognisers are quick or slow."""
+    rng = random.Random(seed)
+    events: list[dict] = []
+    at = 1000.0
+    said: list[tuple[str, str]] = []
+    for number in range(6):
+        text, kind = f"text{number}", rng.choice(["voice", "soft", "interim", "keys", "text"])
+        said.append(("user", text))
+        if kind == "voice":
+            end = at + rng.uniform(400, 2000)
+            # An end of turn that comes first, an answer under way: up to half a second late.
+            release = end + rng.uniform(250, 600)
+            events += [
+                event("vad", at + 200, edge="start", secs=0.2),
+                event("user-turn", at + 200, edge="start"),
+                event("vad", end + 200, edge="stop", secs=0.2),
+                event("user-turn", release, edge="stop"),
+                event("transcript", rng.uniform(end + 100, release + 900), text=text),
+            ]
+            at = release
+        elif kind in ("soft", "interim"):
+            turn = at + 10 if kind == "soft" else at - 100
+            events += [
+                event("transcript", at, text=text),
+                event("user-turn", turn, edge="start"),
+                event("user-turn", at + 20, edge="stop"),
+            ]
+            at += 20
+        else:
+            events += [
+                event("typed", at, text=text, via=kind),
+                *([event("user-turn", at + 5, edge="start")] if rng.random() < 0.5 else []),
+                *([event("user-turn", at + 10, edge="stop")] if rng.random() < 0.5 else []),
+            ]
+        begins = at + rng.uniform(500, 1500)
+        ends = begins + rng.uniform(500, 3000)
+        reply = f"reply{number}"
+        said.append(("assistant", reply))
+        events += [
+            event("say", begins - 50, context=reply, segment=1, text=reply),
+            event("bot", begins, edge="start"),
+            event("words", begins, context=reply, segment=1, text=reply, due=ms(begins)),
+            event("voice-done", begins + 10, context=reply),
+            event("bot", ends, edge="stop"),
+        ]
+        at = ends + rng.uniform(600, 4000)
+    record = record_of(*sorted(events, key=lambda item: item["at"]), end=at)
+    assert texts(record) == said
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_in_any_order_no_text_is_lost_or_told_twice(seed):
+    rng = random.Random(seed)
+    items: list[dict] = []
+    for number in range(8):
+        items += [
+            event("vad", 0, edge=rng.choice(["start", "stop"]), secs=0.2),
+            event("user-turn", 0, edge=rng.choice(["start", "stop"])),
+            event("bot", 0, edge=rng.choice(["start", "stop"])),
+            event("transcript", 0, text=f"text{number}.", service=rng.choice(["llm", None])),
+            event("typed", 0, text=f"typed{number}.", via=rng.choice(["keys", "text"])),
+        ]
+    rng.shuffle(items)
+    for number, item in enumerate(items):
+        item["at"] = ms(number * rng.choice([1, 100, 700]))
+    whole = " ".join(text for _, text in texts(record_of(*items, end=100_000)))
+    expected = [f"{kind}{number}." for number in range(8) for kind in ("text", "typed")]
+    assert sorted(whole.split()) == sorted(expected)
 
 
 def test_an_interrupted_turn_ends_with_the_last_word_heard():

@@ -4,11 +4,13 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from loguru import logger
+from pipecat.audio.dtmf.types import KeypadEntry
 from pipecat.flows import FlowManager, NodeConfig
 from pipecat.frames.frames import (
     BotStartedSpeakingFrame,
@@ -19,6 +21,8 @@ from pipecat.frames.frames import (
     FunctionCallResultFrame,
     FunctionCallResultProperties,
     InputAudioRawFrame,
+    InputDTMFFrame,
+    InputTransportMessageFrame,
     InterruptionFrame,
     LLMFullResponseStartFrame,
     OutputAudioRawFrame,
@@ -32,15 +36,19 @@ from pipecat.frames.frames import (
 from pipecat.observers.base_observer import FramePushed
 from pipecat.pipeline.pipeline import Pipeline
 from pipecat.pipeline.worker import PipelineParams, PipelineWorker
+from pipecat.processors.aggregators.dtmf_aggregator import DTMFAggregator
 from pipecat.processors.audio.audio_buffer_processor import AudioBufferProcessor
 from pipecat.processors.frame_processor import FrameDirection, FrameProcessor
+from pipecat.processors.frameworks.rtvi import RTVIProcessor
+from pipecat.processors.frameworks.rtvi import models as RTVI
+from pipecat.services.llm_service import LLMService
 from pipecat.services.settings import TTSSettings
 from pipecat.services.tts_service import TTSService
 from pipecat.transports.base_output import BaseOutputTransport
 from pipecat.transports.base_transport import TransportParams
 from pipecat.workers.runner import WorkerRunner
 
-from roark.observer import RoarkObserver, call_id_of
+from roark.observer import RoarkObserver, call_id_of, git_commit
 
 pytestmark = pytest.mark.anyio
 
@@ -96,8 +104,9 @@ async def run(
     first: FrameProcessor | None = None,
     *,
     record: bool = True,
+    end: bool = True,
 ) -> PipelineWorker:
-    """Run frames through a real pipeline, to its end."""
+    """Run frames through a real pipeline, to its end, which they bring about without `end`."""
     processors = [first or FramePasser(), *([observer.audio_processor] if record else [])]
     worker = PipelineWorker(
         Pipeline(processors),
@@ -107,7 +116,7 @@ async def run(
     )
     runner = WorkerRunner(handle_sigint=False)
     await runner.add_workers(worker)
-    await worker.queue_frames([*frames, EndFrame()])
+    await worker.queue_frames([*frames, *([EndFrame()] if end else [])])
     await asyncio.wait_for(runner.run(), 10)
     return worker
 
@@ -240,6 +249,90 @@ async def test_a_frame_sent_both_ways_counts_once(call):
     assert [event["event"] for event in call.events] == ["call", "tool"]
 
 
+async def test_keys_are_a_turn_from_the_first_one_pressed(call):
+    observer = observer_of(call)
+    keys = [InputDTMFFrame(button=KeypadEntry(key)) for key in "22#"]
+    await run(observer, [transcription("Hello."), *keys], DTMFAggregator())
+    [first, *_] = [event for event in call.events if event["event"] == "typed"]
+    assert (first["text"], first["via"]) == ("DTMF: 22#", "keys")
+    assert first["since"] <= first["at"]
+    assert [turn["text"] for turn in call.record["turns"]] == ["Hello.", "DTMF: 22#"]
+
+
+async def test_text_that_a_client_sends_is_recorded_once_and_told_to_roark(call):
+    observer = observer_of(call)
+    rtvi = RTVIProcessor()
+    message = RTVI.Message(
+        id="1",
+        type="send-text",
+        label=RTVI.MESSAGE_LABEL,
+        data={"content": "A table.", "options": {"run_immediately": False}},
+    )
+    await run(observer, [InputTransportMessageFrame(message=message.model_dump())], rtvi)
+    [turn] = call.record["turns"]
+    assert (turn["role"], turn["text"], turn["via"]) == ("user", "A table.", "text")
+    assert [said["content"] for said in call.ended_body["transcript"]] == ["A table."]
+
+
+async def test_a_client_that_disconnects_the_bot_ended_the_call(call):
+    observer = observer_of(call)
+    message = {"id": "1", "type": "disconnect-bot", "label": RTVI.MESSAGE_LABEL}
+    leaves = InputTransportMessageFrame(message=message)
+    await run(observer, [leaves], RTVIProcessor(), end=False)
+    assert call.ended_body["callEndedReason"] == "client-disconnected"
+    assert call.record["ending"]["detail"] == "the client asked the bot to leave"
+
+
+async def test_a_tool_that_is_not_there_did_not_complete(call):
+    observer = observer_of(call)
+    missing = LLMService.MISSING_FUNCTION_CALL_MESSAGE_TEMPLATE.format(function_name="book")
+    await observer.on_push_frame(pushed(FunctionCallInProgressFrame("book", "t1", {})))
+    await observer.on_push_frame(pushed(FunctionCallResultFrame("book", "t1", {}, missing)))
+    await observer.aflush()
+    [tool] = call.record["tools"]
+    assert (tool["status"], tool["error"]) == ("failed", missing)
+
+
+async def test_a_tool_that_returns_an_error_failed_and_its_result_is_told_as_it_is(call):
+    observer = observer_of(call)
+    result = {"error": "no table", "next": "21:00"}
+    await observer.on_push_frame(pushed(FunctionCallInProgressFrame("book", "t1", {})))
+    await observer.on_push_frame(pushed(FunctionCallResultFrame("book", "t1", {}, result)))
+    await observer.aflush()
+    assert call.record["tools"][0]["status"] == "failed"
+    assert call.ended_body["toolCalls"][1]["content"] == '{"error":"no table","next":"21:00"}'
+
+
+async def test_a_call_carries_values_of_ones_own_and_they_stay_here(call, monkeypatch):
+    monkeypatch.setenv("APP_VERSION", "2026.11")
+    observer = observer_of(call, runner_args=SimpleNamespace(transport_type="twilio", body={}))
+    await observer.on_push_frame(pushed(StartFrame()))
+    observer.annotate(customer=7, tags=["new"])
+    observer.annotate(customer=8, when=Path("x"))
+    await observer.aflush()
+    assert call.record["metadata"] == {
+        "version": "2026.11",
+        "transport": "twilio",
+        "direction": "inbound",
+        "customer": 8,
+        "tags": ["new"],
+        "when": "x",
+    }
+    assert "customer" not in json.dumps([call.started_body, call.ended_body])
+
+
+def test_the_version_is_the_commit_of_the_folder(tmp_path):
+    git = tmp_path / ".git"
+    (git / "refs/heads").mkdir(parents=True)
+    (git / "HEAD").write_text("ref: refs/heads/main\n")
+    assert git_commit(tmp_path / "nowhere") is None
+    (git / "packed-refs").write_text(f"# packed\n{'a' * 40} refs/heads/main\n")
+    assert git_commit(tmp_path) == "a" * 12
+    (git / "refs/heads/main").write_text("b" * 40)
+    git_commit.cache_clear()
+    assert git_commit(tmp_path / "project") == "b" * 12
+
+
 @pytest.mark.parametrize(
     ("result", "content"),
     [
@@ -331,7 +424,12 @@ async def test_a_dial_in_is_kept_without_the_key_that_comes_with_it(call):
     body = {"dialin_settings": settings, "daily_api_key": "secret"}
     observer = observer_of(call, runner_args=SimpleNamespace(session_id="s", body=body))
     await observer.aflush()
-    assert call.record["phone"] == {"call_id": "d", "from_number": "+1", "to_number": "+2"}
+    assert call.record["phone"] == {
+        "call_id": "d",
+        "from_number": "+1",
+        "to_number": "+2",
+        "call_domain": "x",
+    }
     assert "secret" not in json.dumps([call.events, call.record])
 
 

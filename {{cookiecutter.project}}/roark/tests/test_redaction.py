@@ -15,6 +15,7 @@ from roark.redaction import card_and_phone_numbers
         ("It is four one five, five five five, oh one three two.", "It is [number]."),
         ("It is four one double five 5 5 5 oh.", "It is [number]."),
         ("1234 5678 9012 3456", "[number]"),
+        ("DTMF: 4111 DTMF: 1111 DTMF: 1111 DTMF: 1111#", "DTMF: [card]#"),
     ],
 )
 def test_numbers_of_cards_and_phones_are_replaced(said, kept):
@@ -27,6 +28,7 @@ def test_numbers_of_cards_and_phones_are_replaced(said, kept):
         "A table for 2 at 19:30 on the 21st of November 2026.",
         '{"from": "2026-11-21T19:30:00", "until": "2026-11-22"}',
         "Between 100 and 200 people, one or two of them late.",
+        "DTMF: 1# DTMF: 22# DTMF: 333#",
         "Order 12345 costs 1,299.50 dollars.",
         "",
     ],
