@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Callable
 
+from pipecat.audio.turn.smart_turn.local_smart_turn_v3 import LocalSmartTurnAnalyzerV3
 from pipecat.audio.vad.silero import SileroVADAnalyzer
 from pipecat.frames.frames import (
     BotStartedSpeakingFrame,
@@ -25,6 +26,7 @@ from pipecat.turns.user_turn_strategies import UserTurnStrategies
 
 import config
 from conversation import phrases, silence
+from conversation.turn_end import PauseUserTurnStopStrategy
 
 # Speech that goes on longer than this is an interruption, whatever the recogniser makes of it.
 LONGEST_BACKCHANNEL_SECONDS = 0.6
@@ -36,9 +38,12 @@ def params() -> LLMUserAggregatorParams:
     """How turns are taken in this call. Each call needs its own."""
     protected = config.setting("PROTECT_GREETING").lower() in ("1", "true", "yes", "on")
     return LLMUserAggregatorParams(
-        # Silero hears when the caller speaks; Smart Turn, Pipecat's default, whether they are done.
+        # Silero hears when the caller speaks; Smart Turn, with turn_end.py, whether they are done.
         vad_analyzer=SileroVADAnalyzer(),
-        user_turn_strategies=UserTurnStrategies(start=[InterruptionUserTurnStartStrategy()]),
+        user_turn_strategies=UserTurnStrategies(
+            start=[InterruptionUserTurnStartStrategy()],
+            stop=[PauseUserTurnStopStrategy(turn_analyzer=LocalSmartTurnAnalyzerV3())],
+        ),
         user_mute_strategies=[MuteUntilFirstBotCompleteUserMuteStrategy()] if protected else [],
         user_idle_timeout=silence.timeout_seconds(),
     )

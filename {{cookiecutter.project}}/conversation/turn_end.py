@@ -1,0 +1,264 @@
+"""When the caller's turn is over: how long they pause, and what tells that it was the end.
+
+People pause inside sentences and between the groups of a number. Pipecat asks Smart Turn once per
+pause whether it was the end; where that says no it waits three seconds, and where the transcript is
+late it answers half a sentence. Here the pause goes on and the evidence grows: Smart Turn is asked
+again, the whole transcript is waited for, and a number gets the time that numbers take.
+"""
+
+import asyncio
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+
+from pipecat.audio.turn.base_turn_analyzer import BaseTurnAnalyzer, EndOfTurnState
+from pipecat.frames.frames import (
+    Frame,
+    InputAudioRawFrame,
+    InterimTranscriptionFrame,
+    MetricsFrame,
+    SpeechControlParamsFrame,
+    StartFrame,
+    STTMetadataFrame,
+    TranscriptionFrame,
+    VADUserStartedSpeakingFrame,
+    VADUserStoppedSpeakingFrame,
+)
+from pipecat.processors.frame_processor import FrameProcessorSetup
+from pipecat.turns.types import ProcessFrameResult
+from pipecat.turns.user_stop import BaseUserTurnStopStrategy
+
+# All measured from the caller's last sound.
+# Smart Turn hears the pause grow: what it took for a pause at first it may take for the end later.
+ASK_AGAIN_SECONDS = (0.5, 0.8)
+# Whatever Smart Turn says, this is the end. Shorter than the time after which people repeat
+# themselves, longer than nearly all pauses inside a sentence.
+LONGEST_PAUSE_SECONDS = 1.2
+# A recogniser that confirms the last words of a pause does so in 20 to 700 ms. One that confirms
+# nothing costs this once, and from then on what Pipecat knows of its latency.
+TRANSCRIPT_SECONDS = 1.5
+# A turn without a word ends here, so that the bot can ask again.
+NO_WORDS_SECONDS = 2.5
+
+# A moment that is missed by a rounding error is not waited for in a circle.
+SOONEST_SECONDS = 0.001
+
+# What ends like this goes on: digits and spelled letters come in groups, each of which sounds
+# complete. Recognisers write digits as figures or as words.
+GROUP = re.compile(
+    r"(\d|\b[^\W\d_]|\b(zero|one|two|three|four|five|six|seven|eight|nine|double|dash|dot))[\W_]*$",
+    re.IGNORECASE,
+)
+
+
+class Step(Enum):
+    """What is to be done now."""
+
+    WAIT = "wait"
+    ASK = "ask the analyzer"
+    END = "end the turn"
+
+
+@dataclass
+class TurnEnd:
+    """Pure: what is known of a caller's turn, and what follows from it. Times are seconds.
+
+    Parameters:
+        clock: Tells the time.
+        latency: What Pipecat knows of the recogniser: from the last sound to the transcript.
+    """
+
+    clock: Callable[[], float] = time.monotonic
+    latency: float = 0.0
+    _is_speaking: bool = False
+    _silent_since: float | None = None
+    _words: list[str] = field(default_factory=list[str])
+    _are_words_due: bool = False
+    _has_last_words: bool = False
+    _is_complete: bool = False
+    _asked: int = 0
+    _confirms: bool = True
+
+    def begin(self) -> None:
+        """Forget the turn before. Whether somebody speaks is the caller's, not the turn's."""
+        self._words.clear()
+        self._silent_since = None
+        self._forget_pause()
+
+    def speech_started(self) -> None:
+        """The caller speaks, again perhaps: whatever was concluded from a pause is void."""
+        self._is_speaking = True
+        self._silent_since = None
+        self._forget_pause()
+        self._are_words_due = True
+
+    def speech_stopped(self, silent_for: float) -> None:
+        """The caller made their last sound `silent_for` seconds ago."""
+        self._is_speaking = False
+        self._silent_since = self.clock() - silent_for
+
+    def heard(self, text: str, *, is_last: bool) -> None:
+        """Words were recognised; `is_last`: the recogniser says there are no more in this pause."""
+        self._words.append(text)
+        self._has_last_words = is_last
+        if self._is_speaking:
+            return
+        # A recogniser with an endpoint of its own has told all by then, and confirms nothing more.
+        self._are_words_due = False
+        if self._silent_since is None:
+            # Too soft for the detector: there is only the transcript to go by.
+            self._silent_since = self.clock()
+            self._is_complete = True
+
+    def hears(self) -> None:
+        """Words are on their way: what is there is not all."""
+        self._are_words_due = True
+        self._has_last_words = False
+
+    def judged(self, is_complete: bool) -> None:
+        """The analyzer has listened to the pause."""
+        self._is_complete = is_complete
+
+    def step(self) -> Step:
+        """What is to be done now."""
+        if (pause := self._pause()) is None:
+            return Step.WAIT
+        if self._is_over(pause):
+            if self._words and self._are_words_due and not self._has_last_words:
+                self._confirms = False
+            return Step.END
+        if not self._is_complete and self._asked < self._times_to_ask(pause):
+            self._asked += 1
+            return Step.ASK
+        return Step.WAIT
+
+    def due_in(self) -> float | None:
+        """Seconds until `step` may say something else by itself; None: not before something is."""
+        if (pause := self._pause()) is None:
+            return None
+        moments = [*ASK_AGAIN_SECONDS, LONGEST_PAUSE_SECONDS, self._patience, NO_WORDS_SECONDS]
+        ahead = [moment - pause for moment in moments if moment > pause]
+        return max(min(ahead), SOONEST_SECONDS) if ahead else None
+
+    @property
+    def _patience(self) -> float:
+        return TRANSCRIPT_SECONDS if self._are_words_due and self._confirms else self.latency
+
+    def _pause(self) -> float | None:
+        is_pause = not self._is_speaking and self._silent_since is not None
+        return self.clock() - (self._silent_since or 0.0) if is_pause else None
+
+    def _is_over(self, pause: float) -> bool:
+        if not self._words:
+            return pause >= NO_WORDS_SECONDS
+        if not self._has_last_words and pause < self._patience:
+            return False
+        is_group = bool(GROUP.search(self._words[-1]))
+        return pause >= LONGEST_PAUSE_SECONDS or (self._is_complete and not is_group)
+
+    def _times_to_ask(self, pause: float) -> int:
+        return 1 + sum(pause >= moment for moment in ASK_AGAIN_SECONDS)
+
+    def _forget_pause(self) -> None:
+        self._has_last_words = False
+        self._is_complete = False
+        self._asked = 0
+
+
+class PauseUserTurnStopStrategy(BaseUserTurnStopStrategy):
+    """Ends the caller's turn as `TurnEnd` says; the analyzer runs beside the frames."""
+
+    def __init__(
+        self, *, turn_analyzer: BaseTurnAnalyzer, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Ask `turn_analyzer` whether a pause was the end; take the time from `clock`, seconds."""
+        super().__init__()
+        self._analyzer = turn_analyzer
+        self._turn = TurnEnd(clock)
+        self._is_speaking = False
+        self._pauses = 0
+        self._changed = asyncio.Event()
+        self._watching: asyncio.Task[None] | None = None
+        self._asking: asyncio.Task[None] | None = None
+
+    async def setup(self, setup: FrameProcessorSetup) -> None:
+        """Begin to watch the clock."""
+        await super().setup(setup)
+        self._analyzer.set_sample_rate(setup.audio_in_sample_rate)
+        self._watching = self.create_task(self._watch(), f"{self}::watch")
+
+    async def cleanup(self) -> None:
+        """The call is over, or another strategy takes over."""
+        await super().cleanup()
+        for task in (self._watching, self._asking):
+            if task and not task.done():
+                await self.cancel_task(task)
+        await self._analyzer.cleanup()
+
+    async def handle_user_turn_started(self) -> None:
+        """A turn begins, without the words of the one before."""
+        self._turn.begin()
+
+    async def handle_user_turn_stopped(self) -> None:
+        """The turn is over, whoever ended it."""
+        self._turn.begin()
+        self._analyzer.clear()
+
+    async def process_frame(self, frame: Frame) -> ProcessFrameResult:
+        """Take from the frames what they tell of the turn."""
+        match frame:
+            case StartFrame():
+                params = self._analyzer.params
+                await self.broadcast_frame(SpeechControlParamsFrame, turn_params=params)
+            case InputAudioRawFrame():
+                state = self._analyzer.append_audio(frame.audio, self._is_speaking)
+                if state is EndOfTurnState.COMPLETE:
+                    self._note_judgement(True)
+            case VADUserStartedSpeakingFrame():
+                self._analyzer.update_vad_start_secs(frame.start_secs)
+                self._is_speaking = True
+                self._pauses += 1
+                self._turn.speech_started()
+            case VADUserStoppedSpeakingFrame():
+                self._is_speaking = False
+                self._turn.speech_stopped(frame.stop_secs)
+                self._changed.set()
+            case TranscriptionFrame():
+                self._turn.heard(frame.text, is_last=frame.finalized)
+                self._changed.set()
+            case InterimTranscriptionFrame():
+                self._turn.hears()
+            case STTMetadataFrame():
+                self._turn.latency = frame.ttfs_p99_latency
+            case _:
+                pass
+        return ProcessFrameResult.CONTINUE
+
+    async def _watch(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(self._turn.due_in()):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+            self._changed.clear()
+            match self._turn.step():
+                case Step.ASK if self._asking is None or self._asking.done():
+                    self._asking = self.create_task(self._ask(self._pauses), f"{self}::ask")
+                case Step.END:
+                    await self.trigger_user_turn_stopped()
+                case _:
+                    pass
+
+    async def _ask(self, pause: int) -> None:
+        state, prediction = await self._analyzer.analyze_end_of_turn()
+        if prediction:
+            await self.push_frame(MetricsFrame(data=[prediction]))
+        if pause == self._pauses:
+            self._note_judgement(state is EndOfTurnState.COMPLETE)
+
+    def _note_judgement(self, is_complete: bool) -> None:
+        self._turn.judged(is_complete)
+        self._changed.set()
