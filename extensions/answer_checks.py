@@ -8,7 +8,7 @@ belong to others.
 
 import json
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -72,19 +72,30 @@ def given_answers() -> list[tuple[str, Any]]:
     given = [*(options["extra_context"] or {}).items()]
     if options["config_file"]:
         config = get_user_config(options["config_file"], options["default_config"])
-        given += (config["default_context"] or {}).items()
+        # Such a file is often shared: what is no question here may be another template's.
+        shared = (config["default_context"] or {}).items()
+        asked = questions(TEMPLATE)
+        given += ((name, answer) for name, answer in shared if name in asked or meant(name, asked))
     if options["replay_file"]:
         replay = json.loads(Path(options["replay_file"]).read_text(encoding="utf-8"))
         given += ((k, v) for k, v in replay["cookiecutter"].items() if not k.startswith("_"))
     return given
 
 
+def meant(name: str, asked: Iterable[str]) -> str | None:
+    """Return the question that `name` looks like a typo of."""
+    # Two letters swapped in `stt` leave less of it alike than two in `transport`.
+    near = get_close_matches(name, asked, n=1, cutoff=0.65)
+    ratio = SequenceMatcher(None, name, near[0]).ratio() if near else 0.0
+    return near[0] if near and (ratio >= 0.75 or len(near[0]) == 3) else None
+
+
 def mistake(given: Iterable[tuple[str, Any]], asked: dict[str, Any]) -> str | None:
     """Return the sentence about the first answer that cannot be taken; None if all can."""
     for name, answer in given:
         if name not in asked:
-            near = get_close_matches(name, asked, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
+            near = meant(name, asked)
+            hint = f"; did you mean {near!r}?" if near else "."
             return f"{name!r} is no question of this template ({', '.join(asked)}){hint}"
         allowed = choices(asked).get(name)
         if allowed is None or answer in allowed:

@@ -223,6 +223,24 @@ def test_the_nearest_question_is_suggested_where_one_is_near(
     assert far.stdout.endswith(", record_audio).\n")
 
 
+def test_a_shared_file_may_hold_answers_to_other_templates_but_no_typo_of_ours(
+    command_line: CommandLine, template: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "answers.yaml"
+    others = "  full_name: Ann\n  email: a@b.c\n  project_name: X\n  project_slug: x\n"
+    arguments = ("--no-input", "--config-file", file, template, "--output-dir", tmp_path)
+
+    file.write_text(f"default_context:\n{others}  region: ap-south\n")
+    succeed(command_line(*arguments))
+    assert "ap-south" in BakedProject(tmp_path / "my-voice-bot").read("pcc-deploy.toml")
+
+    for typo, ours in (("sst", "stt"), ("languages", "language"), ("record-audio", "record_audio")):
+        file.write_text(f"default_context:\n{others}  {typo}: whatever\n")
+        done = command_line(*arguments)
+        assert done.returncode == 1
+        assert done.stdout.endswith(f"; did you mean {ours!r}?\n")
+
+
 def test_a_bad_choice_as_an_argument_is_refused_by_cookiecutter_itself_and_leaves_nothing(
     command_line: CommandLine, template: Path, tmp_path: Path
 ) -> None:

@@ -4,10 +4,14 @@ A tool is an async function: its name, its docstring and its typed arguments are
 sees. To add one, write it and put it into `offered()`.
 """
 
+import asyncio
+import ssl
 from dataclasses import dataclass
+from functools import cache
 
-import aiohttp
+import httpx
 from loguru import logger
+from pipecat.adapters.llm.schemas.direct_function import DirectFunction
 from pipecat.adapters.llm.schemas.tools_schema import ToolsSchema
 from pipecat.frames.frames import FunctionCallResultProperties, TTSSpeakFrame
 from pipecat.services.llm_service import FunctionCallParams
@@ -36,7 +40,10 @@ class CallState:
 
 def offered() -> ToolsSchema:
     """The tools of a call: `take_message` only where there is somewhere to take it."""
-    return ToolsSchema([end_call, take_message] if setting("MESSAGE_URL") else [end_call])
+    tools: list[DirectFunction] = [end_call]
+    if setting("MESSAGE_URL"):
+        tools.append(take_message)
+    return ToolsSchema(tools)
 
 
 async def end_call(params: FunctionCallParams, goodbye: str):
@@ -78,18 +85,24 @@ async def take_message(params: FunctionCallParams, message: str, callback_number
         return
     state.read_back = None
     try:
-        async with (
-            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=MESSAGE_SECONDS)) as session,
-            session.post(
+        tls = await asyncio.to_thread(_tls_context)
+        # The timeout of httpx is for each step; this one is for the whole.
+        async with asyncio.timeout(MESSAGE_SECONDS), httpx.AsyncClient(verify=tls) as http:
+            response = await http.post(
                 setting("MESSAGE_URL"),
                 json={"message": message, "callback_number": callback_number},
-            ) as response,
-        ):
+            )
             response.raise_for_status()
-    except (aiohttp.ClientError, TimeoutError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
         logger.warning(f"take_message failed: {type(error).__name__}")
         await params.result_callback(
             {"error": "The message could not be saved. Apologise and ask them to call again later."}
         )
         return
     await params.result_callback({"status": "sent"})
+
+
+@cache
+def _tls_context() -> ssl.SSLContext:
+    """Made once and in a thread: reading all certificates would hold up every call for 100 ms."""
+    return httpx.create_ssl_context()

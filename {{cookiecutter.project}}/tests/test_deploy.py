@@ -215,13 +215,15 @@ class TestBuildContext:
             (project / name).write_text("")
         assert not planted & set(deploy.context_names(project))
 
-    def test_it_holds_what_the_image_is_made_of_and_little_else(self, project: Path) -> None:
-        """The builder needs the Dockerfile, and every source of its COPY lines."""
+    def test_it_holds_what_the_image_is_made_of_and_nothing_that_leaks(self, project: Path) -> None:
+        """Whatever else lies here: a LICENSE or a Makefile harms nobody."""
+        for name in ("LICENSE", "CLAUDE.md", "Makefile", "compose.yaml"):
+            (project / name).touch()
         (project / "uv.lock").touch()
         tops = {name.partition("/")[0] for name in deploy.context_names(project)}
-        needed = deploy.needed(project) | {"Dockerfile", "pyproject.toml", "uv.lock"}
-        assert needed <= tops
-        assert all(name.endswith(".py") for name in tops - needed)
+        assert deploy.needed(project) | {"Dockerfile", "pyproject.toml", "uv.lock"} <= tops
+        found = [*deploy.check_context(project), *deploy.check_dockerfile(project)]
+        assert not [f"{finding.what}: {finding.mend}" for finding in found]
 
     def test_docker_leaves_secrets_out_of_subfolders_too(self) -> None:
         """For Docker a bare name is the top folder only: each needs its `**/` twin."""
