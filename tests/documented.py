@@ -37,6 +37,7 @@ BOT = "tests/test_development_server.py::test_the_server_has_pipecats_routes"
 PROVIDERS = "rehearsal/tests/test_cli.py::test_the_servers_alone_print_what_points_a_bot_at_them"
 DELIVER = "roark/tests/test_cli.py::test_deliver_delivers_what_is_left_with_a_line_per_call"
 CHECK = "tests/test_deploy.py::test_a_project_that_can_be_deployed_passes"
+REPLACED = "tests/test_twilio_auth.py::test_one_process_is_replaced_and_no_call_is_cut"
 GATE = "tests/test_twilio_auth.py::test_a_call_enters_with_its_token_and_nobody_else"
 TWIML = "tests/test_deploy.py::test_it_alone_is_on_stdout_to_be_pasted"
 EVALS = "tests/test_evals.py::test_the_starter_scenarios_hold"
@@ -70,6 +71,7 @@ TESTED = {
     "python bot.py": BOT,
     "uv run python bot.py": BOT,
     "python bot.py -t twilio": GATE,
+    "for port in 7861 7862; do sudo systemctl restart bot@$port; done": REPLACED,
     "uv run python bot.py -t twilio -x HOST": GATE,
     "uv run python -m preflight": "tests/test_preflight.py::test_the_exit_status_tells",
     "uv run python -m roark deliver": DELIVER,
@@ -87,6 +89,7 @@ QUIET = "a machine with nothing else to do, and someone who reads what it measur
 
 # No test has what these need. That the options of `pipecat cloud` exist is a test of the project.
 NEEDS = {
+    "sudo systemctl enable --now bot@7861 bot@7862": "a machine with systemd",
     "uv run python bot.py -t daily": "an account at Daily",
     'curl https://api.daily.co/v1 -H "Authorization: Bearer $DAILY_API_KEY" '
     '-H "Content-Type: application/json" -d \'{"properties": {"pinless_dialin": [{': CLOUD,

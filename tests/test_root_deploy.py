@@ -135,6 +135,9 @@ def test_the_workflows_run_everything_and_weekly_the_newest_pipecat() -> None:
     assert any("uv run pytest" in command for command in commands["answers"])
     assert any("--upgrade-package pipecat-ai" in command for command in commands["newest"])
     assert jobs["newest"]["if"] == "github.event_name != 'push'"
+    for job in jobs.values():
+        for used in [step["uses"] for step in job["steps"] if "uses" in step]:
+            assert re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", used), "a tag can be moved"
 
 
 @pytest.mark.slow

@@ -479,13 +479,21 @@ def test_every_documented_command_exists(command: str) -> None:
 def test_the_workflow_tests_every_push_and_deploys_only_when_told_to() -> None:
     """The deploy job is off until a repository variable says otherwise."""
     workflow = yaml.safe_load((PROJECT / ".github/workflows/ci.yml").read_text())
-    commands = [step.get("run") for step in workflow["jobs"]["test"]["steps"]]
-    assert "uv run pytest" in commands
+    commands = [step.get("run", "") for step in workflow["jobs"]["test"]["steps"]]
+    assert [command for command in commands if command.startswith("uv run pytest")]
+    assert [command for command in commands if "uv sync --locked" in command]
     assert "uv run ruff check ." in commands
     job = workflow["jobs"]["deploy"]
     assert job["if"].startswith("vars.DEPLOY == 'true' && ")
     assert job["needs"] == "test"
-    assert "pipecat cloud deploy --yes" in [step.get("run") for step in job["steps"]]
+    deploys = [step.get("run", "") for step in job["steps"]]
+    (checks,) = [command for command in deploys if "python -m deploy check" in command]
+    assert deploys.index(checks) < deploys.index("pipecat cloud deploy --yes")
+    (tool,) = [command for command in deploys if "uv tool install" in command]
+    assert tool.count("==") == 2, "the tool that deploys is pinned"
+    for job in workflow["jobs"].values():
+        for used in [step["uses"] for step in job["steps"] if "uses" in step]:
+            assert re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", used), "a tag can be moved"
     assert workflow["permissions"] == {"contents": "read"}
 
 
