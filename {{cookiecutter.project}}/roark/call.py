@@ -369,7 +369,7 @@ class CallRecord:
         index = bisect_right(self._anchors, at, key=lambda anchor: anchor[0])
         if 0 < index < len(self._anchors):
             (at0, ms0), (at1, ms1) = self._anchors[index - 1 : index + 1]
-            return round(ms0 + (ms1 - ms0) * (at - at0) / (at1 - at0), 1)
+            return round(ms0 + (ms1 - ms0) * (at - at0) / max(1, at1 - at0), 1)
         known_at, ms = self._anchors[max(0, index - 1)]
         return round(max(0.0, ms + (at - known_at) / 1e6), 1)
 

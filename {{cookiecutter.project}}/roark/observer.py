@@ -34,11 +34,13 @@ from pipecat.frames.frames import (
     FunctionCallCancelFrame,
     FunctionCallInProgressFrame,
     FunctionCallResultFrame,
+    InputAudioRawFrame,
     InputDTMFFrame,
     InterruptionFrame,
     LLMFullResponseStartFrame,
     LLMSetToolsFrame,
     MetricsFrame,
+    OutputAudioRawFrame,
     StartFrame,
     StopFrame,
     TranscriptionFrame,
@@ -149,7 +151,7 @@ class RoarkObserver(BaseObserver):
             calls_dir=Path(calls_dir or setting("CALLS_DIR") or "calls"),
         )
         self._record = CallRecord(redact=self._redact)
-        self._routes: dict[type[Frame], Handler | None] = dict(self._handlers())
+        self._routes: dict[type[Frame], Handler | None] = {}
         self._failures: set[str] = set()
         self._made_at = time.time_ns()
         self._origin: int | None = None
@@ -171,6 +173,9 @@ class RoarkObserver(BaseObserver):
         self._node: str | None = None
         self._chunks = 0
         self._recorded_samples = 0
+        self._first_audio_at: int | None = None
+        self._latest_audio_at: int | None = None
+        self._anchored = False
         self._recorder: CallRecorder | None = None
         if audio_buffer_processor is None:
             self._recorder = CallRecorder(
@@ -248,6 +253,8 @@ class RoarkObserver(BaseObserver):
             except TimeoutError:
                 self._finish_when_over()
                 return
+        if not self._finished:
+            await self._stop_recorder()
         self._finish()
         await self._folder.flush(self._remaining_seconds())
 
@@ -260,6 +267,7 @@ class RoarkObserver(BaseObserver):
         """The pipeline is gone, whether or not anybody will flush."""
         await super().cleanup()
         self._over.set()
+        await self._stop_recorder()
         self._finish()
         # Not waited for: the outbox goes on by itself, and outlives this loop.
         self._keep(self._folder.flush(self._flush_seconds))
@@ -268,6 +276,16 @@ class RoarkObserver(BaseObserver):
         """Have a recorder that was passed in record, if it does not yet."""
         if isinstance(self._audio_processor, AudioBufferProcessor):
             await self._audio_processor.start_recording()
+
+    async def _stop_recorder(self) -> None:
+        """Have a recorder that was passed in give out what it still has."""
+        if isinstance(self._audio_processor, AudioBufferProcessor):
+            try:
+                await self._audio_processor.stop_recording()
+                # It hands its last chunk to a task.
+                await asyncio.sleep(0)
+            except Exception as error:
+                self._fail("the last of the recording", error)
 
     async def on_push_frame(self, data: FramePushed) -> None:
         """Translate a frame; the types nobody handles cost one lookup."""
@@ -289,6 +307,13 @@ class RoarkObserver(BaseObserver):
     # From frames to events
 
     def _handlers(self) -> dict[type[Frame], Handler]:
+        handlers = self._translations()
+        if not self._recorder:
+            # Somebody else's recorder tells nobody when what it has was said.
+            handlers |= {InputAudioRawFrame: self._on_audio, OutputAudioRawFrame: self._on_audio}
+        return handlers
+
+    def _translations(self) -> dict[type[Frame], Handler]:
         return {
             StartFrame: self._on_start,
             EndFrame: self._on_terminal,
@@ -428,6 +453,18 @@ class RoarkObserver(BaseObserver):
                 self._voice = context
                 self._emit("voice", at, context=context)
             self._voiced[context] = self._voiced.get(context, 0.0) + seconds
+        elif not self._recorder:
+            self._on_audio(frame, at, source)
+
+    def _on_audio(
+        self, frame: InputAudioRawFrame | OutputAudioRawFrame, at: int, source: FrameProcessor
+    ) -> None:
+        duration = round(frame.num_frames / frame.sample_rate * 1e9)
+        is_input = isinstance(frame, InputAudioRawFrame)
+        if self._first_audio_at is None:
+            # Its recording begins with the first frame, and a caller's is over when it comes.
+            self._first_audio_at = at - duration if is_input else at
+        self._latest_audio_at = at if is_input else at + duration
 
     def _on_voice_done(self, frame: TTSStoppedFrame, at: int, source: FrameProcessor) -> None:
         self._emit_voiced(at)
@@ -557,9 +594,14 @@ class RoarkObserver(BaseObserver):
         async def on_audio_data(_, pcm: bytes, sample_rate: int, num_channels: int) -> None:
             index, self._chunks = self._chunks, self._chunks + 1
             self._on_chunk(index, bytes(pcm), sample_rate, num_channels)
-            # It leaves out what it did not get: where it is now is all that can be known.
+            # It leaves out what it did not get: between its beginning and where it is now, when the
+            # latest audio has come, more cannot be known.
             ms = 1000 * self._recorded_samples / sample_rate
-            self._emit("anchor", self._now(), ms=round(ms, 1))
+            if not self._anchored:
+                self._anchored = True
+                begun_at = self._first_audio_at or self._now() - round(ms * 1e6)
+                self._emit("anchor", begun_at, ms=0.0)
+            self._emit("anchor", self._latest_audio_at or self._now(), ms=round(ms, 1))
             if num_channels == 2:
                 sounds.update(sounds or sounds_of(sample_rate, self._on_sound))
                 samples = np.frombuffer(pcm, np.int16).reshape(-1, 2)
@@ -830,12 +872,23 @@ def flow_manager_of(frame: LLMSetToolsFrame) -> Any:
     handlers it puts into the tools are bound to (pipecat 1.14: a closure over `self`).
     """
     flows = sys.modules.get("pipecat.flows")
+    if not flows and "pipecat_flows" in sys.modules:
+        warn_of_other_flows()
     for tool in getattr(frame.tools, "standard_tools", ()) if flows else ():
         if callable(handler := getattr(tool, "handler", None)):
             manager = inspect.getclosurevars(inspect.unwrap(handler)).nonlocals.get("self")
             if flows and isinstance(manager, flows.FlowManager):
                 return manager
     return None
+
+
+@cache
+def warn_of_other_flows() -> None:
+    """Say once that the nodes of this process's flows are not recorded, and what to do."""
+    logger.warning(
+        "Roark: nodes of the package pipecat-ai-flows are not recorded; import pipecat.flows, "
+        "which is part of pipecat-ai, in its place"
+    )
 
 
 def as_text(value: Any, *, empty: str) -> str:

@@ -20,6 +20,7 @@ the first one plays; how far behind it that frame arrives is how late this trans
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -318,7 +319,11 @@ class Recording:
 
 
 class CallRecorder(FrameProcessor):
-    """Records the call it is part of; belongs right after `transport.output()`."""
+    """Records the call it is part of; belongs right after `transport.output()`.
+
+    Event handlers: `on_audio_data(recorder, pcm, sample_rate, num_channels)`, called with every
+    chunk as Pipecat's `AudioBufferProcessor` does.
+    """
 
     def __init__(
         self,
@@ -339,7 +344,9 @@ class CallRecorder(FrameProcessor):
                 the pipeline's time (ns) at which the recording ends.
         """
         super().__init__(**kwargs)
-        self._on_chunk = on_chunk
+        self._register_event_handler("on_audio_data")
+        self._chunk_callback = on_chunk
+        self._telling: set[asyncio.Task[None]] = set()
         self._on_sound = on_sound or (lambda role, start_ms, end_ms: None)
         self._on_started = on_started
         self._on_ended = on_ended
@@ -368,8 +375,9 @@ class CallRecorder(FrameProcessor):
 
     async def cleanup(self) -> None:
         """The pipeline is gone: give out what is left."""
-        await super().cleanup()
         self.finish()
+        await asyncio.gather(*self._telling)
+        await super().cleanup()
 
     def finish(self, frame: Frame | None = None) -> None:
         """End the recording now; idempotent. Without a recording nobody is told."""
@@ -382,6 +390,17 @@ class CallRecorder(FrameProcessor):
         finally:
             if self._on_ended:
                 self._on_ended(frame, now)
+
+    def _on_chunk(self, index: int, pcm: bytes, sample_rate: int, num_channels: int) -> None:
+        self._chunk_callback(index, pcm, sample_rate, num_channels)
+        tell = self._call_event_handler("on_audio_data", pcm, sample_rate, num_channels)
+        try:
+            task = asyncio.get_running_loop().create_task(tell)
+        except RuntimeError:
+            tell.close()
+            return
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
 
     def _record(self, frame: Frame) -> None:
         if isinstance(frame, InputAudioRawFrame):

@@ -7,6 +7,7 @@ that was played is estimated from the share of its audio. Pure: times are epoch 
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,12 +24,32 @@ CHARACTERS_PER_SECOND = 15.0
 def join(pieces: Iterable[Piece]) -> str:
     """Join (text, carries its own spacing) pieces the way they are spoken."""
     text = ""
+    after_spaced = True
     for piece, spaced in pieces:
         if spaced:
-            text += piece
+            # A speech that carries its spacing may follow one that does not, right behind its end.
+            meets = text[-1:].strip() and piece[:1].isalnum() and not is_spaceless(piece[0])
+            text += (" " if meets and not after_spaced else "") + piece
+            after_spaced = True
         elif piece.strip():
             text += ("" if not text or text[-1].isspace() else " ") + piece.strip()
+            after_spaced = False
     return text.strip()
+
+
+def is_spaceless(character: str) -> bool:
+    """Whether words of this script stand without spaces between: Chinese, Japanese, Thai, ..."""
+    if "\uac00" <= character <= "\ud7a3":
+        return False  # Hangul is as wide, and spaced.
+    wide = unicodedata.east_asian_width(character) in "WF"
+    name = unicodedata.name(character, "")
+    return wide or name.startswith(("THAI", "LAO", "KHMER", "MYANMAR"))
+
+
+def ends_word(before: str, after: str) -> bool:
+    """Whether a word may end between these two characters."""
+    is_mark = unicodedata.category(after).startswith("M")
+    return after.isspace() or (not is_mark and (is_spaceless(before) or is_spaceless(after)))
 
 
 @dataclass
@@ -76,11 +97,11 @@ class Sentence:
         return any(word.due is not None for word in self.words)
 
     def share(self, share: float) -> list[Piece]:
-        """Its first `share` (0 to 1), to the end of the last whole word."""
+        """Its first `share` (0 to 1), to the end of the last whole word or character."""
         text = join(self.pieces) or self.text
         limit = int(len(text) * share)
-        if limit < len(text) and not text[limit].isspace():
-            limit = max(text.rfind(" ", 0, limit), 0)
+        if limit < len(text):
+            limit = next((i for i in range(limit, 0, -1) if ends_word(text[i - 1], text[i])), 0)
         return [(text[:limit], False)] if text[:limit].strip() else []
 
 

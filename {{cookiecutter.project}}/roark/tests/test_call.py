@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from roark.call import CallRecord, Rank
+from roark.speech import join
 
 START = 1_790_000_000_000_000_000
 
@@ -156,6 +157,36 @@ def test_finals_of_one_turn_are_joined_with_single_spaces():
     assert texts(record_of(*user(0, 1000, "One,", " two ", "three."))) == [
         ("user", "One, two three.")
     ]
+
+
+def test_a_speech_with_its_own_spacing_is_parted_from_the_one_before():
+    words = [("Okay.", False), ("Your plan", True), (" is", True), (", well,", True), ("here.", 0)]
+    assert join([(text, bool(spaced)) for text, spaced in words]) == (
+        "Okay. Your plan is, well, here."
+    )
+    assert join([("はい。", False), ("予約", True)]) == "はい。予約"
+    assert join([("Hel", True), ("lo", True)]) == "Hello"
+
+
+@pytest.mark.parametrize(
+    ("sentence", "heard"),
+    [
+        ("ご予約は明日の七時でよろしいですか", "ご予約は明日の七"),
+        ("Pizza は 八時にお持ちします", "Pizza は"),
+        ("ราคาหนึ่งร้อยบาทค่ะ", "ราคาหนึ่ง"),
+        ("전화번호를 말씀해 주세요", "전화번호를"),
+    ],
+)
+def test_an_interrupted_voice_without_spaces_between_words_is_cut_by_characters(sentence, heard):
+    record = record_of(
+        event("say", 900, context="c", segment=7, text=sentence),
+        event("bot", 1000, edge="start"),
+        event("voiced", 1050, context="c", seconds=4.0),
+        event("words", 1050, context="c", segment=7, text=sentence),
+        event("interruption", 3000),
+    )
+    [turn] = record.as_dict()["turns"]
+    assert (turn["text"], turn["estimated_cut"]) == (heard, True)
 
 
 def test_two_user_turns_without_a_reply_between_stay_two():

@@ -2,14 +2,16 @@
 
 import asyncio
 import json
+import sys
 import time
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 from loguru import logger
+from pipecat.adapters.llm.schemas.tools_schema import ToolsSchema
 from pipecat.audio.dtmf.types import KeypadEntry
 from pipecat.flows import FlowManager, NodeConfig
 from pipecat.frames.frames import (
@@ -25,8 +27,10 @@ from pipecat.frames.frames import (
     InputTransportMessageFrame,
     InterruptionFrame,
     LLMFullResponseStartFrame,
+    LLMSetToolsFrame,
     OutputAudioRawFrame,
     StartFrame,
+    StopFrame,
     TranscriptionFrame,
     TTSAudioRawFrame,
     TTSSpeakFrame,
@@ -604,3 +608,59 @@ async def test_a_recorder_of_ones_own_is_used_as_given(call):
     assert sorted(call.chunks) == list(range(len(call.chunks)))
     assert len(call.recording) == 20 * 160 * 4
     assert call.ended_body["recordingNumChannels"] == 2
+
+
+async def test_markers_on_a_recorder_of_ones_own_count_from_its_first_frame(call):
+    """One chunk at the end of the call, long after the microphone stopped."""
+    processor = AudioBufferProcessor(num_channels=2, sample_rate=8000)
+    observer = observer_of(call, audio_buffer_processor=processor)
+    second = InputAudioRawFrame(b"\1\1" * 8000, 8000, 1)
+    await observer.on_push_frame(pushed(StartFrame()))
+    for at_ms in (2000, 3000, 4000):
+        await observer.on_push_frame(pushed(second, at_ms))
+    await observer.on_push_frame(pushed(UserStartedSpeakingFrame(), 1500))
+    await observer.on_push_frame(pushed(transcription("Hello."), 2600))
+    await observer.on_push_frame(pushed(UserStoppedSpeakingFrame(), 2500))
+    await processor._call_event_handler("on_audio_data", b"\1\1" * 48000, 8000, 2)
+    await asyncio.sleep(0)
+    await observer.on_push_frame(pushed(EndFrame(), 60_000))
+    await observer.aflush()
+    [turn] = call.record["turns"]
+    assert (turn["start_ms"], turn["end_ms"]) == (500.0, 1500.0)
+
+
+async def test_a_recorder_of_ones_own_gives_out_its_last_chunk_where_no_end_frame_comes(call):
+    processor = AudioBufferProcessor(num_channels=2, sample_rate=8000, buffer_size=0)
+    observer = observer_of(call, audio_buffer_processor=processor)
+    audio = OutputAudioRawFrame(b"\1\1" * 160, 8000, 1)
+    await run(observer, [audio, audio, StopFrame()], end=False)
+    await observer.aflush()
+    assert len(call.recording) == 2 * 160 * 4
+    assert call.ended_body["recordingSampleRate"] == 8000
+
+
+async def test_handlers_of_the_recorders_audio_get_every_chunk(call):
+    observer = observer_of(call)
+    heard: list[bytes] = []
+
+    @observer.audio_processor.event_handler("on_audio_data")
+    async def on_audio_data(_, pcm: bytes, sample_rate: int, num_channels: int) -> None:
+        assert (sample_rate, num_channels) == (8000, 2)
+        heard.append(pcm)
+
+    await run(observer, [InputAudioRawFrame(b"\1\1" * 160, 8000, 1)])
+    assert heard
+    assert b"".join(heard) == call.recording
+
+
+async def test_flows_of_the_other_package_are_warned_of_once(call, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pipecat_flows", ModuleType("pipecat_flows"))
+    monkeypatch.delitem(sys.modules, "pipecat.flows")
+    said: list[str] = []
+    sink = logger.add(said.append, format="{message}")
+    for _ in range(2):
+        observer = observer_of(call)
+        await observer.on_push_frame(pushed(LLMSetToolsFrame(tools=ToolsSchema(standard_tools=[]))))
+    logger.remove(sink)
+    assert [text for text in said if "import pipecat.flows" in text] == said[:1]
+    assert len(said) == 1
