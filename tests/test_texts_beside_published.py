@@ -3,6 +3,8 @@
 The published one says nothing of what comes late from a speech-to-speech service; ours does.
 """
 
+from typing import Any
+
 import pytest
 from pipecat.frames.frames import (
     BotStartedSpeakingFrame,
