@@ -72,8 +72,8 @@ def report() -> str:
         page = (long_call / "report.html").stat().st_size / 1e6
     lines += [
         "",
-        "Seconds of processor, peak of memory of the process. Imports, 70 MB of it and 1.5 s, are "
-        "in the memory and not in the time. One of the calls lasts "
+        "Seconds of processor, peak of memory of the process. Imports are in the memory and not "
+        "in the time. One of the calls lasts "
         f"{HOURS:.0f} h; its page is {page:.1f} MB. The others have no recording.",
     ]
     return "\n".join(lines)
