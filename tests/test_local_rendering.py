@@ -16,6 +16,8 @@ def test_a_bot_with_whisper_and_piper_holds_its_calls(bake: Bake) -> None:
         "0",
         "-p",
         "no:cacheprovider",
+        "-m",
+        "slow",
         "rehearsal/tests/test_local_services.py",
     )
     succeed(held)
