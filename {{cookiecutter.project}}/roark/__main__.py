@@ -18,6 +18,7 @@ from loguru import logger
 
 from roark.catalog import Catalog, Entry, size_of
 from roark.client import RoarkClient
+from roark.destinations import from_environment
 from roark.folder import Folder, begun_at, call_folders, make_private, reason_of
 from roark.outbox import Flushed, Outbox, setting
 
@@ -75,20 +76,23 @@ def list_calls(directory: Path) -> int:
 def deliver(directory: Path) -> int:
     """Delivers what earlier processes left, once, with a line per call."""
     api_key = setting("ROARK_API_KEY")
-    if not api_key:
+    destinations = from_environment()
+    if not api_key and not destinations:
         print("ROARK_API_KEY is not set: there is nobody to deliver to.", file=sys.stderr)
         return 2
     base_url = setting("ROARK_BASE_URL")
-    client = RoarkClient(api_key=api_key, base_url=base_url)
-    outbox = Outbox(directory, client, delivers_leftovers=False)
+    client = RoarkClient(api_key=api_key, base_url=base_url) if api_key else None
+    outbox = Outbox(directory, client, destinations=destinations, delivers_leftovers=False)
+    ours = [*([client.base_url] if client else []), *(to.address for to in destinations)]
 
     def progress(folder: Folder, flushed: Flushed | None) -> None:
         if flushed is None:
             outcome = "in use by another process"
-        elif folder.destination is None:
+        elif not folder.destinations:
             outcome = "kept only; it was made without a key"
-        elif folder.destination != client.base_url:
-            outcome = f"left: meant for {folder.destination}, not for {client.base_url}"
+        elif not set(folder.destinations) & set(ours):
+            meant = ", ".join(folder.destinations)
+            outcome = f"left: meant for {meant}, not for {', '.join(ours)}"
         elif flushed.left:
             outcome = f"{_count(flushed.left, 'request')} left, {flushed.delivered} delivered"
         else:

@@ -10,6 +10,7 @@ import asyncio
 import traceback
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 from loguru import logger
 
@@ -33,7 +34,7 @@ def where(error: BaseException) -> str:
 
 
 class Delivery:
-    """Brings one call to Roark: call-started, the chunks, and when all are settled call-ended.
+    """Brings one call to one destination.
 
     A live call is tried until its flush is overdue, others `max_attempts` times per request.
     """
@@ -41,7 +42,6 @@ class Delivery:
     def __init__(
         self,
         folder: Folder,
-        client: RoarkClient,
         *,
         slots: asyncio.Semaphore,
         backoff: Backoff,
@@ -55,7 +55,6 @@ class Delivery:
         self.is_overdue = False
         self.was_turned_away = False
         self.was_unreachable = False
-        self._client = client
         self._slots = slots
         self._backoff = backoff
         self._sleep = sleep
@@ -63,7 +62,6 @@ class Delivery:
         self._on_attempt = on_attempt
         self._max_attempts = max_attempts
         self._changed = asyncio.Event()
-        self._uploads: dict[int, asyncio.Task[None]] = {}
         self._is_stopping = False
 
     def look_again(self) -> None:
@@ -83,12 +81,80 @@ class Delivery:
             logger.error(f"Roark: call {self.folder.call_id}: its delivery: {where(error)}")
         finally:
             self._is_stopping = True
-            for upload in self._uploads.values():
-                upload.cancel()
+            self._stop()
             self.settled.set()
 
     async def _advance(self) -> bool:
         """Does what can be done now; False when there is nothing more to wait for."""
+        raise NotImplementedError
+
+    def _stop(self) -> None:
+        """Lets go of what is under way."""
+
+    async def _until_settled(self, step: str, attempt: Callable[[int], Awaitable[None]]) -> None:
+        """Repeats an attempt until Roark has the step or never will; else raises NotNow."""
+        folder, failures = self.folder, 0
+        while not folder.is_settled(step):
+            retry_after_s = None
+            try:
+                await attempt(failures + 1)
+            except FileNotFoundError:
+                self._give_up(step, "its file is gone")
+            except Rejected as error:
+                if error.is_about_us:
+                    self.was_turned_away = True
+                    self._complain(
+                        f"{self._whom(step)}turned away: {error}. Calls stay in "
+                        f"{folder.path.parent}; when the key and the address are right, the next "
+                        "process or `python -m roark deliver` delivers them"
+                    )
+                    raise NotNow from None
+                if error.is_transient:
+                    retry_after_s = error.retry_after_s
+                    failures += 1
+                else:
+                    self._give_up(step, str(error.status), error.message)
+            except (Unreachable, OSError) as error:
+                failures += 1
+                if self._must_stop(failures):
+                    self.was_unreachable = isinstance(error, Unreachable)
+            else:
+                folder.note_delivered(step)
+            self._on_attempt(folder)
+            if not folder.is_settled(step):
+                if self._must_stop(failures):
+                    raise NotNow
+                await self._sleep(self._backoff.seconds(failures, retry_after_s))
+
+    def _whom(self, step: str) -> str:
+        """The destination, where it is not Roark, as the beginning of a sentence."""
+        return f"{step} at {self.folder.posts[step]}: " if step in self.folder.posts else ""
+
+    def _must_stop(self, failures: int) -> bool:
+        if self.is_overdue or self.was_turned_away or self.was_unreachable:
+            return True
+        return self._max_attempts is not None and failures >= self._max_attempts
+
+    def _give_up(self, step: str, reason: str, said: str = "") -> None:
+        # What Roark says about a message may repeat words of it: kept with the call, not logged.
+        self.folder.note_given_up(step, f"{reason} {said}".strip())
+        what = "audio" if step.startswith("chunk-") else step
+        self._complain(f"call {self.folder.call_id}: {what} is given up: {reason}")
+
+
+class RoarkDelivery(Delivery):
+    """Brings one call to Roark: call-started, the chunks, and when all are settled call-ended."""
+
+    def __init__(self, folder: Folder, client: RoarkClient, **how: Any) -> None:
+        super().__init__(folder, **how)
+        self._client = client
+        self._uploads: dict[int, asyncio.Task[None]] = {}
+
+    def _stop(self) -> None:
+        for upload in self._uploads.values():
+            upload.cancel()
+
+    async def _advance(self) -> bool:
         folder = self.folder
         self._changed.clear()
         if folder.started is not None and not folder.is_settled(STARTED):
@@ -101,9 +167,9 @@ class Delivery:
             return True
         if self._is_stopping:
             return False
-        if folder.ended is not None and folder.steps_left == [ENDED]:
+        if folder.ended is not None and folder.roark_steps_left == [ENDED]:
             await self._send(ENDED, folder.final_ending())
-        if folder.steps_left:
+        if folder.roark_steps_left:
             return True
         self.settled.set()
         return folder.ended is None
@@ -157,47 +223,23 @@ class Delivery:
 
         await self._until_settled(step, attempt)
 
-    async def _until_settled(self, step: str, attempt: Callable[[int], Awaitable[None]]) -> None:
-        """Repeats an attempt until Roark has the step or never will; else raises NotNow."""
-        folder, failures = self.folder, 0
-        while not folder.is_settled(step):
-            retry_after_s = None
-            try:
-                await attempt(failures + 1)
-            except FileNotFoundError:
-                self._give_up(step, "its file is gone")
-            except Rejected as error:
-                if error.is_about_us:
-                    self.was_turned_away = True
-                    self._complain(
-                        f"turned away: {error}. Calls stay in {folder.path.parent}; when the "
-                        "key is right, the next process or `python -m roark deliver` delivers them"
-                    )
-                    raise NotNow from None
-                if error.is_transient:
-                    retry_after_s = error.retry_after_s
-                    failures += 1
-                else:
-                    self._give_up(step, str(error.status), error.message)
-            except (Unreachable, OSError) as error:
-                failures += 1
-                if self._must_stop(failures):
-                    self.was_unreachable = isinstance(error, Unreachable)
-            else:
-                folder.note_delivered(step)
-            self._on_attempt(folder)
-            if not folder.is_settled(step):
-                if self._must_stop(failures):
-                    raise NotNow
-                await self._sleep(self._backoff.seconds(failures, retry_after_s))
 
-    def _must_stop(self, failures: int) -> bool:
-        if self.is_overdue or self.was_turned_away or self.was_unreachable:
-            return True
-        return self._max_attempts is not None and failures >= self._max_attempts
+class PostDelivery(Delivery):
+    """Brings a closed call to a destination that gets it in one request."""
 
-    def _give_up(self, step: str, reason: str, said: str = "") -> None:
-        # What Roark says about a message may repeat words of it: kept with the call, not logged.
-        self.folder.note_given_up(step, f"{reason} {said}".strip())
-        what = step if step in (STARTED, ENDED) else "audio"
-        self._complain(f"call {self.folder.call_id}: {what} is given up: {reason}")
+    def __init__(
+        self, folder: Folder, name: str, send: Callable[..., Awaitable[None]], **how: Any
+    ) -> None:
+        super().__init__(folder, **how)
+        self._name = name
+        self._send = send
+
+    async def _advance(self) -> bool:
+        key = self.folder.idempotency_key(self._name)
+
+        async def attempt(number: int) -> None:
+            async with self._slots:
+                await self._send(self.folder.read_record(), idempotency_key=key, attempt=number)
+
+        await self._until_settled(self._name, attempt)
+        return False

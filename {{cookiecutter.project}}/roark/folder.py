@@ -265,6 +265,11 @@ class Folder:
         """The events of the call as far as they were written whole."""
         return list(read_lines(self.path / JOURNAL))
 
+    def read_record(self) -> bytes:
+        """The call record (call.json); raises FileNotFoundError when there is none."""
+        unwritten = self._unwritten.get(RECORD)
+        return unwritten if unwritten is not None else (self.path / RECORD).read_bytes()
+
     def read_chunk(self, index: int) -> bytes:
         """The audio of a chunk; raises FileNotFoundError when there is none any more."""
         held = self.held.get(index)

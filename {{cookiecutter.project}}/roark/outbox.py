@@ -26,7 +26,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -41,6 +41,7 @@ from roark.call import CallRecord
 from roark.catalog import Catalog, size_of
 from roark.client import Backoff, RoarkClient
 from roark.delivery import Delivery, where
+from roark.destinations import Destination, PostRoute, RoarkRoute, Route, from_environment
 from roark.folder import (
     ENDED,
     Folder,
@@ -176,7 +177,8 @@ class Outbox:
 
     Args:
         directory: Where the call folders are; made when the first call needs it.
-        client: How to reach Roark; None keeps calls and sends nothing.
+        client: How to reach Roark; None sends it nothing.
+        destinations: Who else gets each call when it is closed. Without any, calls are kept.
         memory_bytes, disk_bytes, disk_days: The bounds.
         delivers_leftovers: Whether calls that earlier processes left are looked after.
         backoff, sleep: How long to wait between attempts, and how.
@@ -189,6 +191,7 @@ class Outbox:
         directory: Path,
         client: RoarkClient | None = None,
         *,
+        destinations: Sequence[Destination] = (),
         memory_bytes: int = MEMORY_BYTES,
         disk_bytes: int = DISK_BYTES,
         disk_days: float = DISK_DAYS,
@@ -200,6 +203,9 @@ class Outbox:
     ) -> None:
         self.directory = directory.absolute()
         self.client = client
+        self._routes: list[Route] = [RoarkRoute(client)] if client else []
+        self._routes += map(PostRoute, destinations)
+        self._posts = {route.name: route.address for route in destinations}
         self.memory = _Memory(memory_bytes)
         self._backoff = backoff or Backoff()
         self._sleep = sleep
@@ -207,11 +213,16 @@ class Outbox:
         self._disk_days = disk_days
         self._leftovers_after_s = leftovers_after_s
         self._reconstruct = reconstruct or replay
-        self._uploads = asyncio.Semaphore(UPLOADS_AT_ONCE)
-        self._leftover_uploads = asyncio.Semaphore(LEFTOVER_UPLOADS_AT_ONCE)
-        self._deliveries: dict[Path, Delivery] = {}
-        self._turned_away: set[Path] = set()
-        self._finished: set[Path] = set()
+        # Each destination has its own: none waits for another.
+        names = [route.name for route in self._routes]
+        self._uploads = {name: asyncio.Semaphore(UPLOADS_AT_ONCE) for name in names}
+        self._leftover_uploads = {
+            name: asyncio.Semaphore(LEFTOVER_UPLOADS_AT_ONCE) for name in names
+        }
+        self._deliveries: dict[Path, dict[str, Delivery]] = {}
+        self._claimed: dict[Path, tuple[Folder, int]] = {}
+        self._turned_away: set[tuple[Path, str]] = set()
+        self._finished: dict[str, set[Path]] = {name: set() for name in ["", *names]}
         self._known: Catalog | None = None
         self._something_is_left = asyncio.Event()
         self._trimmed_at = 0.0
@@ -237,7 +248,7 @@ class Outbox:
         """A folder for a new call."""
         destination = self.client.base_url if self.client else None
         path = self.directory / folder_name(call_id, datetime.now(UTC))
-        folder = Folder(path, call_id=call_id, destination=destination)
+        folder = Folder(path, call_id=call_id, destination=destination, posts=self._posts)
         self.hand_over(folder, folder.create)
         return CallFolder(self, folder)
 
@@ -313,7 +324,7 @@ class Outbox:
         self._look_after_disk(folder, reserved)
         if folder.is_journal_dirty:
             self._sync_soon(folder)
-        if folder.steps_left and folder.path not in self._turned_away:
+        if any(self._is_to_go(folder, route) for route in self._routes):
             self._deliver(folder)
         else:
             self._let_go_if_over(folder)
@@ -341,7 +352,7 @@ class Outbox:
             folder.disk_error = None
             consequence = (
                 "calls are delivered from memory, and lost if this process ends before they are"
-                if self.client
+                if self._routes
                 else "calls are not kept"
             )
             self._say_once(f"cannot write to {self.directory}: {reason}; {consequence}")
@@ -365,34 +376,41 @@ class Outbox:
             self._syncing.add(folder.path)
             self._loop.call_later(JOURNAL_SYNC_SECONDS, sync)
 
+    def _is_to_go(self, folder: Folder, route: Route) -> bool:
+        return route.has_left(folder) and (folder.path, route.name) not in self._turned_away
+
     def _deliver(self, folder: Folder) -> None:
-        """Has the call's delivery look again, or starts it."""
-        delivery = self._deliveries.get(folder.path)
-        if delivery is None:
-            if not folder.is_in_memory and not folder.lock.acquire():
-                # A chunk came after all was over, and somebody else looks after the call now.
-                self._something_is_left.set()
-                return
-            assert self.client is not None
-            delivery = self._delivery(folder, self.client, slots=self._uploads)
-            self._deliveries[folder.path] = delivery
-            task = self._loop.create_task(delivery.run())
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-            task.add_done_callback(lambda _: self._delivery_ended(delivery))
-        delivery.look_again()
+        """Has the call's deliveries look again, or starts them."""
+        running = self._deliveries.setdefault(folder.path, {})
+        if not running and not folder.is_in_memory and not folder.lock.acquire():
+            # A chunk came after all was over, and somebody else looks after the call now.
+            del self._deliveries[folder.path]
+            self._something_is_left.set()
+            return
+        for delivery in running.values():
+            delivery.look_again()
+        for route in self._routes:
+            if route.name not in running and self._is_to_go(folder, route):
+                delivery = self._delivery(folder, route, slots=self._uploads[route.name])
+                running[route.name] = delivery
+                self._start(delivery, route)
+
+    def _start(self, delivery: Delivery, route: Route) -> None:
+        task = self._loop.create_task(delivery.run())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: self._delivery_ended(delivery, route))
 
     def _delivery(
         self,
         folder: Folder,
-        client: RoarkClient,
+        route: Route,
         *,
         slots: asyncio.Semaphore,
         max_attempts: int | None = None,
     ) -> Delivery:
-        return Delivery(
+        return route.delivery(
             folder,
-            client,
             slots=slots,
             backoff=self._backoff,
             sleep=self._sleep,
@@ -401,11 +419,14 @@ class Outbox:
             max_attempts=max_attempts,
         )
 
-    def _delivery_ended(self, delivery: Delivery) -> None:
+    def _delivery_ended(self, delivery: Delivery, route: Route) -> None:
         folder = delivery.folder
-        del self._deliveries[folder.path]
+        running = self._deliveries[folder.path]
+        del running[route.name]
+        if not running:
+            del self._deliveries[folder.path]
         if delivery.was_turned_away:
-            self._turned_away.add(folder.path)
+            self._turned_away.add((folder.path, route.name))
         self._let_go_if_over(folder)
 
     def _let_go_if_over(self, folder: Folder) -> None:
@@ -438,11 +459,12 @@ class Outbox:
     async def _flush(self, folder: Folder, deadline: float, waiter: "Future[Flushed]") -> None:
         began = time.monotonic()
         self._last_deadline = max(self._last_deadline, deadline)
-        delivery = self._deliveries.get(folder.path)
-        if delivery is not None:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(deadline - time.monotonic()):
+        deliveries = list(self._deliveries.get(folder.path, {}).values())
+        with suppress(TimeoutError):
+            async with asyncio.timeout(deadline - time.monotonic()):
+                for delivery in deliveries:
                     await delivery.settled.wait()
+        for delivery in deliveries:
             # What is nowhere but in memory is tried as long as the process lives.
             delivery.is_overdue = not delivery.settled.is_set() and not folder.is_in_memory
         folder.settle_disk()
@@ -465,7 +487,7 @@ class Outbox:
                 f"{_listed(folder)} only in memory, and lost when this process ends, unless the "
                 f"disk takes them or Roark does; {kept}"
             )
-        elif self.client is None:
+        elif not self._routes:
             logger.info(f"{call}: kept, {kept}")
         elif result.left:
             logger.warning(
@@ -494,10 +516,11 @@ class Outbox:
                     f"Roark: call {folder.call_id}: {_listed(folder)} lost: neither "
                     f"{self.directory} nor Roark took them while this process lived"
                 )
-        for delivery in self._deliveries.values():
-            delivery.folder.release()
-        if self.client is not None:
-            await self.client.close()
+        for running in self._deliveries.values():
+            for delivery in running.values():
+                delivery.folder.release()
+        for route in self._routes:
+            await route.close()
 
     # What earlier processes left
 
@@ -533,61 +556,89 @@ class Outbox:
         progress: Callable[[Folder, Flushed | None], None] | None = None,
         unreadable: Callable[[Path, Exception], None] = lambda *_: None,
     ) -> bool:
-        """One round; says whether something is left that may go later."""
+        """One round for each destination; says whether something is left that may go later."""
         paths = call_folders(self.directory)
-        self._finished.intersection_update(paths)
-        self._turned_away.intersection_update(paths)
+        self._turned_away = {(path, name) for path, name in self._turned_away if path.exists()}
+        # Without a destination there is still to be closed whose process died.
+        rounds = [
+            self._round(route, paths, progress, unreadable) for route in self._routes or [None]
+        ]
+        is_anything_left = any(await asyncio.gather(*rounds))
+        self._catalog.save(path.name for path in paths)
+        return is_anything_left
+
+    async def _round(
+        self,
+        route: Route | None,
+        paths: list[Path],
+        progress: Callable[[Folder, Flushed | None], None] | None,
+        unreadable: Callable[[Path, Exception], None],
+    ) -> bool:
+        name, addresses = (route.name, {route.address}) if route else ("", set[str]())
+        finished = self._finished[name]
+        finished.intersection_update(paths)
+        # The first one tells of calls that are for nobody here.
+        tells_all = progress is not None and (not self._routes or route is self._routes[0])
         is_anything_left = False
         unreachable_in_a_row = 0
         for number, path in enumerate(paths):
             if number % GLANCES_AT_ONCE == 0:
                 # Live calls have their turn in between.
                 await asyncio.sleep(0)
-            if path in self._deliveries or path in self._turned_away or path in self._finished:
+            if path in self._deliveries or (path, name) in self._turned_away or path in finished:
                 continue
             entry = self._catalog.entry(path)
-            if entry and not (entry.left if progress else self._is_for_us(entry.left)):
-                self._finished.add(path)
+            if entry and not (entry.left if tells_all else addresses & entry.left.keys()):
+                finished.add(path)
                 continue
             await asyncio.sleep(0)
             # Whatever is wrong with one folder, the others have their turn.
             try:
-                folder = Folder.claim(path)
+                folder = self._claim(path)
                 if folder is None:
-                    if progress:
+                    if tells_all and progress:
                         progress(Folder.load(path), None)
                     continue
                 try:
-                    is_finished = folder.is_finished
-                    delivery = None if is_finished else await self._deliver_left(folder)
-                    if path.exists():
-                        self._catalog.learn(folder)
+                    was_finished = folder.is_finished
+                    delivery = None if was_finished else await self._deliver_left(folder, route)
                 finally:
-                    folder.release()
-                if is_finished:
-                    self._finished.add(path)
+                    self._unclaim(folder)
+                if was_finished:
+                    finished.add(path)
                     continue
-                if progress:
+                if progress and (tells_all or delivery):
                     progress(folder, self.result(folder))
             except Exception as error:
                 self._say_once(f"{path.name} is passed over: {reason_of(error)}")
                 unreadable(path, error)
                 continue
-            if delivery is None:
+            if delivery is None or route is None:
                 continue
-            is_anything_left |= bool(folder.steps_left) and not delivery.was_turned_away
+            is_anything_left |= route.has_left(folder) and not delivery.was_turned_away
             unreachable_in_a_row = unreachable_in_a_row + 1 if delivery.was_unreachable else 0
             if unreachable_in_a_row == MAX_UNREACHABLE_IN_A_ROW:
                 break
-        self._catalog.save(path.name for path in paths)
         return is_anything_left
 
-    def _is_for_us(self, left: dict[str, int]) -> bool:
-        """Whether one of our destinations should have more."""
-        return self.client is not None and self.client.base_url in left
+    def _claim(self, path: Path) -> Folder | None:
+        """A folder and its lock, which the rounds of several destinations share."""
+        folder, users = self._claimed.get(path) or (Folder.claim(path), 0)
+        if folder is not None:
+            self._claimed[path] = (folder, users + 1)
+        return folder
 
-    async def _deliver_left(self, folder: Folder) -> Delivery | None:
-        """Closes a call whose process died; delivers it when it is meant for our Roark."""
+    def _unclaim(self, folder: Folder) -> None:
+        _, users = self._claimed.pop(folder.path)
+        if users > 1:
+            self._claimed[folder.path] = (folder, users - 1)
+            return
+        if folder.path.exists():
+            self._catalog.learn(folder)
+        folder.release()
+
+    async def _deliver_left(self, folder: Folder, route: Route | None) -> Delivery | None:
+        """Closes a call whose process died; delivers it when it is meant for this destination."""
         if folder.is_empty:
             # Its process died before it had said anything.
             folder.remove()
@@ -596,17 +647,17 @@ class Outbox:
             self._close_dead(folder)
         folder.settle_disk()
         self._say_disk_error(folder)
-        if self.client is None or folder.destination != self.client.base_url:
+        if route is None or not route.has_left(folder):
             return None
         delivery = self._delivery(
             folder,
-            self.client,
-            slots=self._leftover_uploads,
+            route,
+            slots=self._leftover_uploads[route.name],
             max_attempts=LEFTOVER_ATTEMPTS,
         )
         await delivery.run()
         if delivery.was_turned_away:
-            self._turned_away.add(folder.path)
+            self._turned_away.add((folder.path, route.name))
         if not folder.steps_left:
             logger.info(f"Roark: call {folder.call_id}: what was left of it is delivered")
         return delivery
@@ -649,7 +700,9 @@ class Outbox:
                 await asyncio.sleep(0)
             # What cannot be read is named by the round over what is left, and never removed.
             with suppress(Exception):
-                call = self._catalog.look(path, at_a_glance=path in self._finished)
+                call = self._catalog.look(
+                    path, at_a_glance=any(path in paths for paths in self._finished.values())
+                )
                 if isinstance(call, Folder) or call.left:
                     unfinished.append(path)
                 elif call.closed_at < too_old and self._remove(path):
@@ -706,7 +759,7 @@ class _Memory:
             self._used -= size
 
 
-_outboxes: dict[tuple[int, Path, str | None, str | None], Outbox] = {}
+_outboxes: dict[tuple[int, Path, str | None, str | None, tuple[str, ...]], Outbox] = {}
 _outboxes_lock = threading.Lock()
 
 
@@ -719,7 +772,9 @@ def outbox_for(
     belongs to one account: what is left there is delivered with whichever key comes next.
     """
     api_key = (api_key or "").strip() or None
-    identity = (os.getpid(), directory.absolute(), api_key, base_url)
+    destinations = from_environment()
+    addresses = tuple(destination.address for destination in destinations)
+    identity = (os.getpid(), directory.absolute(), api_key, base_url, addresses)
     with _outboxes_lock:
         outbox = _outboxes.get(identity)
         if outbox is None:
@@ -727,6 +782,7 @@ def outbox_for(
             outbox = _outboxes[identity] = Outbox(
                 directory,
                 client,
+                destinations=destinations,
                 disk_bytes=int(_number("CALLS_MAX_MB", DISK_BYTES / 1e6) * 1e6),
                 disk_days=_number("CALLS_MAX_DAYS", DISK_DAYS),
             )

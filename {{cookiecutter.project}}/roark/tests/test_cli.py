@@ -43,7 +43,9 @@ def key(monkeypatch, roark) -> None:
     monkeypatch.setenv("ROARK_BASE_URL", roark.url)
 
 
-async def leave(calls_dir: Path, url: str | None, *call_ids: str) -> list[Path]:
+async def leave(
+    calls_dir: Path, url: str | None, *call_ids: str, within: float = 0.2
+) -> list[Path]:
     """Calls as a process leaves them that could not reach its Roark."""
     client = RoarkClient(api_key="k", base_url=url) if url else None
     outbox = Outbox(calls_dir, client, delivers_leftovers=False)
@@ -56,7 +58,7 @@ async def leave(calls_dir: Path, url: str | None, *call_ids: str) -> list[Path]:
         ended = {"event": "call-ended", "pipecatCallId": call_id, "eventTimestamp": MOMENT}
         times = {"callStartedAt": MOMENT, "callEndedAt": MOMENT}
         call.ended({**ended, **times, "callEndedReason": "agent-ended"}, {})
-        await call.flush(0.2)
+        await call.flush(within)
         paths.append(call.path)
     outbox.close()
     return paths
@@ -69,7 +71,7 @@ async def run(*arguments: str) -> int:
 
 @pytest.mark.anyio
 async def test_calls_shows_what_is_kept_delivered_and_undelivered(roark, calls_dir, capsys):
-    await leave(calls_dir, roark.url, "there")
+    await leave(calls_dir, roark.url, "there", within=20)
     await roark.stop()
     await leave(calls_dir, roark.url, "left")
     await leave(calls_dir, None, "kept")

@@ -185,10 +185,12 @@ async def test_a_folder_that_cannot_be_read_does_not_hold_up_the_next_process(
 # A killed call
 
 
-def leave_dead(calls_dir: Path, url: str, *moments: datetime) -> Folder:
+def leave_dead(
+    calls_dir: Path, url: str, *moments: datetime, posts: dict[str, str] | None = None
+) -> Folder:
     """A call whose process died after these moments of it."""
     path = calls_dir / folder_name(CALL, moments[0])
-    folder = Folder(path, call_id=CALL, destination=url)
+    folder = Folder(path, call_id=CALL, destination=url, posts=posts)
     folder.keep_started(json.dumps(call_started()).encode())
     call = {"call_id": CALL, "agent_id": "agent"}
     for event, moment in zip(("call", "started", "llm", "llm"), moments, strict=False):
