@@ -22,7 +22,7 @@ import pytest
 from loguru import logger
 
 from rehearsal.providers.roark import RoarkReceiver
-from roark.client import Backoff, RoarkClient
+from roark.client import Backoff, RoarkClient, warm_up
 from roark.folder import Folder, Lock, call_folders, folder_name
 from roark.outbox import Flushed, Outbox, outbox_for, outbox_from_environment
 
@@ -38,6 +38,12 @@ async def roark(anyio_backend):
     async with RoarkReceiver() as receiver:
         yield receiver
         assert receiver.problems == []
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm() -> None:
+    """As a bot is before its first call: the first request does not wait for httpx."""
+    warm_up()
 
 
 @pytest.fixture
@@ -1090,9 +1096,10 @@ CHILD = """
 import asyncio, sys, time
 from pathlib import Path
 sys.path.insert(0, {project!r})
-from roark.client import RoarkClient
+from roark.client import RoarkClient, warm_up
 from roark.outbox import Outbox
 from roark.tests.test_outbox import hold
+warm_up()
 outbox = Outbox(
     Path({calls_dir!r}),
     RoarkClient(api_key="rk_live_8d1f", base_url={url!r}),
