@@ -31,6 +31,7 @@ Every event has `event` (its name) and `at` (epoch nanoseconds of the moment it 
     node          name (Pipecat Flows)
     phone         from_number?, to_number?, call_id?, stream_id?, call_domain?
     annotation    values: what the bot attaches to the call
+    prices        values: by which its cost is computed (`prices.py`)
     turn-text     turn, text: what a redaction made of a turn
     ending        reason, detail?, rank
     ended
@@ -47,6 +48,7 @@ from enum import IntEnum
 from math import inf
 from typing import Any, ClassVar
 
+from roark.prices import cost_of
 from roark.speech import Piece, Speech, join
 
 Event = dict[str, Any]
@@ -196,6 +198,7 @@ class CallRecord:
         self._nodes: list[tuple[int, str]] = []
         self._phone: dict[str, str] = {}
         self._metadata: dict[str, Any] = {}
+        self._prices: dict[str, Any] | None = None
 
     @classmethod
     def replay(cls, events: Iterable[Event], *, redact: Redact | None = None) -> CallRecord:
@@ -276,7 +279,7 @@ class CallRecord:
         ended_at = self._ended_at or self._last_at
         reason, detail = self.ending
         turns = self._spoken_turns()
-        return {
+        record = {
             "version": 1,
             "call_id": self.call_id,
             "agent": dict(self._agent),
@@ -295,6 +298,10 @@ class CallRecord:
             "nodes": [{"name": name, "at_ms": self._ms(at)} for at, name in self._nodes],
             "metadata": dict(self._metadata),
         }
+        if self._prices is not None:
+            seconds = record["duration_ms"] / 1000
+            record["cost"] = cost_of(self._usage, seconds, self._prices)
+        return record
 
     @property
     def ending(self) -> tuple[str, str | None]:
@@ -704,6 +711,9 @@ class CallRecord:
     def _on_annotation(self, at: int, event: Event) -> None:
         self._metadata |= event["values"]
 
+    def _on_prices(self, at: int, event: Event) -> None:
+        self._prices = event["values"]
+
     def _on_turn_text(self, at: int, event: Event) -> None:
         if 0 <= event["turn"] < len(self._turns):
             self._turns[event["turn"]].redacted = event["text"]
@@ -791,6 +801,7 @@ class CallRecord:
         "transcript": _on_transcript,
         "typed": _on_typed,
         "annotation": _on_annotation,
+        "prices": _on_prices,
         "bot": _on_bot,
         "say": _on_say,
         "voice": _on_voice,

@@ -72,6 +72,7 @@ from pipecat.utils.asyncio.task_manager import BaseTaskManager
 
 from roark.call import ENDINGS, CallRecord, Event, Rank, Redact
 from roark.outbox import outbox_for, setting
+from roark.prices import prices_in
 from roark.recorder import CallRecorder, Sounds, sounds_of
 from roark.redaction import card_and_phone_numbers
 
@@ -357,6 +358,8 @@ class RoarkObserver(BaseObserver):
             self._emit("started", self._origin or at)
             self._note_phone()
             self.annotate(**circumstances(self._runner_args))
+            if prices := prices_in(setting("PRICES_FILE")):
+                self._emit("prices", self._now(), values=prices)
             self._folder.started(self._record.call_started())
 
     def _on_terminal(self, frame: Frame, at: int, source: FrameProcessor) -> None:
