@@ -30,7 +30,7 @@ from conversation import clock, endings, phrases, recovery, silence, turns, warm
 from conversation.caller_words import CallerWords
 from host import calls, private_log, shutdown, telemetry
 from roark import RoarkObserver
-from telephony import twilio_auth
+from telephony import transfer, twilio_auth
 
 private_log.begin()
 
@@ -58,6 +58,8 @@ async def bot(runner_args: RunnerArguments) -> None:
     with call:
         instructions = PROMPT_FILE.read_text(encoding="utf-8").rstrip()
         instructions += f"\n- {phrases.instruction()}\n"
+        if people := transfer.instruction():
+            instructions += f"- {people}\n"
         roark = RoarkObserver(
             api_key=config.setting("ROARK_API_KEY"),
             agent_id=AGENT,
@@ -104,11 +106,14 @@ def readyz() -> dict[str, object]:
     return {"ready": not missing, "missing": sorted(missing)}
 
 
-def first_words() -> Frame:
+def first_words(connection: transports.Connection) -> Frame:
     """How the call begins: with the words of GREETING, or, where it is blank, with the LLM's own.
 
-    Words that are known are spoken at once, and the LLM remembers them as its own.
+    Words that are known are spoken at once, and the LLM remembers them as its own. Who comes back
+    from a transfer to which nobody answered is not greeted again.
     """
+    if connection.note:
+        return endings.instruction(connection.note.instruction)
     if words := config.setting("GREETING"):
         return TTSSpeakFrame(words, append_to_context=True)
     return endings.instruction(GREET)
@@ -127,7 +132,7 @@ async def run_pipeline(
 ) -> None:
     """Build the pipeline for `connection` and run it until one side ends the call."""
     transport = connection.transport
-    call = tools.CallState()
+    call = tools.CallState(transfer=connection.transfer)
     stt = services.create_stt()
     llm = services.create_llm(instructions)
     tts = services.create_tts()
@@ -193,7 +198,7 @@ async def run_pipeline(
             return
         caller = transports.client_id(client)
         logger.info("Caller connected")
-        greeting = first_words()
+        greeting = first_words(connection)
         failed.expect_answer(has_text=isinstance(greeting, TTSSpeakFrame))
         with suppress(TimeoutError):
             await asyncio.wait_for(client_ready.wait(), connection.client_ready_seconds)
@@ -205,6 +210,9 @@ async def run_pipeline(
         if caller is not None and transports.client_id(client) != caller:
             return
         client_ready.set()
+        if connection.transfer and (name := await connection.transfer.done_to()):
+            # The stream closes once the person is being dialled.
+            await ending.now(*transfer.ending_of(name))
         await ending.now("client-disconnected", "the caller hung up")
 
     if not connection.is_phone:

@@ -6,6 +6,7 @@ sees. To add one, write it and put it into `offered()`.
 
 import asyncio
 import ssl
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 
@@ -17,10 +18,14 @@ from pipecat.frames.frames import FunctionCallResultProperties, TTSSpeakFrame
 from pipecat.services.llm_service import FunctionCallParams
 
 from config import setting
+from conversation import phrases
 from conversation.endings import Ending
+from telephony.transfer import NotTransferred, Transfer, ending_of, people
 
 # Shorter than services.TOOL_TIMEOUT_SECONDS, so that the LLM hears what went wrong.
 MESSAGE_SECONDS = 5.0
+# Together with transfer.REQUEST_SECONDS too: what the caller is told before they are handed over.
+ANNOUNCEMENT_SECONDS = 5.0
 
 
 @dataclass
@@ -31,18 +36,22 @@ class CallState:
         read_back: The message last read back to the caller, as (message, callback number).
         read_back_after: How many times the caller had spoken by then.
         ending: Ends the call.
+        transfer: Hands the call over to a person; None where the line cannot.
     """
 
     read_back: tuple[str, str] | None = None
     read_back_after: int = 0
     ending: Ending | None = None
+    transfer: Transfer | None = None
 
 
 def offered() -> ToolsSchema:
-    """The tools of a call: `take_message` only where there is somewhere to take it."""
+    """The tools of a call: those to which somebody or something belongs only where it is there."""
     tools: list[DirectFunction] = [end_call]
     if setting("MESSAGE_URL"):
         tools.append(take_message)
+    if people():
+        tools.append(transfer_call)
     return ToolsSchema(tools)
 
 
@@ -60,6 +69,47 @@ async def end_call(params: FunctionCallParams, goodbye: str):
         call.ending.after(
             TTSSpeakFrame(goodbye), reason="agent-ended", detail="the LLM called end_call"
         )
+
+
+async def transfer_call(params: FunctionCallParams, name: str, summary: str):
+    """Hand the caller over to a person, after they have agreed to it.
+
+    Args:
+        name: Who, by one of the names in your instructions.
+        summary: What the caller has told you, in one or two sentences. If nobody answers, it is
+            all that you will remember of the call.
+    """
+    call: CallState = params.app_resources
+    if call.transfer is None:
+        await params.result_callback(
+            {
+                "error": "This caller is not on a phone line that can be handed over. Say so, and "
+                "what you can do instead."
+            }
+        )
+        return
+    if name not in people():
+        names = ", ".join(people())
+        await params.result_callback({"error": f"There is no {name!r}. There is: {names}."})
+        return
+    # Not into the context, where it would come after what this tool returns.
+    announcement = TTSSpeakFrame(phrases.spoken().transferring, append_to_context=False)
+    await params.pipeline_worker.queue_frame(announcement)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(ANNOUNCEMENT_SECONDS):
+            await params.pipeline_worker.flush_pipeline(ANNOUNCEMENT_SECONDS)
+    try:
+        await call.transfer.to(name, summary)
+    except NotTransferred as reason:
+        await params.result_callback(
+            {"error": f"Not handed over: {reason}. Apologise, and say what you can do instead."}
+        )
+        return
+    await params.result_callback(
+        {"status": "handed over"}, properties=FunctionCallResultProperties(run_llm=False)
+    )
+    if call.ending:
+        await call.ending.now(*ending_of(name))
 
 
 async def take_message(params: FunctionCallParams, message: str, callback_number: str):

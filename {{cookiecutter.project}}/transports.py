@@ -25,6 +25,7 @@ from pipecat.transports.base_transport import BaseTransport, TransportParams
 from config import setting
 from host import calls
 from telephony import twilio_auth
+from telephony.transfer import Note, Transfer, TwilioTransfer
 
 if TYPE_CHECKING:
     from pipecat.evals.transport import EvalTransportParams
@@ -59,6 +60,8 @@ class Connection:
         is_phone: Whether a telephone is at the other end: no RTVI client, no "ready" to wait for.
         is_alive: Whether the caller's end shows signs of life; None where Pipecat tells if not.
         is_closed: Whether the connection was closed, perhaps before Pipecat listened for that.
+        transfer: Hands the caller over to a person; None where the line cannot.
+        note: What is known of a caller who comes back from a transfer.
     """
 
     transport: BaseTransport
@@ -69,6 +72,8 @@ class Connection:
     is_phone: bool = False
     is_alive: Callable[[], bool] | None = None
     is_closed: Callable[[], bool] = lambda: False
+    transfer: Transfer | None = None
+    note: Note | None = None
 
     @property
     def client_ready_seconds(self) -> float:
@@ -169,25 +174,40 @@ async def _answer_phone(runner_args: WebSocketRunnerArguments) -> Connection:
     if not (twilio_auth.is_sid(call_id, "CA") and twilio_auth.is_sid(stream_id, "MZ")):
         raise Refused("its ids are none of Twilio's")
     assert call_id and stream_id
-    if not twilio_auth.lets_in(websocket, call_id, call.body):
+    # Who comes back from a transfer brings what this bot has signed, and no other token.
+    note = Note.take(call.body, call_id, setting("TWILIO_AUTH_TOKEN"))
+    if note and note.is_of_a_call_held:
+        await websocket.close()
+        raise Refused("it was handed over, and the person has hung up")
+    if not note and not twilio_auth.lets_in(websocket, call_id, call.body):
         await websocket.close(code=1008)
         raise Refused("it did not bring the token of a call that Twilio sent here")
     # Where create_transport leaves them, for whoever wants to know who is calling.
     runner_args.transport_type = provider
     runner_args.call_data = call
+    serializer = _twilio_serializer(stream_id, call_id, websocket.close)
+    transfer = None
+    if serializer.can_hang_up:
+        host = websocket.headers.get("host", "")
+        transfer = TwilioTransfer(
+            call_sid=call_id,
+            # On Pipecat Cloud the name under which Twilio came is not the one it is to come to.
+            stream_url=setting("TWILIO_STREAM_URL", f"wss://{host}{websocket.url.path}"),
+            parameters=call.body,
+            line=serializer,
+        )
     params = FastAPIWebsocketParams(
-        audio_in_enabled=True,
-        audio_out_enabled=True,
-        serializer=_twilio_serializer(stream_id, call_id, websocket.close),
+        audio_in_enabled=True, audio_out_enabled=True, serializer=serializer
     )
-    transport = FastAPIWebsocketTransport(websocket=websocket, params=params)
     return Connection(
-        transport,
+        FastAPIWebsocketTransport(websocket=websocket, params=params),
         audio_in_hz=PHONE_HZ,
         audio_out_hz=PHONE_HZ,
         caller=calls.identity(call.from_number),
         call_id=call_id,
         is_phone=True,
+        transfer=transfer,
+        note=note,
     )
 
 

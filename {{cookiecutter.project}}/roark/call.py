@@ -57,6 +57,7 @@ Redact = Callable[[str], str]
 ENDINGS = {
     "client-disconnected": "The caller hung up or the connection was lost.",
     "agent-ended": "The agent ended the call.",
+    "transferred": "The caller was handed over to a person.",
     "idle-timeout": "Nothing was said for too long.",
     "max-duration": "The call reached its time limit.",
     "error": "Something the call needs failed.",

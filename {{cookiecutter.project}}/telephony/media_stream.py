@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 from loguru import logger
@@ -31,12 +32,21 @@ class MediaStreamSerializer(TwilioFrameSerializer):
         self._hang_up = hang_up
         self._hanging_up: asyncio.Future[None] | None = None
 
+    @property
+    def can_hang_up(self) -> bool:
+        """Whether the end of the pipeline hangs up on the caller; not once they are handed over."""
+        return self._params.auto_hang_up
+
+    @can_hang_up.setter
+    def can_hang_up(self, wanted: bool) -> None:
+        self._params.auto_hang_up = wanted
+
     async def deserialize(self, data: str | bytes) -> Frame | None:
         """Return the frame of a message; None where it has none, or cannot be understood."""
         try:
             if json.loads(data)["event"] == "stop":
                 # Not awaited: closing waits for a peer that may not answer.
-                self._hanging_up = self._hanging_up or asyncio.ensure_future(self._hang_up())
+                self._hanging_up = self._hanging_up or asyncio.ensure_future(self._close())
                 return None
             return await super().deserialize(data)
         # Whatever a stranger's message does to a parser.
@@ -49,3 +59,8 @@ class MediaStreamSerializer(TwilioFrameSerializer):
                     f"number {self.dropped} of this call"
                 )
             return None
+
+    async def _close(self) -> None:
+        # Twilio may have closed it first, as it does once a call has new instructions.
+        with suppress(Exception):
+            await self._hang_up()

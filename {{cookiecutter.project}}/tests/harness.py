@@ -39,7 +39,10 @@ RECORDS_AUDIO = "roark.audio_processor" in Path(bot.__file__).read_text(encoding
 SECONDS = 30.0
 """What anything may take on a busy machine before its test gives up."""
 VOICE_HZ = 16000
-NOT_SET = ("TWILIO_ACCOUNT_SID", "TWILIO_AUTH_TOKEN", "MESSAGE_URL", "GREETING", "TIMEZONE")
+NOT_SET = (
+    *("TWILIO_ACCOUNT_SID", "TWILIO_AUTH_TOKEN", "MESSAGE_URL", "TRANSFER_TO"),
+    *("GREETING", "TIMEZONE"),
+)
 """What a test of calls sets for itself, if it does, whatever the owner has."""
 
 
@@ -136,7 +139,9 @@ class Harness:
     def caller(self, transport: str, **options: Any) -> Caller:
         """Return a caller on "twilio" or "webrtc", not yet connected."""
         if transport == "twilio":
-            return TwilioCaller(self.url.replace("http", "ws", 1) + "/ws", **options)
+            phone = TwilioCaller(self.url.replace("http", "ws", 1) + "/ws", **options)
+            self.providers.twilio.phones[phone.call_sid] = phone
+            return phone
         return WebRTCCaller(self.url, **options)
 
     async def say(self, caller: Caller, words: str = "whatever the script hears") -> Utterance:

@@ -25,12 +25,14 @@ class Phrases:
         language: The language's English name, for the LLM.
         one_moment: Before the bot tries again what failed.
         apology: The last words of a call that cannot go on.
+        transferring: Before the caller is handed over to a person.
         backchannels: The words, in lower case, of those who only say that they are listening.
     """
 
     language: str
     one_moment: str
     apology: str
+    transferring: str
     backchannels: frozenset[str]
 
 

@@ -63,6 +63,7 @@ class TwilioCaller(Caller):
         self._socket: aiohttp.ClientWebSocketResponse | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._sequence = 0
+        self._is_between_streams = False
 
     async def dial(self) -> None:
         """Open the media stream. Raises aiohttp.ClientError if the bot does not take it."""
@@ -99,6 +100,31 @@ class TwilioCaller(Caller):
         assert self._socket is not None
         await self._socket.send_str(text)
 
+    async def leave_stream(self) -> None:
+        """End the media stream as Twilio does for new instructions; the call goes on."""
+        self._is_between_streams = True
+        await self._be_still()
+        if self._socket is not None and not self._socket.closed:
+            await self.stop()
+            await self._socket.close()
+        await self._put_down()
+        # The next stream counts from its own beginning.
+        self._next_frame = 0
+
+    async def join_stream(self, url: str, parameters: Mapping[str, str]) -> None:
+        """Begin another media stream of the same call.
+
+        Args:
+            url: Of the bot; on this machine without TLS, whatever it says.
+            parameters: The stream's `customParameters`.
+        """
+        self._url = url.replace("wss:", "ws:", 1)
+        self._parameters = dict(parameters)
+        self.stream_sid = "MZ" + secrets.token_hex(16)
+        self._sequence = 0
+        await self.dial()
+        self._is_between_streams = False
+
     async def hang_up(self) -> None:
         """Send `stop` and close the socket."""
         if self._socket is not None and not self._socket.closed:
@@ -112,13 +138,20 @@ class TwilioCaller(Caller):
             await self._session.close()
         await self._put_down()
 
+    def _line_is_gone(self) -> None:
+        if not self._is_between_streams:
+            super()._line_is_gone()
+
     async def _put_down(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._be_still()
         if self._session is not None:
             await self._session.close()
         self._line_is_gone()
+
+    async def _be_still(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _speak(self) -> None:
         number = 0

@@ -8,7 +8,7 @@
   const PAGE_ROWS = 100;
   const RELOAD_MS = 30_000;
   const BAD = ["error", "process-died"];
-  const GOOD = ["agent-ended", "client-disconnected"];
+  const GOOD = ["agent-ended", "client-disconnected", "transferred"];
   const FIELDS = ["search", "ending", "agent", "slow", "failed", "errors", "undelivered"];
 
   // Figures

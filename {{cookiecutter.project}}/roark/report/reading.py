@@ -18,7 +18,7 @@ from roark.report.sound import Sound
 
 Row = dict[str, Any]
 
-GOOD_ENDINGS = ("agent-ended", "client-disconnected")
+GOOD_ENDINGS = ("agent-ended", "client-disconnected", "transferred")
 BAD_ENDINGS = ("error", "process-died")
 IN_PROGRESS = "in progress"
 SIDES = ("user", "assistant")
