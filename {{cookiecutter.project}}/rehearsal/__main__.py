@@ -3,6 +3,7 @@
     python -m rehearsal                                          talk to it in a browser
     python -m rehearsal call -t twilio                           a recorded human calls it
     python -m rehearsal call -t webrtc --say "Good morning."     the engine's voice calls it
+    python -m rehearsal call --engine scripted --script a.toml   a whole dialogue, as written down
     python -m rehearsal providers --engine scripted              the servers alone
 
 Everything listens on 127.0.0.1. Calls are kept under CALLS_DIR (default: calls/).
@@ -10,25 +11,31 @@ Everything listens on 127.0.0.1. Calls are kept under CALLS_DIR (default: calls/
 
 import argparse
 import asyncio
+import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from loguru import logger
 
+from config import DEFAULT_LANGUAGE
 from rehearsal.call import (
     HUMAN_VOICE,
+    Answered,
     NoAnswer,
+    Voice,
+    broken_tools,
     conversation,
     kept_at,
     recorded_voice,
     spoken_voice,
     talk,
 )
+from rehearsal.engines import weights
 from rehearsal.engines.engine import Engine
 from rehearsal.engines.language_model import choose_answerer
 from rehearsal.engines.local import LocalEngine, LocalEngineError
@@ -77,8 +84,12 @@ def _parser() -> argparse.ArgumentParser:
     call = commands.add_parser("call", help="place one call by itself and report it")
     call.add_argument("-t", "--transport", choices=("twilio", "webrtc"), default="webrtc")
     voice = call.add_mutually_exclusive_group()
-    voice.add_argument("--say", metavar="TEXT", help="what the engine's voice says to the bot")
-    voice.add_argument("--wav", metavar="FILE", type=Path, help="a mono 16-bit WAV to say")
+    voice.add_argument(
+        "--say", metavar="TEXT", action="append", help="what the engine's voice says; repeatable"
+    )
+    voice.add_argument(
+        "--wav", metavar="FILE", type=Path, action="append", help="a recording to say; repeatable"
+    )
     providers = commands.add_parser("providers", help="run the loopback servers alone")
     providers.add_argument("--port", type=_port, default=0, help="of the first server; any if 0")
     _add_engine(call, "local")
@@ -151,13 +162,12 @@ async def _announce_calls(world: "_World") -> None:
 
 
 async def _call_it(options: argparse.Namespace) -> int:
-    said: str | None = options.say
-    recorded = recorded_voice(options.wav or HUMAN_VOICE) if said is None else None
+    recorded = [recorded_voice(path) for path in options.wav or ()]
     async with _engine(options) as engine:
-        voice = recorded or await spoken_voice(engine, said or "")
+        voices = recorded or await _voices(options, engine)
         async with _world(engine, options.transport, free_port()) as world:
             try:
-                answered_after = await talk(options.transport, world.bot, voice, _tell)
+                answers = await talk(options.transport, world.bot, voices, _tell)
             except NoAnswer as failure:
                 raise BotFailed(f"{failure}\n{world.bot.tail()}") from failure
             with suppress(TimeoutError):
@@ -166,9 +176,18 @@ async def _call_it(options: argparse.Namespace) -> int:
                     timeout=DELIVERY_SECONDS,
                 )
         # The bot has ended by now, and what it kept is complete.
-        for call_id in world.roark.calls:
-            _report(world, call_id, answered_after)
-    return 0
+        broken = [
+            said for call_id in world.roark.calls for said in _report(world, call_id, answers)
+        ]
+    return 1 if broken else 0
+
+
+async def _voices(options: argparse.Namespace, engine: Engine) -> list[Voice]:
+    """Return what the caller says: the words given, all that a script hears, or the recording."""
+    words: Sequence[str] = options.say or ()
+    if not words and options.script and isinstance(engine, ScriptedEngine):
+        words = engine.script.hears
+    return [await spoken_voice(engine, text) for text in words] or [recorded_voice(HUMAN_VOICE)]
 
 
 async def _serve_providers(options: argparse.Namespace) -> int:
@@ -218,31 +237,56 @@ async def _providers(engine: Engine, port: int = 0) -> AsyncIterator[Providers]:
 async def _world(engine: Engine, transport: str, port: int) -> AsyncIterator[_World]:
     calls_dir = Path(os.environ.get("CALLS_DIR", "").strip() or "calls").resolve()
     async with _providers(engine) as providers, RoarkReceiver() as roark:
-        environment = {**providers.environment, **_at_roark(roark), "CALLS_DIR": str(calls_dir)}
+        environment = {
+            **_installed_weights(),
+            **providers.environment,
+            **_at_roark(roark),
+            "CALLS_DIR": str(calls_dir),
+        }
         _tell("Starting the bot.")
         async with run_bot(transport, port, environment) as bot:
             yield _World(bot, roark, calls_dir)
+
+
+def _installed_weights() -> dict[str, str]:
+    """Return where a service in the bot's own process finds weights without downloading any.
+
+    What the user has set stays. They are for English only.
+    """
+    own = {name for name, value in user_settings().items() if value.strip()}
+    language = user_settings().get("LANGUAGE", "").strip() or DEFAULT_LANGUAGE
+    is_english = language.lower().startswith("en")
+    found = weights.environment() if is_english else {}
+    return {name: value for name, value in found.items() if name not in own}
 
 
 def _at_roark(roark: RoarkReceiver) -> dict[str, str]:
     return {"ROARK_API_KEY": "rehearsal", "ROARK_BASE_URL": roark.url}
 
 
-def _report(world: _World, call_id: str, answered_after: float | None = None) -> None:
-    """Print a call: what was said, what Roark has of it, and where it is kept."""
+def _report(world: _World, call_id: str, answers: Sequence[Answered] = ()) -> list[str]:
+    """Print a call: what was said, what Roark has of it, where it is kept; return what broke."""
     call = world.roark.calls[call_id]
+    folder = kept_at(world.calls_dir, call_id)
+    broken: list[str] = []
     _tell("")
-    _tell("The conversation, by the time in the recording:")
-    for line in conversation(call.ended or {}, answered_after):
-        _tell(line)
+    if folder is not None and (folder / "call.json").exists():
+        record = json.loads((folder / "call.json").read_bytes())
+        where = "in the recording" if record["recording"] else "since the call began"
+        _tell(f"The conversation, by the time {where}:")
+        for line in conversation(record, answers):
+            _tell(line)
+        broken = broken_tools(record)
     has = ["call-started"] * (call.started is not None)
     has += [f"{len(call.chunks)} chunks of audio"] * bool(call.chunks)
     has += ["call-ended"] * (call.ended is not None)
     _tell(f"Roark, on this machine, has: {', '.join(has)}")
-    folder = kept_at(world.calls_dir, call_id)
     for name, what in KEPT.items():
         if folder is not None and (folder / name).exists():
             _tell(f"{what}: {_shown(folder / name)}")
+    for sentence in broken:
+        print(sentence, file=sys.stderr, flush=True)
+    return broken
 
 
 def _shown(path: Path) -> str:

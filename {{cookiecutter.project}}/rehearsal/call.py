@@ -1,19 +1,21 @@
-"""A rehearsed call: a caller that says one thing, and a report of what came back.
+"""A rehearsed call: a caller that says one thing or several, and a report of what came back.
 
-The caller waits for the greeting, speaks, waits for the answer and hangs up. What was said is read
-from what Roark received; how long the bot took is measured at the caller's end of the line.
+The caller waits for the greeting, speaks, waits for the answer, says the next thing and hangs up.
+What was said is read from the record of the call; how long the bot took is measured at the
+caller's end of the line.
 """
 
-import io
 import json
 import time
-import wave
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import av
+from av.error import FFmpegError
 
 from rehearsal.callers.caller import Caller
 from rehearsal.callers.twilio import TwilioCaller
@@ -27,6 +29,9 @@ GREETING_SECONDS = 20.0
 ANSWER_SECONDS = 30.0
 QUIET_SECONDS = 2.0
 """A bot that is silent for so long has finished; on a busy machine it pauses between sentences."""
+
+SAME_SOUND_SECONDS = 2.0
+"""No further apart are the beginnings of a turn in the record and at the caller's ear."""
 
 VOICE_HZ = 16000
 
@@ -50,21 +55,33 @@ class Voice:
 
 
 def recorded_voice(path: Path) -> Voice:
-    """Read a WAV file.
+    """Read a recording of any kind that FFmpeg knows: WAV, MP3, Ogg, M4A; channels are mixed.
 
     Raises:
-        ValueError: It is missing, or no mono 16-bit WAV; the text is one sentence.
+        ValueError: It is missing, no recording, or empty; the text is one sentence.
     """
     try:
-        with wave.open(io.BytesIO(path.read_bytes())) as recording:
-            if recording.getnchannels() != 1 or recording.getsampwidth() != 2:
-                raise ValueError(f"{path} is not mono with 16 bits per sample.")
-            pcm = recording.readframes(recording.getnframes())
-            return Voice(pcm, recording.getframerate(), f"the recording {path.name}")
+        # A file that is open, and no name: FFmpeg would take some for addresses.
+        with path.open("rb") as file, av.open(file, "r") as container:
+            if not container.streams.audio:
+                raise ValueError(f"{path} holds no sound.")
+            rate = container.streams.audio[0].codec_context.sample_rate
+            to_mono = av.AudioResampler(format="s16", layout="mono", rate=rate)
+            frames = [
+                converted
+                for frame in [*container.decode(audio=0), None]
+                for converted in to_mono.resample(frame)
+            ]
+    except FFmpegError as error:
+        raise ValueError(
+            f"{path} is no recording that can be read (WAV, MP3, Ogg, M4A): {error.strerror}."
+        ) from error
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
-    except (wave.Error, EOFError) as error:
-        raise ValueError(f"{path} is not a WAV file of plain PCM ({error}).") from error
+    pcm = b"".join(frame.to_ndarray().astype("<i2").tobytes() for frame in frames)
+    if not pcm:
+        raise ValueError(f"{path} holds no sound.")
+    return Voice(pcm, rate, f"the recording {path.name}")
 
 
 async def spoken_voice(engine: Engine, text: str) -> Voice:
@@ -75,16 +92,32 @@ async def spoken_voice(engine: Engine, text: str) -> Voice:
     return Voice(b"".join(pieces), VOICE_HZ, f"the {engine.name} engine's voice")
 
 
-async def talk(line: str, bot: BotProcess, voice: Voice, tell: Callable[[str], None]) -> float:
-    """Place one call over `line` and say what `voice` says; `tell` is given the progress.
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """An answer as the caller heard it.
+
+    Attributes:
+        at: When it began, seconds since the epoch.
+        after: How long after the caller's last sound, seconds.
+    """
+
+    at: float
+    after: float
+
+
+async def talk(
+    line: str, bot: BotProcess, voices: Sequence[Voice], tell: Callable[[str], None]
+) -> list[Answered]:
+    """Place one call over `line` and say one thing after another; `tell` is given the progress.
 
     Returns:
-        The time from the caller's last sound to the bot's first, seconds.
+        The answers, one for each thing said before the bot hung up.
 
     Raises:
         NoAnswer: The bot did not take the call, or did not answer what was said.
     """
     dialled = time.monotonic()
+    answers: list[Answered] = []
     try:
         async with _caller(line, bot.url) as caller:
             tell(f"The line is open, over {line}.")
@@ -94,13 +127,18 @@ async def talk(line: str, bot: BotProcess, voice: Voice, tell: Callable[[str], N
                 await caller.hear_out(quiet=QUIET_SECONDS)
             except TimeoutError:
                 tell(f"The bot has not greeted within {GREETING_SECONDS:g} s.")
-            tell(f"The caller speaks for {voice.seconds:.1f} s: {voice.source}.")
-            said = await caller.say(voice.pcm, voice.sample_rate)
-            answer = await caller.hear(within=ANSWER_SECONDS)
-            tell(f"The bot answers after {answer.start - said.end:.2f} s.")
-            await caller.hear_out(quiet=QUIET_SECONDS)
+            for voice in voices:
+                if caller.ended.is_set() and answers:
+                    break
+                tell(f"The caller speaks for {voice.seconds:.1f} s: {voice.source}.")
+                said = await caller.say(voice.pcm, voice.sample_rate)
+                answer = await caller.hear(within=ANSWER_SECONDS)
+                tell(f"The bot answers after {answer.start - said.end:.2f} s.")
+                at = time.time() - (time.monotonic() - answer.start)
+                answers.append(Answered(at, answer.start - said.end))
+                await caller.hear_out(quiet=QUIET_SECONDS)
             tell("The bot hangs up." if caller.ended.is_set() else "The caller hangs up.")
-            return answer.start - said.end
+            return answers
     except (aiohttp.ClientError, OSError) as error:
         # What a caller raises when nothing comes, TimeoutError and ConnectionError, are OSErrors.
         raise NoAnswer(f"The bot never answered: {error or type(error).__name__}.") from error
@@ -112,26 +150,43 @@ def _caller(line: str, url: str) -> Caller:
     return WebRTCCaller(url)
 
 
-def conversation(ended: Mapping[str, Any], answered_after: float | None = None) -> list[str]:
-    """Return the turns of a `call-ended` message, one line each.
+def conversation(record: Mapping[str, Any], answers: Sequence[Answered] = ()) -> list[str]:
+    """Return the turns and tool calls of a call's record, one line each, in their order.
 
     Args:
-        ended: The message that Roark got.
-        answered_after: The measured time before the bot's first answer to the caller, seconds.
+        record: What `call.json` holds.
+        answers: What the caller measured; each is put to the turn that began then.
     """
-    lines: list[str] = []
-    caller_spoke = False
-    for turn in ended.get("transcript", []):
-        who = "caller" if turn["role"] == "user" else "bot"
-        begun = turn.get("audioOffsetMs")
-        line = f"{begun / 1000:7.2f} s" if begun is not None else " " * 9
-        line += f"  {who:6}  {turn['content']}"
-        caller_spoke = caller_spoke or who == "caller"
-        if who == "bot" and caller_spoke and answered_after is not None:
-            line += f"  [after {answered_after:.2f} s]"
-            answered_after = None
-        lines.append(line)
-    return lines
+    turns = list(record["turns"])
+    after: dict[int, float] = {}
+    for answer in answers:
+        apart = {
+            index: abs(datetime.fromisoformat(turn["started_at"]).timestamp() - answer.at)
+            for index, turn in enumerate(turns)
+            if turn["role"] == "assistant"
+        }
+        nearest = min(apart, key=apart.__getitem__, default=None)
+        if nearest is not None and apart[nearest] <= SAME_SOUND_SECONDS:
+            after[nearest] = answer.after
+    lines: list[tuple[float, str]] = []
+    for index, turn in enumerate(turns):
+        line = f"{'caller' if turn['role'] == 'user' else 'bot':6}  {turn['text']}"
+        line += f"  [after {after[index]:.2f} s]" if index in after else ""
+        lines.append((turn["start_ms"], line))
+    for tool in record["tools"]:
+        came = tool["error"] or tool["result"]
+        line = f"tool    {tool['name']} {tool['arguments']} {tool['status']}"
+        lines.append((tool["at_ms"], line + (f": {came}" if came else "")))
+    return [f"{ms / 1000:7.2f} s  {line}" for ms, line in sorted(lines, key=lambda pair: pair[0])]
+
+
+def broken_tools(record: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for each tool that was called and is not there, or broke."""
+    return [
+        f"The tool {tool['name']} was called and failed: {tool['error']}"
+        for tool in record["tools"]
+        if tool["error"] and tool["status"] == "failed"
+    ]
 
 
 def kept_at(calls_dir: Path, call_id: str) -> Path | None:

@@ -1,7 +1,7 @@
 """The bot under rehearsal: the project's own `bot.py`, in a process of its own.
 
 Its environment is the user's, from the shell and `.env`, with everything replaced that could reach
-beyond this machine: keys, tokens, addresses, proxies.
+beyond this machine: keys, tokens, proxies, and addresses that are not of this machine.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import aiohttp
 from dotenv import dotenv_values
@@ -35,6 +36,9 @@ _REACHES_OUT = re.compile(
     r"^PIPECAT_(ICE_SERVERS|ALLOWED_ORIGINS|WEBSOCKET_AUTH)$",
     re.IGNORECASE,
 )
+
+# A proxy or a collector on this machine passes on what it gets.
+_ADDRESS = re.compile(r"^(?!OTEL_|SENTRY_|.*PROXY).*URL", re.IGNORECASE)
 
 
 class BotFailed(Exception):
@@ -155,4 +159,17 @@ def user_settings() -> dict[str, str]:
 
 
 def _harmless(settings: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in settings.items() if not _REACHES_OUT.search(name)}
+    return {
+        name: value
+        for name, value in settings.items()
+        if not _REACHES_OUT.search(name) or _stays_here(name, value)
+    }
+
+
+def _stays_here(name: str, value: str) -> bool:
+    """Whether it is the address of something on this machine, which a tool may ask."""
+    if not _ADDRESS.search(name):
+        return False
+    with suppress(ValueError):
+        return urlsplit(value.strip()).hostname in ("localhost", "127.0.0.1", "::1")
+    return False

@@ -15,17 +15,22 @@ import sys
 import wave
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import aiohttp
+import av
 import numpy as np
 import pytest
+from aiohttp import web
 from harness import RECORDS_AUDIO
 
 import config
 import rehearsal
-from rehearsal.call import conversation, recorded_voice
+from rehearsal.call import Answered, conversation, recorded_voice
+from rehearsal.host.bot_process import _harmless
 from rehearsal.providers.server import free_port
 
 pytestmark = pytest.mark.anyio
@@ -127,12 +132,12 @@ async def page_at(url: str) -> str:
         return await response.text()
 
 
-def write_wav(path: Path, *, channels: int = 1) -> Path:
+def write_wav(path: Path, *, channels: int = 1, samples: int = 1600) -> Path:
     with wave.open(str(path), "wb") as recording:
         recording.setnchannels(channels)
         recording.setsampwidth(2)
         recording.setframerate(8000)
-        recording.writeframes(bytes(3200))
+        recording.writeframes(bytes(2 * channels * samples))
     return path
 
 
@@ -143,8 +148,9 @@ def write_wav(path: Path, *, channels: int = 1) -> Path:
             ["call", "--wav", "missing.wav"],
             "missing.wav cannot be read: No such file or directory.",
         ),
-        (["call", "--wav", "text.wav"], "text.wav is not a WAV file of plain PCM"),
-        (["call", "--wav", "stereo.wav"], "stereo.wav is not mono with 16 bits per sample."),
+        (["call", "--wav", "text.wav"], "text.wav is no recording that can be read"),
+        (["call", "--wav", "none.wav"], "none.wav is no recording that can be read"),
+        (["call", "--wav", "empty.wav"], "empty.wav holds no sound."),
         (["call", "--engine", "scripted", "--say", " "], "There is nothing to say in ' '."),
         (["providers", "--script", "missing.toml"], "missing.toml"),
         (
@@ -158,7 +164,10 @@ async def test_what_cannot_be_used_is_refused_in_one_sentence(
 ) -> None:
     (tmp_path / "text.wav").write_text("not a sound")
     (tmp_path / "bad.toml").write_text('gretting = "Hello"')
-    write_wav(tmp_path / "stereo.wav", channels=2)
+    write_wav(tmp_path / "empty.wav", samples=0)
+    zero_hz = bytearray(write_wav(tmp_path / "none.wav").read_bytes())
+    zero_hz[24:28] = bytes(4)
+    (tmp_path / "none.wav").write_bytes(zero_hz)
     at_their_place = [str(tmp_path / a) if "." in a else a for a in arguments]
     status, output = await run(*at_their_place)
     assert status == 2
@@ -201,24 +210,80 @@ def test_a_busy_port_is_stepped_over() -> None:
         assert free_port(taken) > taken
 
 
-def test_a_recording_is_said_at_its_own_rate(tmp_path: Path) -> None:
-    voice = recorded_voice(write_wav(tmp_path / "short.wav"))
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_recording_is_said_at_its_own_rate_in_mono(tmp_path: Path, channels: int) -> None:
+    voice = recorded_voice(write_wav(tmp_path / "short.wav", channels=channels))
     assert (voice.sample_rate, voice.seconds) == (8000, 0.2)
 
 
-def test_the_conversation_shows_the_measured_time_at_the_first_answer() -> None:
-    transcript = [
-        {"role": "assistant", "content": "Hello.", "audioOffsetMs": 40},
-        {"role": "user", "content": "Hi.", "audioOffsetMs": 2500},
-        {"role": "assistant", "content": "What can I do?"},
-        {"role": "assistant", "content": "Anything?", "audioOffsetMs": 61000},
-    ]
-    assert conversation({"transcript": transcript}, 1.234) == [
+def test_a_wav_of_extensible_format_is_a_recording_too(tmp_path: Path) -> None:
+    plain = write_wav(tmp_path / "plain.wav").read_bytes()
+    guid = bytes.fromhex("0100000000001000800000aa00389b71")
+    form = b"\xfe\xff" + plain[22:36] + (22).to_bytes(2, "little") + b"\x10\0\4\0\0\0" + guid
+    chunk = b"fmt " + len(form).to_bytes(4, "little") + form
+    path = tmp_path / "extensible.wav"
+    path.write_bytes(b"RIFF" + (4 + len(chunk) + 3208).to_bytes(4, "little") + b"WAVE" + chunk)
+    with path.open("ab") as file:
+        file.write(plain[36:])
+    assert recorded_voice(path).seconds == 0.2
+
+
+@pytest.mark.parametrize("name", ["talk.mp3", "talk.ogg", "talk.m4a"])
+def test_a_compressed_recording_is_one_too(tmp_path: Path, name: str) -> None:
+    codec = {"talk.mp3": "mp3", "talk.ogg": "libopus", "talk.m4a": "aac"}[name]
+    with av.open(str(tmp_path / name), "w") as container:
+        stream = container.add_stream(codec, rate=16000)
+        assert isinstance(stream, av.AudioStream)
+        stream.layout = "mono"
+        tone = (8000 * np.sin(np.arange(16000) / 10)).astype("<i2").reshape(1, -1)
+        frame = av.AudioFrame.from_ndarray(tone, format="s16", layout="mono")
+        frame.sample_rate = 16000
+        for packet in (*stream.encode(frame), *stream.encode(None)):
+            container.mux(packet)
+    voice = recorded_voice(tmp_path / name)
+    assert voice.sample_rate in (16000, 48000)
+    assert voice.seconds == pytest.approx(1.0, abs=0.15)
+
+
+def turn_of(role: str, text: str, start_ms: float) -> dict[str, Any]:
+    began = datetime.fromtimestamp(1000 + start_ms / 1000, UTC)
+    return {"role": role, "text": text, "start_ms": start_ms, "started_at": began.isoformat()}
+
+
+def test_the_conversation_shows_each_measured_time_at_its_answer_and_the_tools_between() -> None:
+    """Also where several things were said before the answer that was measured."""
+    tool = {"name": "look_up", "arguments": '{"id": 7}', "at_ms": 5200, "error": None}
+    record = {
+        "turns": [
+            turn_of("assistant", "Hello.", 40),
+            turn_of("user", "Hi.", 2500),
+            turn_of("assistant", "Yes?", 3500),
+            turn_of("user", "Look it up.", 4500),
+            turn_of("assistant", "It is blue.", 6000),
+        ],
+        "tools": [{**tool, "status": "completed", "result": '{"colour": "blue"}'}],
+    }
+    assert conversation(record, [Answered(1006.2, 1.234)]) == [
         "   0.04 s  bot     Hello.",
         "   2.50 s  caller  Hi.",
-        "           bot     What can I do?  [after 1.23 s]",
-        "  61.00 s  bot     Anything?",
+        "   3.50 s  bot     Yes?",
+        "   4.50 s  caller  Look it up.",
+        '   5.20 s  tool    look_up {"id": 7} completed: {"colour": "blue"}',
+        "   6.00 s  bot     It is blue.  [after 1.23 s]",
     ]
+
+
+def test_addresses_on_this_machine_are_left_to_the_rehearsed_bot_and_no_others() -> None:
+    here = {"STOCK_URL": "http://127.0.0.1:8000/stock", "BOOKING_URL": "http://localhost/"}
+    away = {
+        "OTHER_URL": "https://example.org",
+        "HTTP_PROXY": "http://127.0.0.1:3128",
+        "PROXY_URL": "http://127.0.0.1:3128",
+        "OTEL_EXPORTER_URL": "http://localhost:4318",
+        "STOCK_KEY": "http://localhost/",
+        "ODD_URL": "http://[",
+    }
+    assert _harmless({**here, **away}) == here
 
 
 async def test_the_bot_reads_no_env_file_and_ends_with_its_rehearsal(tmp_path: Path) -> None:
@@ -279,6 +344,82 @@ async def test_a_call_is_answered_recorded_and_at_roark(project: Path, line: str
     during = (loud_right > loud_left[0] + 0.2) & (loud_right < loud_left[-1] - 0.2)
     assert loud_right[0] < loud_left[0] < loud_left[-1] < loud_right[-1]
     assert not during.any()
+
+
+DIALOGUE = """\
+greeting = "Hello."
+hears = ["Is it in stock?", "Buy it.", "Goodbye."]
+
+[[answers]]
+heard = "stock"
+says = "It is. Shall I buy it?"
+
+[[answers]]
+heard = "buy it"
+calls = [{ name = "buy", arguments = { id = 7 } }]
+
+[[answers]]
+result = "buy"
+says = "It is bought."
+
+[[answers]]
+heard = "goodbye"
+calls = [{ name = "end_call", arguments = { goodbye = "Goodbye." } }]
+"""
+BUY = """
+
+async def buy(params: FunctionCallParams, id: int):
+    \"\"\"Buy something.
+
+    Args:
+        id: Its number.
+    \"\"\"
+    async with httpx.AsyncClient() as http:
+        answer = await http.post(setting("STOCK_URL"), json={"id": id})
+    await params.result_callback(answer.json())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_there", [True, False])
+async def test_a_dialogue_with_a_tool_of_ones_own_is_rehearsed_by_one_command(
+    project: Path, is_there: bool
+) -> None:
+    """The tool asks a server on this machine. One that is called and not there is an error."""
+    bought: list[Any] = []
+
+    async def buy(request: web.Request) -> web.Response:
+        bought.append(await request.json())
+        return web.json_response({"order": "A-1"})
+
+    app = web.Application()
+    app.router.add_post("/buy", buy)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    (project / "dialogue.toml").write_text(DIALOGUE)
+    tools = project / "tools.py"
+    source = tools.read_text(encoding="utf-8")
+    assert source.count("    if setting(") == 1
+    offer = "    tools.append(buy)\n" if is_there else ""
+    tools.write_text(source.replace("    if setting(", f"{offer}    if setting(") + BUY)
+    try:
+        status, output = await run(
+            *("call", "-t", "twilio", "--engine", "scripted", "--script", "dialogue.toml"),
+            project=project,
+            STOCK_URL=f"http://127.0.0.1:{runner.addresses[0][1]}/buy",
+            CALLS_DIR=str(project / "kept"),
+        )
+    finally:
+        await runner.cleanup()
+    assert status == (0 if is_there else 1), output
+    assert bought == ([{"id": 7}] if is_there else [])
+    if is_there:
+        assert re.search(r'tool    buy \{"id": ?7\} completed: .*A-1', output)
+        assert re.search(r"bot     It is bought\. .*\[after", output)
+    else:
+        assert "The tool buy was called and failed: " in output
+    assert "The bot hangs up." in output
 
 
 @pytest.mark.slow
