@@ -23,11 +23,15 @@ published = pytest.importorskip(
     "pipecat_roark", reason="the dependency group bench, with the published package, is missing"
 )
 # These need the published package.
+import bot  # noqa: E402
+from harness import SECONDS, run_harness  # noqa: E402
+from rehearsal.engines.engine import ToolCall  # noqa: E402
+from rehearsal.engines.scripted import Answer, Script  # noqa: E402
 from rehearsal.providers.roark import ReceivedCall  # noqa: E402
 
 from benchmarks.calls import caller, host, talk, world  # noqa: E402
 from benchmarks.markers import utterances  # noqa: E402
-from benchmarks.subjects import OURS, PUBLISHED  # noqa: E402
+from benchmarks.subjects import OURS, PUBLISHED, point_published_to  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -224,3 +228,26 @@ def test_both_call_a_call_by_the_same_id(runner_args: Any, tmp_path: Path) -> No
     theirs = published.RoarkObserver(api_key="k", agent_id="a", runner_args=runner_args)
     ids = [sub(r"[0-9a-f-]{36}", "a uuid", each.pipecat_call_id) for each in (ours, theirs)]
     assert ids[0] == ids[1]
+
+
+@pytest.mark.slow
+@pytest.mark.anyio
+@pytest.mark.parametrize("transport", ["twilio", "webrtc"])
+@pytest.mark.parametrize("who", ["caller", "bot"])
+async def test_with_the_published_observer_in_place_of_ours_a_call_ends_whoever_ends_it(
+    transport: str, who: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    goodbye = Answer(heard="goodbye", calls=(ToolCall("end_call", {"goodbye": "Goodbye."}),))
+    async with run_harness(monkeypatch, tmp_path) as harness:
+        monkeypatch.setattr(bot, "RoarkObserver", published.RoarkObserver)
+        point_published_to(harness.roark.url)
+        harness.engine.script = Script(greeting="Hello.", hears=("Goodbye.",), answers=(goodbye,))
+        async with harness.caller(transport) as line:
+            await line.hear(within=SECONDS)
+            await line.hear_out(quiet=0.5, within=SECONDS)
+            if who == "bot":
+                await harness.say(line)
+                await asyncio.wait_for(line.ended.wait(), SECONDS)
+        assert (await harness.over()).error is None
+        assert harness.received.started and harness.received.ended
+        assert harness.received.ended["transcript"][0]["content"] == "Hello."

@@ -84,10 +84,10 @@ async def run_call(
         await run_pipeline(connection, instructions, roark, runner_args)
     except asyncio.CancelledError:
         # Cancelled before the pipeline ran; afterwards endings.py has noted it.
-        roark.note_ending(*endings.SESSION_LIMIT)
+        endings.note(roark, *endings.SESSION_LIMIT)
         raise
     except Exception as error:
-        roark.note_ending("error", f"{type(error).__name__} in the bot")
+        endings.note(roark, "error", f"{type(error).__name__} in the bot")
         logger.exception("The call broke")
         raise
     finally:
@@ -223,11 +223,11 @@ async def run_pipeline(
 
     @worker.event_handler("on_idle_timeout")
     async def on_idle_timeout(_worker):
-        roark.note_ending("idle-timeout", "nothing happened on the line")
+        endings.note(roark, "idle-timeout", "nothing happened on the line")
 
     @worker.event_handler("on_setup_timeout")
     async def on_setup_timeout(_worker):
-        roark.note_ending("error", "a service took too long to connect")
+        endings.note(roark, "error", "a service took too long to connect")
 
     async def on_signal(name: str) -> None:
         await ending.now("signal", f"the process received {name}")

@@ -50,6 +50,15 @@ def forget_soon() -> None:
     asyncio.get_running_loop().call_later(FORGET_SECONDS, gc.collect)
 
 
+def note(roark: "RoarkObserver", reason: str, detail: str) -> None:
+    """Put down why the call ends, one of roark.call.ENDINGS; what is noted first stands.
+
+    Where the import was changed to the published observer, it tells that from the frames.
+    """
+    if note_ending := getattr(roark, "note_ending", None):
+        note_ending(reason, detail)
+
+
 def instruction(text: str) -> LLMMessagesAppendFrame:
     """Tell the LLM something the caller does not hear, and have it speak."""
     # Most LLMs know no role "developer": Pipecat passes it on as the caller's. The brackets tell
@@ -81,7 +90,7 @@ class Ending:
     async def now(self, reason: str, detail: str) -> None:
         """End the call at once; `reason` is one of roark.call.ENDINGS."""
         self._has_begun = True
-        self._roark.note_ending(reason, detail)
+        note(self._roark, reason, detail)
         await self._cancel(reason)
 
     def after(self, *goodbye: Frame, reason: str, detail: str) -> None:
@@ -89,7 +98,7 @@ class Ending:
         if self._has_begun:
             return
         self._has_begun = True
-        self._roark.note_ending(reason, detail)
+        note(self._roark, reason, detail)
         self._goodbye = asyncio.create_task(self._say_goodbye(goodbye, reason))
 
     async def run(self, connection: "Connection") -> None:
