@@ -698,11 +698,12 @@ class Folder:
         return True
 
 
+_ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, default=str)
+
+
 def as_json(value: Any) -> bytes:
     """Compact JSON; what JSON does not know becomes its text."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, default=str).encode(
-        "utf-8", "replace"
-    )
+    return _ENCODER.encode(value).encode("utf-8", "replace")
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -26,6 +26,7 @@ import os
 import random
 import threading
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -234,6 +235,8 @@ class Outbox:
         self._last_deadline = 0.0
         self._syncing: set[Path] = set()
         self._said: set[str] = set()
+        self._posted: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
+        self._is_woken = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="roark-outbox", daemon=True)
         self._thread.start()
@@ -310,9 +313,20 @@ class Outbox:
             self._loop.close()
 
     def _post(self, action: Callable[..., Any], *args: Any) -> None:
-        # The loop is closed only when the process, or a test, is ending.
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(action, *args)
+        self._posted.append((action, args))
+        # To wake the loop is a system call, half of what an event costs: a burst does it once.
+        if not self._is_woken:
+            self._is_woken = True
+            # The loop is closed only when the process, or a test, is ending.
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._take_posted)
+
+    def _take_posted(self) -> None:
+        # First of all, so that whatever is posted from here on wakes the loop again.
+        self._is_woken = False
+        while self._posted:
+            action, args = self._posted.popleft()
+            self._loop.call_soon(action, *args)
 
     def _keep(
         self, folder: Folder, action: Callable[..., Any], args: tuple[Any, ...], reserved: int
