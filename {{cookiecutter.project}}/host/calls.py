@@ -20,7 +20,7 @@ MAX_CALLS = 5 if (os.cpu_count() or 1) > 1 else 2
 # Somebody who lost the line and calls again may still have the old one.
 MAX_CALLS_PER_CALLER = 3
 # From the answer with the TwiML to the stream that it asks for.
-RESERVED_SECONDS = 5.0
+RESERVED_SECONDS = 2.0
 # A withheld number comes as a word or as a number that many share.
 NUMBER = re.compile(r"\+[1-9][0-9]{6,14}")
 
