@@ -413,7 +413,8 @@ async def test_repeats_are_byte_identical_under_one_key_and_each_new_url_has_its
 async def test_another_process_repeats_a_request_under_the_same_key(roark, open_outbox):
     roark.fail("call-ended", cut=True, after_storing=True)
     first = open_outbox(roark.url)
-    await hold(first).flush(0.3)
+    hold(first)
+    await roark.until(lambda: any(sent.step == "call-ended" for sent in roark.requests))
     first.close()
     roark.heal()
     open_outbox(roark.url, delivers_leftovers=True)
