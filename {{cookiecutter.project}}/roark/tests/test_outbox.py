@@ -700,7 +700,8 @@ async def test_a_call_killed_before_it_said_anything_is_closed_too(roark, calls_
         call = outbox.open("silent")
         while not (call.path / "delivery.jsonl").exists(): time.sleep(0.01)
         call.journal({"event": "call", "at": 1, "call_id": "silent", "agent_id": "agent"})
-        while not (call.path / "journal.jsonl").exists(): time.sleep(0.01)
+        journal = call.path / "journal.jsonl"
+        while not (journal.exists() and journal.stat().st_size): time.sleep(0.01)
         print("kept", flush=True)
         time.sleep(60)
         """,
