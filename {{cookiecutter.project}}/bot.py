@@ -185,7 +185,14 @@ async def run_pipeline(
     await runner.add_workers(worker)
     ending = call.ending = endings.Ending(worker, runner, roark)
     silence.watch(aggregators.user(), worker, ending, recogniser=type(stt).__name__)
-    failed = recovery.Failures(worker, ending, llm=llm, tts=tts, bot_side=aggregators.assistant())
+    failed = recovery.Failures(
+        worker,
+        ending,
+        llm=llm,
+        tts=tts,
+        bot_side=aggregators.assistant(),
+        fail_over=connection.transfer.fail_over if connection.transfer else lambda: None,
+    )
     worker.add_observer(failed)
 
     caller: str | None = None
@@ -198,12 +205,12 @@ async def run_pipeline(
             return
         caller = transports.client_id(client)
         logger.info("Caller connected")
-        greeting = first_words(connection)
-        failed.expect_answer(has_text=isinstance(greeting, TTSSpeakFrame))
+        # Before anything that could break.
+        failed.expect_answer(has_text=bool(config.setting("GREETING")))
         with suppress(TimeoutError):
             await asyncio.wait_for(client_ready.wait(), connection.client_ready_seconds)
         if not ending.has_begun:
-            await worker.queue_frame(greeting)
+            await worker.queue_frame(first_words(connection))
 
     @transport.event_handler("on_client_disconnected")
     async def on_client_disconnected(_transport, client):

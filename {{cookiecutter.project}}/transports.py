@@ -195,6 +195,8 @@ async def _answer_phone(runner_args: WebSocketRunnerArguments) -> Connection:
             stream_url=setting("TWILIO_STREAM_URL", f"wss://{host}{websocket.url.path}"),
             parameters=call.body,
             line=serializer,
+            # Who comes back from a transfer has its instructions, which end there.
+            has_failover=note is None,
         )
     params = FastAPIWebsocketParams(
         audio_in_enabled=True, audio_out_enabled=True, serializer=serializer

@@ -71,13 +71,18 @@ class Failures(BaseObserver):
         llm: FrameProcessor,
         tts: TTSService,
         bot_side: LLMAssistantAggregator,
+        fail_over: Callable[[], str | None] = lambda: None,
     ) -> None:
-        """Watch the call of `worker`, which speaks through `llm` and `tts`."""
+        """Watch the call of `worker`, which speaks through `llm` and `tts`.
+
+        Where `fail_over` names a person, they are who the caller gets at the end.
+        """
         super().__init__(observe_every_push=False)
         self._worker = worker
         self._ending = ending
         self._llm = llm
         self._tts = tts
+        self._fail_over = fail_over
         # Spoken as they stand, for the LLM that could put them better may be what failed.
         self._phrases = phrases.spoken()
         self._answer_seconds = config.seconds("ANSWER_SECONDS", ANSWER_SECONDS)
@@ -257,8 +262,13 @@ class Failures(BaseObserver):
             await self._worker.queue_frames([one_moment, instruction(SAY_AGAIN)])
 
     def _apologise(self, detail: str) -> None:
-        apology = TTSSpeakFrame(self._phrases.apology)
-        self._ending.after(InterruptionFrame(), apology, reason="error", detail=detail)
+        last_words = self._phrases.apology
+        if person := None if self._ending.has_begun else self._fail_over():
+            last_words = self._phrases.transferring
+            detail += f"; handed over to {person}"
+        self._ending.after(
+            InterruptionFrame(), TTSSpeakFrame(last_words), reason="error", detail=detail
+        )
 
     def _run(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)

@@ -13,6 +13,7 @@ import services
 import transports
 from conversation import phrases, turns
 from roark import client
+from telephony import transfer
 
 
 @cache
@@ -20,8 +21,11 @@ def once() -> None:
     """Build what a call is made of and throw it away; of a process's calls only the first works.
 
     Raises:
-        Exception: One of the services cannot be built; no call could be answered.
+        Exception: A setting makes no sense, or one of the services cannot be built; no call could
+            be answered.
     """
+    transfer.people()
+    transfer.failover()
     for doubt in phrases.doubts():
         logger.warning(f"{doubt[0].upper()}{doubt[1:]}")
     services.create_stt()

@@ -68,6 +68,10 @@ class Transfer(Protocol):
         """Who has been given the call; None for nobody. Waits for a transfer under way."""
         ...
 
+    def fail_over(self) -> str | None:
+        """Let the call's own instructions go on when it ends: to whom, None where to nobody."""
+        ...
+
 
 def people() -> dict[str, str]:
     """The numbers of TRANSFER_TO, by name.
@@ -85,6 +89,33 @@ def people() -> dict[str, str]:
             )
         found[person[1]] = person[2]
     return found
+
+
+def failover() -> tuple[str, str] | None:
+    """The name and number of TRANSFER_ON_FAILURE, one of TRANSFER_TO; None where it is blank.
+
+    Raises:
+        RuntimeError: TRANSFER_TO has no such name.
+    """
+    name = setting("TRANSFER_ON_FAILURE")
+    if not name:
+        return None
+    number = people().get(name)
+    if number is None:
+        raise RuntimeError(f"TRANSFER_ON_FAILURE is a name of TRANSFER_TO, and {name!r} is not")
+    return name, number
+
+
+def failover_twiml() -> str:
+    """What follows `<Connect>` in a call's TwiML: Twilio comes to it if nobody has hung up.
+
+    So it does when the whole process is gone; a call that ends as it should is hung up by the bot,
+    for which both credentials are needed.
+    """
+    person = failover()
+    if person is None or not (setting("TWILIO_ACCOUNT_SID") and setting("TWILIO_AUTH_TOKEN")):
+        return ""
+    return f'\n  <Dial timeout="{RING_SECONDS}">{person[1]}</Dial>'
 
 
 @dataclass(frozen=True)
@@ -163,6 +194,7 @@ class TwilioTransfer:
         stream_url: str,
         parameters: Mapping[str, object],
         line: "MediaStreamSerializer",
+        has_failover: bool,
     ) -> None:
         """Prepare for the call `call_sid`.
 
@@ -171,6 +203,7 @@ class TwilioTransfer:
             stream_url: Where the caller comes back to, `wss://…/ws`.
             parameters: What the stream of this call brought, for the next one.
             line: What must not hang up on a caller who has been handed over.
+            has_failover: Whether the call's instructions go on with TRANSFER_ON_FAILURE.
         """
         self._call_sid = call_sid
         self._account_sid = setting("TWILIO_ACCOUNT_SID")
@@ -178,6 +211,7 @@ class TwilioTransfer:
         self._stream_url = stream_url
         self._parameters = {name: str(value) for name, value in parameters.items()}
         self._line = line
+        self._has_failover = has_failover
         self._request: asyncio.Task[None] | None = None
         self._name = ""
 
@@ -217,6 +251,14 @@ class TwilioTransfer:
             return None
         await asyncio.wait([self._request])
         return None if self._request.exception() else self._name
+
+    def fail_over(self) -> str | None:
+        """Let the call's own instructions go on when it ends: to whom, None where to nobody."""
+        person = failover() if self._has_failover else None
+        if person is None:
+            return None
+        self._line.can_hang_up = False
+        return person[0]
 
     async def _update(self, twiml: str) -> None:
         address = (

@@ -25,6 +25,7 @@ from xml.sax.saxutils import quoteattr
 from loguru import logger
 
 from config import setting
+from telephony import transfer
 
 if TYPE_CHECKING:
     from fastapi import FastAPI, WebSocket
@@ -53,7 +54,7 @@ TWIML = """<?xml version="1.0" encoding="UTF-8"?>
   <Connect>
     <Stream url="wss://{host}/ws">{parameters}
     </Stream>
-  </Connect>
+  </Connect>{failover}
 </Response>"""
 PARAMETER = """
       <Parameter name={name} value={value} />"""
@@ -249,7 +250,9 @@ def _answer_with_twiml(
             PARAMETER.format(name=quoteattr(name), value=quoteattr(value))
             for name, value in parameters.items()
         )
-        twiml = TWIML.format(host=host, parameters="".join(written))
+        twiml = TWIML.format(
+            host=host, parameters="".join(written), failover=transfer.failover_twiml()
+        )
         return Response(twiml, media_type="application/xml")
 
     return answer

@@ -107,6 +107,31 @@ async def test_a_browser_is_told_that_it_cannot_be_handed_over(harness: Harness)
     assert "not on a phone line" in result["content"]
 
 
+@pytest.mark.slow
+async def test_a_call_that_cannot_go_on_is_left_to_the_instructions_that_dial_a_person(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRANSFER_ON_FAILURE", "ann")
+    harness.server("llm").faults.wrong_key = True
+    async with harness.caller("twilio"):
+        await harness.over()
+    assert harness.spoken[-1].strip() in phrases.spoken().transferring
+    assert not harness.providers.twilio.hung_up
+    ending = harness.record["ending"]
+    assert ending["reason"] == "error"
+    assert ending["detail"].endswith("handed over to ann")
+    assert transfer.failover_twiml().strip() == f'<Dial timeout="20">{COLLEAGUE}</Dial>'
+
+
+def test_a_failover_to_nobody_known_is_refused_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TRANSFER_TO", f"ann={COLLEAGUE}")
+    monkeypatch.setenv("TRANSFER_ON_FAILURE", "bob")
+    with pytest.raises(RuntimeError, match="'bob' is not"):
+        transfer.failover()
+
+
 @pytest.mark.parametrize(
     ("value", "named"),
     [("+493012345678", "'+493012345678'"), ("ann=030123", "'ann'"), ("a=+4930123456;b=1", "'a'")],

@@ -249,6 +249,20 @@ def test_when_every_line_is_busy_twilio_is_told_to_say_so(monkeypatch: pytest.Mo
     assert (reject.tag, reject.get("reason")) == ("Reject", "busy")
 
 
+def test_behind_the_stream_the_twiml_dials_the_person_for_failures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Twilio comes there when the bot's process is gone."""
+    monkeypatch.setenv("TWILIO_ACCOUNT_SID", "AC" + "0" * 32)
+    monkeypatch.setenv("TRANSFER_TO", "ann=+493012345678")
+    monkeypatch.setenv("TRANSFER_ON_FAILURE", "ann")
+    client = webhook(monkeypatch, AUTH_TOKEN, "-x", HOST)
+    form = {"CallSid": CALL}
+    answer = client.post("/", data=form, headers=signed(f"https://{HOST}/", form))
+    connect, dial = ElementTree.fromstring(answer.text)
+    assert (connect.tag, dial.tag, dial.text) == ("Connect", "Dial", "+493012345678")
+
+
 def test_the_token_is_taken_out_of_what_is_kept_with_the_call() -> None:
     app = FastAPI()
     app.state.twilio_gate = gate = Gate(AUTH_TOKEN)
