@@ -11,7 +11,8 @@ placed by when it got here, which is late by whatever held it up on the way, and
 - Time in which no audio came is silence: a muted caller, packets that went missing.
 
 The last frame of a speech has none behind it. If the caller's frames of the same moment were late,
-the whole process stood still, and the bot's frame was as late as they.
+the whole process stood still, and the bot's frame was as late as they. A first frame was not: it
+was made when the process went on.
 
 The bot's frames come from the output transport as they are played, some transports at the start
 of a frame (websocket), some near its end (WebRTC). `BotStartedSpeakingFrame` is pushed just before
@@ -56,6 +57,8 @@ HOLD_SECONDS = 1.5
 GAP_SECONDS = 0.015
 # How many late frames are remembered: as many as a burst may have.
 LATE_FRAMES = 100
+# A frame goes on with the speech before it if, set right, it is no farther from it than this.
+LATE_SECONDS = 0.1
 # A sender whose clock is fast gets ahead of ours: beyond this its quiet frames are left out.
 AHEAD_SECONDS = 0.04
 
@@ -149,6 +152,8 @@ class Track:
         # (arrived, earliest start) in seconds, samples at the native rate.
         self._pending: deque[tuple[float, float, Samples]] = deque()
         self._cursor = 0
+        # Where the latest frame ended, s.
+        self._spoken_until = 0.0
         self._done: deque[Samples] = deque()
         self._done_samples = 0
         # (arrived, by how much too late) of the latest frames that were.
@@ -192,7 +197,12 @@ class Track:
             self._pending.popleft()
             if earliest - start > GAP_SECONDS:
                 self._late.append((arrived, earliest - start))
-            placed += self._placed(samples, start - (was_late(arrived) if was_late else 0.0))
+            late = was_late(arrived) if was_late else 0.0
+            # Speech that begins was not held up: nothing of it had been said before.
+            if start - late - self._spoken_until > LATE_SECONDS:
+                late = 0.0
+            placed += self._placed(samples, start - late)
+            self._spoken_until = self._cursor / self._native_rate
         # All at once: most of what a frame costs is the way into numpy and the resampler.
         if placed:
             self._emit(self._resampled(np.concatenate(placed)))

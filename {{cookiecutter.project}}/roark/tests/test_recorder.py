@@ -164,6 +164,18 @@ def test_the_last_frame_of_a_speech_that_a_stall_held_up_is_not_cut_off(recordin
     assert end == pytest.approx(2.0, abs=0.011)
 
 
+def test_the_first_frame_of_a_speech_is_not_as_late_as_the_callers(recording, tape):
+    stall = (1.5, 2.0)
+    for at in sends(4.0):
+        feed(recording, stall[1] if stall[0] < at <= stall[1] else at, caller(loud=False))
+        if 2.0 <= at < 3.0 and round(at * 50) % 2 == 0:
+            # Made when the process went on, and played from then on.
+            recording.add("assistant", caller(0.04), at, at)
+    recording.finish(4.0)
+    [(start, _)] = tape.loud(1)
+    assert start == pytest.approx(2.0, abs=0.011)
+
+
 def test_jitter_leaves_no_seams(recording, tape):
     jitter = np.random.default_rng(7).uniform(0, 0.015, 500)
     phase = np.arange(160 * 500) * 2 * np.pi * 440 / RATE
