@@ -107,6 +107,7 @@ NEEDS = {
     "docker buildx build --platform linux/arm64 --tag docker.io/YOU/my-voice-bot:0.1.0 --push .": (
         "Docker, and a registry to push to"
     ),
+    "uvx cookiecutter gh:OWNER/REPOSITORY": "this repository at GitHub",
     "uv run python -m benchmarks": QUIET,
     "uv run python -m benchmarks markers": QUIET,
 }
