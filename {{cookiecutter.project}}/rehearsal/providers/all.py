@@ -1,9 +1,11 @@
 """The servers of all services that the bot may use, and Twilio's REST API, on this machine."""
 
+import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TypeVar
 
 from rehearsal.engines.engine import Engine
@@ -27,6 +29,10 @@ WIRES = {
     "elevenlabs": "ElevenLabsServer",
     "deepgram_tts": "DeepgramSpeakServer",
 }
+
+# In the bot's own process; they ask no server.
+IN_PROCESS = {"PiperTTSService", "WhisperSTTService"}
+BUILDS = re.compile(r"\b(\w+(?:STT|LLM|TTS)Service)\(")
 
 
 class Providers:
@@ -81,6 +87,12 @@ def wires() -> list[str]:
 def wire(name: str) -> type[EngineServer]:
     """Return the class that speaks a wire."""
     return getattr(import_module(f"rehearsal.providers.{name}"), WIRES[name])
+
+
+def without_server(services: Path, providers: Providers) -> list[str]:
+    """Return the service classes that a services.py builds and no server here speaks to."""
+    built = dict.fromkeys(BUILDS.findall(services.read_text(encoding="utf-8")))
+    return [name for name in built if name not in {*providers.by_service, *IN_PROCESS}]
 
 
 @asynccontextmanager

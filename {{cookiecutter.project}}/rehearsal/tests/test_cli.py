@@ -30,7 +30,9 @@ from harness import RECORDS_AUDIO
 import config
 import rehearsal
 from rehearsal.call import Answered, conversation, recorded_voice
+from rehearsal.engines.scripted import ScriptedEngine
 from rehearsal.host.bot_process import _harmless
+from rehearsal.providers.all import serve, without_server
 from rehearsal.providers.server import free_port
 
 pytestmark = pytest.mark.anyio
@@ -271,6 +273,14 @@ def test_the_conversation_shows_each_measured_time_at_its_answer_and_the_tools_b
         '   5.20 s  tool    look_up {"id": 7} completed: {"colour": "blue"}',
         "   6.00 s  bot     It is blue.  [after 1.23 s]",
     ]
+
+
+async def test_a_service_that_no_server_here_speaks_to_is_named(tmp_path: Path) -> None:
+    swapped = tmp_path / "services.py"
+    swapped.write_text('def create_llm():\n    return GroqLLMService(api_key="x")\n')
+    async with serve(ScriptedEngine()) as providers:
+        assert without_server(PROJECT / "services.py", providers) == []
+        assert without_server(swapped, providers) == ["GroqLLMService"]
 
 
 def test_addresses_on_this_machine_are_left_to_the_rehearsed_bot_and_no_others() -> None:
