@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from loguru import logger
-from pipecat.frames.frames import Frame, TTSSpeakFrame
+from pipecat.frames.frames import EndWorkerFrame, Frame, TTSSpeakFrame
 from pipecat.pipeline.pipeline import Pipeline
 from pipecat.pipeline.worker import PipelineParams, PipelineWorker, ProcessorUnusablePolicy
 from pipecat.processors.aggregators.llm_context import LLMContext
@@ -28,6 +28,7 @@ import tools
 import transports
 from conversation import clock, endings, phrases, recovery, silence, turns, warm_up
 from conversation.caller_words import CallerWords
+from conversation.floor import Floor
 from host import calls, private_log, shutdown, telemetry
 from roark import RoarkObserver
 from telephony import transfer, twilio_auth
@@ -137,9 +138,10 @@ async def run_pipeline(
     llm = services.create_llm(instructions)
     tts = services.create_tts()
 
+    floor = Floor()
     context = LLMContext(tools=tools.offered())
     # Loads two models; in a thread, for the other calls of this process are not to stumble.
-    user_params = await asyncio.to_thread(turns.params)
+    user_params = await asyncio.to_thread(turns.params, floor)
     aggregators = LLMContextAggregatorPair(
         context, user_params=user_params, assistant_params=services.memory_params()
     )
@@ -183,17 +185,19 @@ async def run_pipeline(
     )
     runner = WorkerRunner(handle_sigint=runner_args.handle_sigint)
     await runner.add_workers(worker)
-    ending = call.ending = endings.Ending(worker, runner, roark)
-    silence.watch(aggregators.user(), worker, ending, recogniser=type(stt).__name__)
+    caller_side = aggregators.user()
+    ending = call.ending = endings.Ending(worker, runner, roark, floor=floor, caller=caller_side)
     failed = recovery.Failures(
         worker,
         ending,
+        floor=floor,
         llm=llm,
         tts=tts,
         bot_side=aggregators.assistant(),
         fail_over=connection.transfer.fail_over if connection.transfer else lambda: None,
     )
     worker.add_observer(failed)
+    silence.watch(caller_side, worker, ending, failed, recogniser=type(stt).__name__)
 
     caller: str | None = None
     client_ready = asyncio.Event()
@@ -206,7 +210,7 @@ async def run_pipeline(
         caller = transports.client_id(client)
         logger.info("Caller connected")
         # Before anything that could break.
-        failed.expect_answer(has_text=bool(config.setting("GREETING")))
+        floor.bot_owes(has_text=bool(config.setting("GREETING")))
         with suppress(TimeoutError):
             await asyncio.wait_for(client_ready.wait(), connection.client_ready_seconds)
         if not ending.has_begun:
@@ -227,6 +231,12 @@ async def run_pipeline(
         @worker.rtvi.event_handler("on_client_ready")
         async def on_client_ready(_rtvi):
             client_ready.set()
+
+        @worker.rtvi.event_handler("on_before_push_frame")
+        async def on_before_push_frame(_rtvi, frame: Frame):
+            # So a client's disconnectBot() arrives.
+            if isinstance(frame, EndWorkerFrame):
+                await ending.now("client-disconnected", "the client ended the call")
 
     @worker.event_handler("on_idle_timeout")
     async def on_idle_timeout(_worker):

@@ -12,7 +12,7 @@ from functools import cache
 
 import httpx
 from loguru import logger
-from pipecat.adapters.llm.schemas.direct_function import DirectFunction
+from pipecat.adapters.llm.schemas.direct_function import DirectFunction, tool_options
 from pipecat.adapters.llm.schemas.tools_schema import ToolsSchema
 from pipecat.frames.frames import FunctionCallResultProperties, TTSSpeakFrame
 from pipecat.services.llm_service import FunctionCallParams
@@ -66,9 +66,9 @@ async def end_call(params: FunctionCallParams, goodbye: str):
     )
     call: CallState = params.app_resources
     if call.ending:
-        call.ending.after(
-            TTSSpeakFrame(goodbye), reason="agent-ended", detail="the LLM called end_call"
-        )
+        # An LLM that has said goodbye in the same answer does not say it twice.
+        words = [] if call.ending.floor.has_text else [TTSSpeakFrame(goodbye)]
+        call.ending.after(*words, reason="agent-ended", detail="the LLM called end_call")
 
 
 async def transfer_call(params: FunctionCallParams, name: str, summary: str):
@@ -112,6 +112,8 @@ async def transfer_call(params: FunctionCallParams, name: str, summary: str):
         await call.ending.now(*ending_of(name))
 
 
+# What cannot be undone is not cancelled by a caller who speaks meanwhile, and so not done twice.
+@tool_options(cancel_on_interruption=False)
 async def take_message(params: FunctionCallParams, message: str, callback_number: str):
     """Take a message for the team. Call it once to get the text to read back to the caller, and
     once more with the same arguments after the caller has agreed to it.

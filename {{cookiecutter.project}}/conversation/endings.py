@@ -2,7 +2,8 @@
 
 Pipecat's own graceful end, the EndFrame, waits without a limit for all that is queued, and nothing
 overtakes it: a caller who hangs up during the goodbye, or a service that hangs, would hold up the
-end. Here a goodbye is waited for up to a limit, and then the call is cancelled.
+end. Here a goodbye is waited for up to a limit, and then the call is cancelled. A caller who says
+more than "bye" into it takes the ending back, and is answered.
 """
 
 import asyncio
@@ -11,8 +12,10 @@ from typing import TYPE_CHECKING
 
 from loguru import logger
 from pipecat.frames.frames import Frame, LLMMessagesAppendFrame
+from pipecat.processors.aggregators.llm_response_universal import LLMUserAggregator
 
 import config
+from conversation.floor import Floor
 
 if TYPE_CHECKING:
     from pipecat.pipeline.worker import PipelineWorker
@@ -24,6 +27,10 @@ if TYPE_CHECKING:
 GOODBYE_SECONDS = 15.0
 # The last word has left the pipeline, but not yet reached the caller's ear.
 LAST_WORD_SECONDS = 0.7
+# What the caller said into the end of the goodbye, until it is recognised.
+RECOGNISE_SECONDS = 1.0
+# The time limit, taken back by a caller who had more to say, comes again after so long.
+MORE_SECONDS = 30.0
 # Longer than a browser's hiccup; a peer that is gone for good stays gone.
 DEAD_LINE_SECONDS = 5.0
 # How long a peer may take to connect at all.
@@ -71,9 +78,17 @@ class Ending:
     """The end of one call. Who asks for it first decides why and how."""
 
     def __init__(
-        self, worker: "PipelineWorker", runner: "WorkerRunner", roark: "RoarkObserver"
+        self,
+        worker: "PipelineWorker",
+        runner: "WorkerRunner",
+        roark: "RoarkObserver",
+        *,
+        floor: Floor,
+        caller: LLMUserAggregator,
     ) -> None:
-        """Prepare the end of the call that `runner` runs."""
+        """Prepare the end of the call that `runner` runs; `caller` reports the caller's turns."""
+        self._floor = floor
+        self._wanted: tuple[str, str] | None = None
         self._worker = worker
         self._runner = runner
         self._roark = roark
@@ -82,24 +97,55 @@ class Ending:
         self._has_begun = False
         self._cancelled = asyncio.Event()
 
+        @caller.event_handler("on_user_turn_started")
+        async def on_user_turn_started(_caller, _strategy):
+            self._take_back()
+
+    @property
+    def floor(self) -> Floor:
+        """Who has the floor in this call."""
+        return self._floor
+
     @property
     def has_begun(self) -> bool:
         """Whether the call is ending: nothing new may be said."""
         return self._has_begun
 
     async def now(self, reason: str, detail: str) -> None:
-        """End the call at once; `reason` is one of roark.call.ENDINGS."""
+        """End the call at once; `reason` is one of roark.call.ENDINGS.
+
+        A goodbye that was under way had its own reason, which stands.
+        """
         self._has_begun = True
+        reason, detail = self._wanted or (reason, detail)
         note(self._roark, reason, detail)
         await self._cancel(reason)
 
-    def after(self, *goodbye: Frame, reason: str, detail: str) -> None:
-        """End the call once what the bot is saying, and `goodbye`, has been heard."""
+    def after(self, *goodbye: Frame, reason: str, detail: str, is_final: bool = False) -> None:
+        """End the call once what the bot is saying, and `goodbye`, has been heard.
+
+        Args:
+            goodbye: What it says last; nothing, if it is saying it.
+            reason: One of roark.call.ENDINGS.
+            detail: The reason in words.
+            is_final: Whether a caller who goes on talking cannot be answered any more.
+        """
         if self._has_begun:
             return
         self._has_begun = True
-        note(self._roark, reason, detail)
-        self._goodbye = asyncio.create_task(self._say_goodbye(goodbye, reason))
+        self._wanted = (reason, detail)
+        self._floor.is_saying_goodbye, self._floor.is_final = True, is_final
+        self._goodbye = asyncio.create_task(self._say_goodbye(goodbye))
+
+    def _take_back(self) -> None:
+        """Go on with the call: the caller had more to say."""
+        if self._wanted is None or self._floor.is_final or self._cancelled.is_set():
+            return
+        logger.info("The caller had more to say; the call goes on")
+        self._wanted, self._has_begun = None, False
+        self._floor.is_saying_goodbye = False
+        if self._goodbye:
+            self._goodbye.cancel()
 
     async def run(self, connection: "Connection") -> None:
         """Run the call on `connection` to its end, whoever brings that about."""
@@ -117,6 +163,8 @@ class Ending:
             # but not say why.
             await self.now(*SESSION_LIMIT)
         finally:
+            if self._wanted:
+                note(self._roark, *self._wanted)
             tasks = [*watches, self._goodbye] if self._goodbye else watches
             for task in tasks:
                 task.cancel()
@@ -128,15 +176,22 @@ class Ending:
             return
         running.result()
 
-    async def _say_goodbye(self, goodbye: tuple[Frame, ...], reason: str) -> None:
+    async def _say_goodbye(self, goodbye: tuple[Frame, ...]) -> None:
         try:
             async with asyncio.timeout(GOODBYE_SECONDS):
-                await self._worker.queue_frames(goodbye)
+                if goodbye:
+                    await self._worker.queue_frames(goodbye)
                 await self._worker.flush_pipeline(GOODBYE_SECONDS)
                 await asyncio.sleep(LAST_WORD_SECONDS)
+                while self._floor.caller_speaks:
+                    while self._floor.caller_speaks:
+                        await asyncio.sleep(LOOK_EVERY_SECONDS / 5)
+                    # Words that are more than a "bye" cancel this.
+                    await asyncio.sleep(RECOGNISE_SECONDS)
         except TimeoutError:
             logger.warning(f"The goodbye took longer than {GOODBYE_SECONDS:g} s; ending without it")
-        await self._cancel(reason)
+        if self._wanted:
+            await self.now(*self._wanted)
 
     async def _cancel(self, reason: str) -> None:
         await self._runner.cancel(reason)
@@ -146,7 +201,9 @@ class Ending:
         if self._limit_seconds:
             await asyncio.sleep(self._limit_seconds)
             detail = f"MAX_CALL_SECONDS is {self._limit_seconds:g}"
-            self.after(instruction(TIME_IS_UP), reason="max-duration", detail=detail)
+            while True:
+                self.after(instruction(TIME_IS_UP), reason="max-duration", detail=detail)
+                await asyncio.sleep(MORE_SECONDS)
 
     async def _notice_dead_line(self, connection: "Connection") -> None:
         # Pipecat tells of a webrtc peer that vanished when ICE gives up, after about 30 s.

@@ -11,21 +11,13 @@ from typing import TYPE_CHECKING
 
 from loguru import logger
 from pipecat.frames.frames import (
-    BotStartedSpeakingFrame,
-    BotStoppedSpeakingFrame,
     EndFrame,
     ErrorFrame,
-    Frame,
-    FunctionCallsStartedFrame,
     InterruptionFrame,
-    LLMFullResponseEndFrame,
     LLMFullResponseStartFrame,
-    LLMTextFrame,
     TTSSpeakFrame,
-    UserStartedSpeakingFrame,
-    UserStoppedSpeakingFrame,
 )
-from pipecat.observers.base_observer import BaseObserver, FramePushed
+from pipecat.observers.base_observer import FramePushed
 from pipecat.processors.aggregators.llm_response_universal import (
     AssistantTurnStoppedMessage,
     LLMAssistantAggregator,
@@ -39,6 +31,7 @@ from pipecat.utils.errors import ErrorCategory
 import config
 from conversation import phrases
 from conversation.endings import instruction
+from conversation.floor import Floor, FloorObserver, Side
 
 if TYPE_CHECKING:
     from pipecat.pipeline.worker import PipelineWorker
@@ -60,7 +53,7 @@ SAY_AGAIN = "Your last answer did not reach the caller, or not all of it. Answer
 """For the LLM: goes before every further attempt."""
 
 
-class Failures(BaseObserver):
+class Failures(FloorObserver):
     """Watches one call for what fails, and sees to it. Add it to the worker before it runs."""
 
     def __init__(
@@ -68,6 +61,7 @@ class Failures(BaseObserver):
         worker: "PipelineWorker",
         ending: "Ending",
         *,
+        floor: Floor,
         llm: FrameProcessor,
         tts: TTSService,
         bot_side: LLMAssistantAggregator,
@@ -77,7 +71,8 @@ class Failures(BaseObserver):
 
         Where `fail_over` names a person, they are who the caller gets at the end.
         """
-        super().__init__(observe_every_push=False)
+        super().__init__(floor)
+        self._floor = floor
         self._worker = worker
         self._ending = ending
         self._llm = llm
@@ -91,24 +86,9 @@ class Failures(BaseObserver):
         self._attempt = 0
         self._failed_attempt = -1
         self._failed_in_a_row = 0
-        self._is_thinking = False
-        self._has_text = False
-        self._owes_answer = False
-        self._bot_speaks = False
-        self._caller_speaks = False
-        self._alarm: asyncio.TimerHandle | None = None
+        self._has_asked_for_patience = False
         self._tasks: set[asyncio.Task[None]] = set()
-        self._handlers: dict[type[Frame], Callable[[Frame], None]] = {
-            LLMFullResponseStartFrame: self._on_thinking,
-            LLMTextFrame: self._on_text,
-            LLMFullResponseEndFrame: self._on_thought,
-            FunctionCallsStartedFrame: self._on_tool,
-            BotStartedSpeakingFrame: self._on_bot_started,
-            BotStoppedSpeakingFrame: self._on_bot_stopped,
-            UserStartedSpeakingFrame: self._on_caller_started,
-            UserStoppedSpeakingFrame: self._on_caller_stopped,
-            ErrorFrame: self._on_error,
-        }
+        self.look(self._look)
 
         @worker.event_handler("on_pipeline_error")
         async def on_pipeline_error(_worker, frame: ErrorFrame):
@@ -119,7 +99,7 @@ class Failures(BaseObserver):
 
         @tts.event_handler("on_disconnected")
         async def on_disconnected(service: TTSService):
-            if self._owes_answer or self._bot_speaks:
+            if floor.owed_by is Side.BOT or floor.bot_speaks:
                 self._fail(service, "lost its connection while the bot spoke")
 
         @bot_side.event_handler("on_assistant_turn_stopped")
@@ -127,74 +107,28 @@ class Failures(BaseObserver):
             if turn.content and self._failed_attempt != self._attempt:
                 self._failed_in_a_row = 0
 
-    def expect_answer(self, *, has_text: bool = False) -> None:
-        """The bot is about to speak first; with `has_text` only its voice can be late."""
-        self._owes_answer, self._has_text = True, has_text
-        self._set_alarm()
-
     async def on_pipeline_started(self) -> None:
         """From here on what is queued is processed: an answer can be waited for."""
         self._has_started = True
-        self._set_alarm()
+        self._floor.wait_anew()
 
     async def on_push_frame(self, data: FramePushed) -> None:
-        """Follow whose turn it is to make a sound."""
-        if handler := self._handlers.get(type(data.frame)):
-            handler(data.frame)
+        """Count the attempts to answer, and see to what fails."""
+        await super().on_push_frame(data)
+        if isinstance(data.frame, LLMFullResponseStartFrame):
+            self._attempt += 1
+        elif isinstance(data.frame, ErrorFrame):
+            self._on_error(data.frame)
 
-    async def cleanup(self) -> None:
-        """The call is over."""
-        await super().cleanup()
-        if self._alarm:
-            self._alarm.cancel()
-
-    def _on_thinking(self, _frame: Frame) -> None:
-        self._attempt += 1
-        self._is_thinking, self._has_text = True, False
-        self._owes_answer = True
-        self._set_alarm()
-
-    def _on_text(self, frame: Frame) -> None:
-        self._has_text = True
-        if isinstance(frame, LLMTextFrame) and frame.skip_tts:
-            # An eval in text mode: this is the answer, there will be no sound.
-            self._owes_answer = False
-            self._set_alarm()
-
-    def _on_thought(self, _frame: Frame) -> None:
-        self._is_thinking = False
-
-    def _on_tool(self, _frame: Frame) -> None:
-        # A tool has a time limit of its own, and the LLM speaks after it.
-        self._owes_answer = False
-        self._set_alarm()
-
-    def _on_bot_started(self, _frame: Frame) -> None:
-        self._bot_speaks = True
-        # What it says may still be the word before the next attempt.
-        self._owes_answer = self._owes_answer and not self._has_text
-        self._set_alarm()
-
-    def _on_bot_stopped(self, _frame: Frame) -> None:
-        self._bot_speaks = False
-        self._set_alarm()
-
-    def _on_caller_started(self, _frame: Frame) -> None:
-        self._caller_speaks, self._owes_answer = True, False
-        self._set_alarm()
-
-    def _on_caller_stopped(self, _frame: Frame) -> None:
-        self._caller_speaks = False
-        self._set_alarm()
-
-    def _on_error(self, frame: Frame) -> None:
-        assert isinstance(frame, ErrorFrame)
+    def _on_error(self, frame: ErrorFrame) -> None:
         service = frame.processor
         if service is None or not service.is_usable or frame.category is ErrorCategory.APPLICATION:
             return
         # The LLM also fails at other work: summaries of long calls.
-        of_answer = isinstance(service, LLMService) and self._is_thinking
-        of_voice = isinstance(service, TTSService) and (self._owes_answer or self._bot_speaks)
+        of_answer = isinstance(service, LLMService) and self._floor.is_thinking
+        of_voice = isinstance(service, TTSService) and (
+            self._floor.owed_by is Side.BOT or self._floor.bot_speaks
+        )
         if of_answer or of_voice:
             self._fail(service, str(frame.category.value if frame.category else "failed"))
 
@@ -204,7 +138,7 @@ class Failures(BaseObserver):
         detail = f"{type(service).__name__}: {category}"
         logger.error(f"A service is broken for good: {detail}")
         if isinstance(service, STTService | LLMService):
-            self._apologise(detail)
+            self._apologise(detail, is_final=True)
         elif isinstance(service, TTSService):
             await self._ending.now("error", detail)
         else:
@@ -218,19 +152,26 @@ class Failures(BaseObserver):
             await service.push_error("no connection", force_treat_as_permanent=True)
             await service.stop(EndFrame())
 
-    def _set_alarm(self) -> None:
-        """Wait for an answer exactly while nobody makes a sound and the bot owes one."""
-        if self._alarm:
-            self._alarm.cancel()
-            self._alarm = None
-        is_quiet = self._has_started and not self._bot_speaks and not self._caller_speaks
-        if is_quiet and self._owes_answer and self._answer_seconds and not self._ending.has_begun:
-            loop = asyncio.get_running_loop()
-            self._alarm = loop.call_later(self._answer_seconds, self._on_dead_air)
-
-    def _on_dead_air(self) -> None:
-        self._alarm = None
-        service = self._tts if self._has_text else self._llm
+    def _look(self) -> None:
+        """See that the bot does not owe a sound for too long."""
+        floor = self._floor
+        if floor.owed_by is not Side.BOT:
+            if floor.bot_speaks:
+                self._has_asked_for_patience = False
+            return
+        is_late = floor.owed_seconds >= self._answer_seconds > 0
+        if not is_late or not self._has_started or self._ending.has_begun:
+            return
+        floor.wait_anew()
+        if floor.waits_for_tool:
+            # It has a time limit of its own, and what it does may not be undone.
+            if not self._has_asked_for_patience:
+                self._has_asked_for_patience = True
+                self._start(self._worker.queue_frame(self._one_moment()))
+            return
+        service = self._tts if floor.waits_for_voice else self._llm
+        # Nothing came of the request before it either, so this is not the same failure.
+        self._failed_attempt = -1
         self._fail(service, f"no answer in {self._answer_seconds:g} s")
 
     def _fail(self, service: FrameProcessor, what: str) -> None:
@@ -243,11 +184,11 @@ class Failures(BaseObserver):
         logger.warning(f"A turn failed ({self._failed_in_a_row} in a row): {detail}")
         has_voice = not isinstance(service, TTSService)
         if self._failed_in_a_row < (LLM_ATTEMPTS if has_voice else TTS_ATTEMPTS):
-            self._run(self._try_again())
+            self._start(self._try_again())
         elif has_voice:
             self._apologise(detail)
         else:
-            self._run(self._ending.now("error", detail))
+            self._start(self._ending.now("error", detail))
 
     async def _try_again(self) -> None:
         """Break the answer off, say a word to the caller, and have the LLM answer again."""
@@ -258,19 +199,27 @@ class Failures(BaseObserver):
             async with asyncio.timeout(SETTLE_SECONDS):
                 await self._worker.flush_pipeline(SETTLE_SECONDS)
         if not self._ending.has_begun:
-            one_moment = TTSSpeakFrame(self._phrases.one_moment, append_to_context=False)
-            await self._worker.queue_frames([one_moment, instruction(SAY_AGAIN)])
+            await self._worker.queue_frames([self._one_moment(), instruction(SAY_AGAIN)])
 
-    def _apologise(self, detail: str) -> None:
+    def _apologise(self, detail: str, *, is_final: bool = False) -> None:
         last_words = self._phrases.apology
         if person := None if self._ending.has_begun else self._fail_over():
             last_words = self._phrases.transferring
             detail += f"; handed over to {person}"
+            is_final = True
         self._ending.after(
-            InterruptionFrame(), TTSSpeakFrame(last_words), reason="error", detail=detail
+            InterruptionFrame(),
+            TTSSpeakFrame(last_words),
+            reason="error",
+            detail=detail,
+            is_final=is_final,
         )
 
-    def _run(self, work: Coroutine[None, None, None]) -> None:
+    def _one_moment(self) -> TTSSpeakFrame:
+        """The word to a caller who has to wait; the LLM does not hear of it."""
+        return TTSSpeakFrame(self._phrases.one_moment, append_to_context=False)
+
+    def _start(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -4,6 +4,7 @@ A caller whom the speech recogniser no longer hears is the same to us, except th
 then the bot asks them to say it again, and the record names the recogniser.
 """
 
+import asyncio
 from typing import TYPE_CHECKING
 
 from pipecat.processors.aggregators.llm_response_universal import (
@@ -13,6 +14,7 @@ from pipecat.processors.aggregators.llm_response_universal import (
 
 import config
 from conversation.endings import instruction
+from conversation.floor import FloorObserver, Side
 
 if TYPE_CHECKING:
     from pipecat.pipeline.worker import PipelineWorker
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 SILENCE_SECONDS = 8.0
 QUESTIONS = 2
+# Longer than a turn without words stays open; one that is open longer has got stuck.
+OPEN_TURN_SECONDS = 5.0
 
 STILL_THERE = "The caller has been silent. Ask in one short sentence whether they are still there."
 NOT_UNDERSTOOD = (
@@ -36,33 +40,59 @@ def timeout_seconds() -> float:
 
 
 def watch(
-    caller: LLMUserAggregator, worker: "PipelineWorker", ending: "Ending", *, recogniser: str
+    caller: LLMUserAggregator,
+    worker: "PipelineWorker",
+    ending: "Ending",
+    floor_observer: FloorObserver,
+    *,
+    recogniser: str,
 ) -> None:
-    """See to the silences of one call, which `caller` reports after `timeout_seconds`.
+    """See to the silences of one call: nothing happens here while the bot owes an answer.
 
     Args:
+        caller: Reports the caller's turns.
+        worker: Runs the call.
+        ending: Ends it.
+        floor_observer: Has the silence looked at in time.
         recogniser: What is to blame if the caller speaks and nothing is recognised.
     """
-    silences = 0
-    not_understood = 0
+    floor = ending.floor
+    limit_seconds = timeout_seconds()
+    silences = not_understood = turns_answered = 0
+    tasks: set[asyncio.Task[None]] = set()
 
     @caller.event_handler("on_user_turn_stopped")
     async def on_user_turn_stopped(_caller, _strategy, turn: UserTurnStoppedMessage):
-        nonlocal silences, not_understood
-        if turn.content:
-            silences = not_understood = 0
-        else:
+        nonlocal not_understood
+        if not turn.content:
             not_understood += 1
+            # A sound without words into the silence is asked about at once; the next ones may be
+            # a noisy room. What it cut off, Pipecat has the LLM answer again.
+            is_ours = floor.owed_by is Side.CALLER and not floor.was_cut_off
+            if not_understood == 1 and limit_seconds and is_ours:
+                on_silence()
 
-    @caller.event_handler("on_user_turn_idle")
-    async def on_user_turn_idle(_caller):
+    def look() -> None:
+        nonlocal silences, not_understood, turns_answered
+        if turns_answered != floor.caller_turns:
+            turns_answered = floor.caller_turns
+            silences = not_understood = 0
+        patience = limit_seconds + (OPEN_TURN_SECONDS if floor.turn_is_open else 0.0)
+        if floor.owed_by is Side.CALLER and limit_seconds and floor.owed_seconds >= patience:
+            on_silence()
+
+    def on_silence() -> None:
         nonlocal silences
         if ending.has_begun:
             return
+        floor.wait_anew()
         silences += 1
         if silences <= QUESTIONS:
             question = NOT_UNDERSTOOD if not_understood >= silences else STILL_THERE
-            await worker.queue_frame(instruction(question))
+            floor.bot_owes()
+            task = asyncio.create_task(worker.queue_frame(instruction(question)))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
         elif not_understood > QUESTIONS:
             ending.after(
                 instruction(GOODBYE), reason="error", detail=f"{recogniser} recognised nothing"
@@ -71,5 +101,7 @@ def watch(
             ending.after(
                 instruction(GOODBYE),
                 reason="idle-timeout",
-                detail=f"silent {silences} times for {timeout_seconds():g} s",
+                detail=f"silent {silences} times for {limit_seconds:g} s",
             )
+
+    floor_observer.look(look)

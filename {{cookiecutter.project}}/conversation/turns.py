@@ -19,13 +19,15 @@ from pipecat.frames.frames import (
     VADUserStoppedSpeakingFrame,
 )
 from pipecat.processors.aggregators.llm_response_universal import LLMUserAggregatorParams
+from pipecat.turns.empty_user_turn import EmptyUserTurnConfig
 from pipecat.turns.types import ProcessFrameResult
 from pipecat.turns.user_mute import MuteUntilFirstBotCompleteUserMuteStrategy
 from pipecat.turns.user_start import BaseUserTurnStartStrategy
 from pipecat.turns.user_turn_strategies import UserTurnStrategies
 
 import config
-from conversation import phrases, silence
+from conversation import phrases
+from conversation.floor import Floor
 from conversation.turn_end import PauseUserTurnStopStrategy
 
 # Speech that goes on longer than this is an interruption, whatever the recogniser makes of it.
@@ -33,40 +35,60 @@ LONGEST_BACKCHANNEL_SECONDS = 0.6
 # One said this shortly before the bot falls silent is taken for an answer to what it said.
 ANSWER_SECONDS = 1.0
 
+GO_ON = (
+    "A sound without words cut you off. Answer what the caller said before it, or say again what "
+    "they have not heard; do not mention the sound."
+)
+# How often in a row an answer is begun again after such a sound.
+RECOVERIES = 3
 
-def params() -> LLMUserAggregatorParams:
-    """How turns are taken in this call. Each call needs its own."""
+
+def params(floor: Floor) -> LLMUserAggregatorParams:
+    """How turns are taken in the call whose floor this is. Each call needs its own."""
     protected = config.setting("PROTECT_GREETING").lower() in ("1", "true", "yes", "on")
     return LLMUserAggregatorParams(
         # Silero hears when the caller speaks; Smart Turn, with turn_end.py, whether they are done.
         vad_analyzer=SileroVADAnalyzer(),
         user_turn_strategies=UserTurnStrategies(
-            start=[InterruptionUserTurnStartStrategy()],
+            start=[InterruptionUserTurnStartStrategy(floor)],
             stop=[PauseUserTurnStopStrategy(turn_analyzer=LocalSmartTurnAnalyzerV3())],
         ),
         user_mute_strategies=[MuteUntilFirstBotCompleteUserMuteStrategy()] if protected else [],
-        user_idle_timeout=silence.timeout_seconds(),
+        empty_user_turn=EmptyUserTurnConfig(
+            interrupted_prompt=f"[{GO_ON}]", max_consecutive_recoveries=RECOVERIES
+        ),
     )
 
 
 def is_backchannel(text: str) -> bool:
     """Whether these words only say that somebody is listening."""
-    words = re.sub(r"[^\w\s]", "", text.lower()).split()
+    words = _words(text)
     return bool(words) and all(word in phrases.spoken().backchannels for word in words)
+
+
+def is_farewell(text: str) -> bool:
+    """Whether these words only return a goodbye."""
+    known = phrases.spoken()
+    words = _words(text)
+    return bool(words) and all(word in known.farewells | known.backchannels for word in words)
+
+
+def _words(text: str) -> list[str]:
+    return re.sub(r"[^\w\s]", "", text.lower()).split()
 
 
 class InterruptionUserTurnStartStrategy(BaseUserTurnStartStrategy):
     """Starts the caller's turn with their first sound; while the bot speaks, only if they mean it.
 
     They mean it when a word is recognised that is no backchannel, or when they go on speaking for
-    LONGEST_BACKCHANNEL_SECONDS.
+    LONGEST_BACKCHANNEL_SECONDS. Into a goodbye only words count, and more than a "bye".
     """
 
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
-        """Take the time from `clock`, in seconds."""
+    def __init__(self, floor: Floor, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """Ask `floor` who speaks; take the time from `clock`, in seconds."""
         super().__init__()
+        self._floor = floor
         self._clock = clock
-        self._bot_speaks = False
         self._speaks_since: float | None = None
         self._backchannel = ""
         self._backchannel_at = 0.0
@@ -78,33 +100,41 @@ class InterruptionUserTurnStartStrategy(BaseUserTurnStartStrategy):
 
     async def process_frame(self, frame: Frame) -> ProcessFrameResult:
         """Tell from the frames whether the caller takes the turn."""
+        floor = self._floor
         match frame:
             case BotStartedSpeakingFrame():
-                self._bot_speaks = True
+                # Its observer learns of it a moment later.
+                floor.bot_heard()
             case BotStoppedSpeakingFrame():
-                self._bot_speaks = False
-                if self._speaks_since is not None:
+                floor.bot_silent()
+                if self._speaks_since is not None and not floor.is_saying_goodbye:
                     return await self._start_turn()
                 await self._answer_with_backchannel()
             case VADUserStartedSpeakingFrame():
                 self._speaks_since = self._clock() - frame.start_secs
-                if not self._bot_speaks:
+                if not floor.bot_speaks and not floor.is_saying_goodbye:
                     return await self._start_turn()
             case VADUserStoppedSpeakingFrame():
                 self._speaks_since = None
             case UserSpeakingFrame() if self._speaks_since is not None:
-                if self._clock() - self._speaks_since >= LONGEST_BACKCHANNEL_SECONDS:
+                is_long = self._clock() - self._speaks_since >= LONGEST_BACKCHANNEL_SECONDS
+                if is_long and not floor.is_saying_goodbye:
                     return await self._start_turn()
-            case InterimTranscriptionFrame():
-                if not (self._bot_speaks and is_backchannel(frame.text)):
-                    return await self._start_turn()
-            case TranscriptionFrame():
-                if not (self._bot_speaks and is_backchannel(frame.text)):
+            case InterimTranscriptionFrame() if not self._is_aside(frame.text):
+                return await self._start_turn()
+            case TranscriptionFrame() if not isinstance(frame, InterimTranscriptionFrame):
+                if not self._is_aside(frame.text):
                     return await self._start_turn()
                 await self._note_backchannel(frame)
             case _:
                 pass
         return ProcessFrameResult.CONTINUE
+
+    def _is_aside(self, text: str) -> bool:
+        """Whether these words leave the turn where it is."""
+        if self._floor.is_saying_goodbye:
+            return self._floor.is_final or not text.strip() or is_farewell(text)
+        return self._floor.bot_speaks and is_backchannel(text)
 
     async def _start_turn(self) -> ProcessFrameResult:
         await self.trigger_user_turn_started()
@@ -120,6 +150,7 @@ class InterruptionUserTurnStartStrategy(BaseUserTurnStartStrategy):
 
     async def _answer_with_backchannel(self) -> None:
         said, self._backchannel = self._backchannel, ""
-        if said and self._clock() - self._backchannel_at < ANSWER_SECONDS:
+        is_recent = self._clock() - self._backchannel_at < ANSWER_SECONDS
+        if said and is_recent and not self._floor.is_saying_goodbye:
             message = LLMMessagesAppendFrame([{"role": "user", "content": said}], run_llm=True)
             await self.push_frame(message)

@@ -12,6 +12,7 @@ from loguru import logger
 import services
 import transports
 from conversation import phrases, turns
+from conversation.floor import Floor
 from roark import client
 from telephony import transfer
 
@@ -32,7 +33,7 @@ def once() -> None:
     services.create_llm("")
     services.create_tts()
     services.memory_params()
-    turns.params()
+    turns.params(Floor())
     transports.warm_up()
     client.warm_up()
     # All this stays: the collection after each call need not look at it (10 instead of 140 ms).

@@ -19,6 +19,7 @@ from pipecat.frames.frames import (
     VADUserStoppedSpeakingFrame,
 )
 
+from conversation.floor import Floor
 from conversation.turns import InterruptionUserTurnStartStrategy, is_backchannel
 from rehearsal.callers.twilio import TwilioCaller
 from rehearsal.engines.scripted import Script
@@ -133,7 +134,8 @@ class Line:
         self.now = 100.0
         self.turns = 0
         self.pushed: list[Frame] = []
-        self.strategy = InterruptionUserTurnStartStrategy(clock=lambda: self.now)
+        self.floor = Floor(clock=lambda: self.now)
+        self.strategy = InterruptionUserTurnStartStrategy(self.floor, clock=lambda: self.now)
         self.strategy.add_event_handler("on_user_turn_started", self._on_turn)
         self.strategy.add_event_handler("on_push_frame", self._on_push)
 
@@ -197,3 +199,29 @@ async def test_a_yeah_just_before_the_bot_falls_silent_is_an_answer(
     await line.hears(BotStoppedSpeakingFrame(), after=seconds_before)
     messages = [frame for frame in line.pushed if isinstance(frame, LLMMessagesAppendFrame)]
     assert len(messages) == answers
+
+
+def goodbye(*, is_final: bool = False) -> Line:
+    """A line on which the bot is saying goodbye."""
+    line = Line()
+    line.floor.is_saying_goodbye, line.floor.is_final = True, is_final
+    return line
+
+
+@pytest.mark.parametrize("text", ["Bye.", "Thank you, bye bye!", "Okay, thanks.", "You too."])
+async def test_a_goodbye_returned_or_a_cough_does_not_cut_the_bots(
+    monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setenv("LANGUAGE", "en")
+    line = goodbye()
+    await line.hears(BotStartedSpeakingFrame(), VAD_STARTED)
+    assert await line.hears(UserSpeakingFrame(), heard(text), after=1.0) == 0
+    assert await line.hears(BotStoppedSpeakingFrame()) == 0
+    assert await line.hears(VAD_STARTED) == 0
+    assert not any(isinstance(frame, LLMMessagesAppendFrame) for frame in line.pushed)
+
+
+async def test_a_sentence_into_the_goodbye_takes_the_turn_unless_nothing_can_answer_it() -> None:
+    sentence = heard("Wait, what about Tuesday?")
+    assert await goodbye().hears(BotStartedSpeakingFrame(), sentence) == 1
+    assert await goodbye(is_final=True).hears(BotStartedSpeakingFrame(), sentence) == 0

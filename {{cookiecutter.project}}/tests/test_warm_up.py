@@ -18,7 +18,8 @@ assert bot.readyz()["ready"]
 ready = set(sys.modules)
 import services
 from conversation import turns
-services.create_stt(), services.create_llm(""), services.create_tts(), turns.params()
+from conversation.floor import Floor
+services.create_stt(), services.create_llm(""), services.create_tts(), turns.params(Floor())
 print(*sorted(set(sys.modules) - ready))
 print(*sorted(ready - quick))
 """

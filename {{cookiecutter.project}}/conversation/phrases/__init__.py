@@ -27,6 +27,7 @@ class Phrases:
         apology: The last words of a call that cannot go on.
         transferring: Before the caller is handed over to a person.
         backchannels: The words, in lower case, of those who only say that they are listening.
+        farewells: The words of those who return a goodbye and have nothing more to ask.
     """
 
     language: str
@@ -34,6 +35,7 @@ class Phrases:
     apology: str
     transferring: str
     backchannels: frozenset[str]
+    farewells: frozenset[str]
 
 
 def spoken() -> Phrases:
@@ -68,7 +70,8 @@ def instruction() -> str:
 def _of(code: str) -> Phrases:
     file = _file(code) if _file(code).exists() else FOLDER / f"{FALLBACK}.toml"
     table: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))
-    table["backchannels"] = frozenset(table["backchannels"].split())
+    for kind in ("backchannels", "farewells"):
+        table[kind] = frozenset(table[kind].split())
     return Phrases(**table)
 
 

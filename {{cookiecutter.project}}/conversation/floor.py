@@ -1,0 +1,318 @@
+"""Who has the floor: who makes a sound, who owes the next one, and since when.
+
+`Floor` is fed with what happens and asked by turns, silence, recovery and endings. Its time comes
+from a clock, not from frames: where frames stop, the silence still grows, and `FloorObserver` has
+those who wait for it look several times a second.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from enum import StrEnum
+
+from pipecat.frames.frames import (
+    BotSpeakingFrame,
+    BotStartedSpeakingFrame,
+    BotStoppedSpeakingFrame,
+    Frame,
+    FunctionCallCancelFrame,
+    FunctionCallResultFrame,
+    FunctionCallsStartedFrame,
+    InterruptionFrame,
+    LLMContextUserTurnFrame,
+    LLMFullResponseEndFrame,
+    LLMFullResponseStartFrame,
+    LLMMessagesAppendFrame,
+    LLMRunFrame,
+    LLMTextFrame,
+    TTSSpeakFrame,
+    TTSStartedFrame,
+    UserSpeakingFrame,
+    UserStartedSpeakingFrame,
+    UserStoppedSpeakingFrame,
+    VADUserStartedSpeakingFrame,
+    VADUserStoppedSpeakingFrame,
+)
+from pipecat.observers.base_observer import BaseObserver, FramePushed
+from pipecat.processors.frame_processor import FrameDirection
+
+LOOK_EVERY_SECONDS = 0.1
+# Whoever speaks is heard of several times a second. Not for so long: the end of it got lost.
+LOST_SECONDS = 3.0
+
+
+class Side(StrEnum):
+    """One of the two on the line."""
+
+    BOT = "bot"
+    CALLER = "caller"
+
+
+class Floor:
+    """The floor of one call. It does no I/O; the same events at the same times give the same.
+
+    Attributes:
+        caller_turns: How many times the caller has said, typed or pressed something.
+        turn_is_open: Whether the caller has the turn, in a pause of theirs too.
+        is_saying_goodbye: Whether the call ends once the bot has said what it says.
+        is_final: Whether nothing the caller says can take that back.
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """Take the time from `clock`, in seconds. Nobody owes anything yet."""
+        self.caller_turns = 0
+        self.turn_is_open = False
+        self.is_saying_goodbye = False
+        self.is_final = False
+        self._clock = clock
+        self._has_begun = False
+        self._bot_heard_at: float | None = None
+        self._caller_heard_at: float | None = None
+        self._changed_at = clock()
+        # What the bot still has to do: an answer asked for but not begun to be heard, a request the
+        # LLM has not finished, tools that run.
+        self._is_due = False
+        self._is_thinking = False
+        self._was_cut_off = False
+        self._has_text = False
+        self._voice_is_asked = False
+        self._tools: set[str] = set()
+
+    # What is so.
+
+    @property
+    def bot_speaks(self) -> bool:
+        """Whether the bot is to be heard."""
+        return self._is_recent(self._bot_heard_at)
+
+    @property
+    def caller_speaks(self) -> bool:
+        """Whether the caller makes a sound like speech."""
+        return self._is_recent(self._caller_heard_at)
+
+    @property
+    def is_thinking(self) -> bool:
+        """Whether the LLM is in the middle of an answer."""
+        return self._is_thinking
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the present or last answer holds words to be spoken."""
+        return self._has_text
+
+    @property
+    def owed_by(self) -> Side | None:
+        """Who has to make the next sound; None while somebody makes one, or before the call."""
+        if not self._has_begun or self.bot_speaks or self.caller_speaks:
+            return None
+        return Side.BOT if self._is_due or self._is_thinking or self._tools else Side.CALLER
+
+    @property
+    def owed_seconds(self) -> float:
+        """How long `owed_by` has kept the other waiting; 0.0 where nobody has to."""
+        if self.owed_by is None:
+            return 0.0
+        lost = [
+            at + LOST_SECONDS
+            for at in (self._bot_heard_at, self._caller_heard_at)
+            if at is not None
+        ]
+        return max(0.0, self._clock() - max([self._changed_at, *lost]))
+
+    @property
+    def was_cut_off(self) -> bool:
+        """Whether the caller cut the bot's last answer off, and it has not begun another."""
+        return self._was_cut_off
+
+    @property
+    def waits_for_tool(self) -> bool:
+        """Whether the bot owes an answer that waits for nothing but a tool."""
+        return bool(self._tools) and not self._is_due and not self._is_thinking
+
+    @property
+    def waits_for_voice(self) -> bool:
+        """Whether there is text to say, and the voice has it, but nothing is heard."""
+        return self._has_text and (self._voice_is_asked or not self._is_thinking)
+
+    # What happens.
+
+    def bot_owes(self, *, has_text: bool = False) -> None:
+        """The bot has to say something; with `has_text`, something that is already known."""
+        self._has_begun = self._is_due = True
+        self._has_text = self._voice_is_asked = has_text
+        self._change()
+
+    def wait_anew(self) -> None:
+        """Something was done about the silence: count from here."""
+        self._change()
+
+    def caller_took_turn(self) -> None:
+        """The caller said, typed or pressed something that is to be answered."""
+        self.caller_turns += 1
+
+    def caller_heard(self) -> None:
+        """The caller makes a sound."""
+        self._has_begun = True
+        self._caller_heard_at = self._clock()
+
+    def caller_silent(self) -> None:
+        """The caller stopped."""
+        self._caller_heard_at = None
+        self._change()
+
+    def turn_began(self) -> None:
+        """The caller has the turn."""
+        self.turn_is_open = True
+        self.interrupted()
+
+    def turn_ended(self) -> None:
+        """The caller is done, whether or not there were words."""
+        self.turn_is_open = False
+        self.caller_silent()
+
+    def interrupted(self) -> None:
+        """What the bot was about to say is dropped; tools may go on."""
+        if self._is_due or self._is_thinking or self.bot_speaks:
+            self._was_cut_off = True
+        self._is_due = self._is_thinking = self._has_text = self._voice_is_asked = False
+        self._change()
+
+    def llm_began(self) -> None:
+        """The LLM is asked."""
+        self._was_cut_off = False
+        self._has_begun = self._is_due = self._is_thinking = True
+        self._has_text = self._voice_is_asked = False
+        self._change()
+
+    def llm_wrote(self, *, is_spoken: bool = True) -> None:
+        """The LLM has written something; if not `is_spoken`, for reading only."""
+        self._has_text = self._has_text or is_spoken
+        if not is_spoken:
+            self._is_due = False
+            self._change()
+
+    def llm_ended(self) -> None:
+        """The LLM has finished its answer; an empty one is still owed."""
+        self._is_thinking = False
+
+    def voice_asked(self) -> None:
+        """The voice has been given text."""
+        self._voice_is_asked = True
+
+    def tool_began(self, call_id: str) -> None:
+        """A tool runs; the LLM has said what it wanted to."""
+        self._has_begun = True
+        self._is_due = self._is_due and self._has_text
+        self._tools.add(call_id)
+        self._change()
+
+    def tool_ended(self, call_id: str, *, is_answered: bool = True) -> None:
+        """A tool is done; `is_answered` if the LLM will speak of it."""
+        if call_id in self._tools:
+            self._tools.discard(call_id)
+            self._is_due = self._is_due or is_answered
+            self._change()
+
+    def bot_heard(self) -> None:
+        """The bot is to be heard."""
+        self._has_begun = True
+        if not (self._is_thinking and not self._has_text):
+            # Otherwise this is the word before an answer that is still to come.
+            self._is_due = False
+        self._bot_heard_at = self._clock()
+
+    def bot_silent(self) -> None:
+        """The bot stopped."""
+        self._bot_heard_at = None
+        self._change()
+
+    def _change(self) -> None:
+        self._changed_at = self._clock()
+
+    def _is_recent(self, heard_at: float | None) -> bool:
+        return heard_at is not None and self._clock() - heard_at < LOST_SECONDS
+
+
+class FloorObserver(BaseObserver):
+    """Tells the floor what passes through the pipeline, and has others look at it in time."""
+
+    def __init__(self, floor: Floor) -> None:
+        """Feed `floor`. Add this to the worker before it runs."""
+        super().__init__(observe_every_push=False)
+        self._floor = floor
+        self._looks: list[Callable[[], None]] = []
+        self._clock: asyncio.Task[None] | None = None
+
+    def look(self, often: Callable[[], None]) -> None:
+        """Call `often` several times a second from now on, whatever flows or does not."""
+        self._looks.append(often)
+        self._clock = self._clock or asyncio.create_task(self._run())
+
+    async def on_push_frame(self, data: FramePushed) -> None:
+        """Follow whose turn it is to make a sound."""
+        is_copy = data.frame.broadcast_sibling_id is not None
+        if not (is_copy and data.direction is FrameDirection.UPSTREAM):
+            tell(self._floor, data.frame)
+
+    async def cleanup(self) -> None:
+        """The call is over."""
+        await super().cleanup()
+        if self._clock:
+            self._clock.cancel()
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_EVERY_SECONDS)
+            for often in self._looks:
+                often()
+
+
+def tell(floor: Floor, frame: Frame) -> None:
+    """Tell `floor` what `frame` means for it; most frames mean nothing."""
+    match frame:
+        case UserSpeakingFrame() | VADUserStartedSpeakingFrame():
+            floor.caller_heard()
+        case VADUserStoppedSpeakingFrame():
+            floor.caller_silent()
+        case UserStartedSpeakingFrame():
+            floor.turn_began()
+        case UserStoppedSpeakingFrame():
+            floor.turn_ended()
+        case BotStartedSpeakingFrame() | BotSpeakingFrame():
+            floor.bot_heard()
+        case BotStoppedSpeakingFrame():
+            floor.bot_silent()
+        case InterruptionFrame():
+            floor.interrupted()
+        case LLMFullResponseStartFrame():
+            floor.llm_began()
+        case LLMTextFrame():
+            floor.llm_wrote(is_spoken=not frame.skip_tts)
+        case LLMFullResponseEndFrame():
+            floor.llm_ended()
+        case TTSStartedFrame():
+            floor.voice_asked()
+        case TTSSpeakFrame():
+            floor.bot_owes(has_text=True)
+        case LLMContextUserTurnFrame():
+            floor.caller_took_turn()
+            floor.bot_owes()
+        case LLMMessagesAppendFrame():
+            if any(isinstance(m, dict) and m.get("role") == "user" for m in frame.messages):
+                floor.caller_took_turn()
+            if frame.run_llm:
+                floor.bot_owes()
+        case LLMRunFrame():
+            floor.bot_owes()
+        case FunctionCallsStartedFrame():
+            for call in frame.function_calls:
+                floor.tool_began(call.tool_call_id)
+        case FunctionCallResultFrame():
+            properties = frame.properties
+            if properties is None or properties.is_final:
+                answered = properties is None or properties.run_llm is not False
+                floor.tool_ended(frame.tool_call_id, is_answered=answered)
+        case FunctionCallCancelFrame():
+            floor.tool_ended(frame.tool_call_id, is_answered=bool(frame.run_llm))
+        case _:
+            pass

@@ -1,0 +1,144 @@
+"""Who has the floor, in any order of events: nothing hangs, and nobody owes a sound unnoticed."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from conversation.floor import LOST_SECONDS, Floor, Side
+
+ORDERS = 3000
+EVENTS_EACH = 40
+
+
+class Clock:
+    """A clock that goes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def floor_and_clock() -> tuple[Floor, Clock]:
+    clock = Clock()
+    return Floor(clock=clock), clock
+
+
+def events(floor: Floor, chance: random.Random) -> list[Callable[[], None]]:
+    tool = f"call-{chance.randrange(3)}"
+    return [
+        lambda: floor.bot_owes(has_text=chance.random() < 0.5),
+        floor.caller_heard,
+        floor.caller_silent,
+        floor.caller_took_turn,
+        floor.turn_began,
+        floor.turn_ended,
+        floor.interrupted,
+        floor.llm_began,
+        lambda: floor.llm_wrote(is_spoken=chance.random() < 0.8),
+        floor.llm_ended,
+        floor.voice_asked,
+        lambda: floor.tool_began(tool),
+        lambda: floor.tool_ended(tool, is_answered=chance.random() < 0.5),
+        floor.bot_heard,
+        floor.bot_silent,
+        floor.wait_anew,
+    ]
+
+
+def test_in_any_order_of_events_somebody_speaks_or_somebody_owes_and_the_wait_grows() -> None:
+    chance = random.Random(10)
+    for _ in range(ORDERS):
+        floor, clock = floor_and_clock()
+        for _ in range(EVENTS_EACH):
+            chance.choice(events(floor, chance))()
+            assert floor.owed_seconds >= 0.0
+            if floor.bot_speaks or floor.caller_speaks:
+                assert floor.owed_by is None
+            before = (floor.owed_by, floor.owed_seconds)
+            clock.now += (step := chance.choice([0.0, 0.02, 0.5, 4.0]))
+            if before[0] is not None:
+                # Time alone does not pass the floor on, it only makes the wait longer.
+                assert floor.owed_by is before[0]
+                assert floor.owed_seconds == pytest.approx(before[1] + step)
+        # However it came to this: where nothing flows any more, it is noticed.
+        floor.bot_owes()
+        clock.now += LOST_SECONDS + 8.0
+        assert floor.owed_by is Side.BOT
+        assert floor.owed_seconds > 7.99
+
+
+def test_in_any_order_an_answer_heard_to_its_end_gives_the_floor_to_the_caller() -> None:
+    chance = random.Random(11)
+    for _ in range(ORDERS):
+        floor, clock = floor_and_clock()
+        for _ in range(chance.randrange(EVENTS_EACH)):
+            chance.choice(events(floor, chance))()
+            clock.now += chance.choice([0.0, 0.02, 0.5])
+        for number in range(3):
+            floor.tool_ended(f"call-{number}")
+        floor.caller_silent()
+        floor.llm_began()
+        floor.llm_wrote()
+        floor.llm_ended()
+        floor.bot_heard()
+        assert floor.owed_by is None
+        floor.bot_silent()
+        assert floor.owed_by is Side.CALLER
+        assert floor.owed_seconds == 0.0
+
+
+def test_nobody_owes_a_sound_before_the_call_has_begun() -> None:
+    floor, clock = floor_and_clock()
+    clock.now = 60.0
+    assert floor.owed_by is None
+
+
+def test_the_word_before_an_answer_is_not_the_answer() -> None:
+    floor, clock = floor_and_clock()
+    floor.bot_owes(has_text=True)
+    floor.llm_began()
+    floor.bot_heard()
+    floor.bot_silent()
+    clock.now += 8.0
+    assert (floor.owed_by, floor.owed_seconds) == (Side.BOT, 8.0)
+
+
+def test_an_answer_that_stops_in_its_middle_is_still_owed_by_the_llm() -> None:
+    floor, clock = floor_and_clock()
+    floor.llm_began()
+    floor.llm_wrote()
+    clock.now += 8.0
+    assert not floor.waits_for_voice, "the voice was blamed"
+    floor.voice_asked()
+    assert floor.waits_for_voice
+    floor.bot_heard()
+    floor.bot_silent()
+    assert floor.owed_by is Side.BOT
+
+
+def test_a_caller_of_whose_silence_nobody_is_told_is_taken_for_silent() -> None:
+    floor, clock = floor_and_clock()
+    floor.caller_heard()
+    clock.now += LOST_SECONDS + 8.0
+    assert (floor.owed_by, floor.owed_seconds) == (Side.CALLER, 8.0)
+
+
+def test_while_a_tool_runs_the_bot_owes_and_nothing_but_the_tool_is_waited_for() -> None:
+    floor, _ = floor_and_clock()
+    floor.llm_began()
+    floor.tool_began("a")
+    floor.llm_ended()
+    assert floor.owed_by is Side.BOT and floor.waits_for_tool
+    floor.tool_ended("a")
+    assert floor.owed_by is Side.BOT and not floor.waits_for_tool
+
+
+def test_an_answer_for_reading_is_an_answer() -> None:
+    floor, _ = floor_and_clock()
+    floor.llm_began()
+    floor.llm_wrote(is_spoken=False)
+    floor.llm_ended()
+    assert floor.owed_by is Side.CALLER
