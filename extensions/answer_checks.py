@@ -16,9 +16,14 @@ import click
 from cookiecutter.cli import main as cookiecutter_command
 from cookiecutter.config import get_user_config
 from cookiecutter.exceptions import FailedHookException
-from cookiecutter.prompt import YesNoPrompt
 from jinja2 import Environment
 from jinja2.ext import Extension
+
+try:
+    from cookiecutter.prompt import YesNoPrompt
+except ImportError:
+    # cookiecutter shows this text after "Unable to load extension: ".
+    raise ImportError("this template needs cookiecutter 2.5 or newer") from None
 
 TEMPLATE = Path(__file__).parents[1]
 YES_OR_NO = {*YesNoPrompt.yes_choices, *YesNoPrompt.no_choices}

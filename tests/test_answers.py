@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -221,6 +222,15 @@ def test_the_nearest_question_is_suggested_where_one_is_near(
 
     assert near.stdout.endswith("; did you mean 'transport'?\n")
     assert far.stdout.endswith(", record_audio).\n")
+
+
+def test_a_cookiecutter_that_is_too_old_is_named_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, template: Path
+) -> None:
+    """It prints the text of the ImportError after "Unable to load extension: "."""
+    monkeypatch.delattr("cookiecutter.prompt.YesNoPrompt")
+    with pytest.raises(ImportError, match="^this template needs cookiecutter 2.5 or newer$"):
+        runpy.run_path(str(template / "extensions" / "answer_checks.py"))
 
 
 def test_a_shared_file_may_hold_answers_to_other_templates_but_no_typo_of_ours(
