@@ -229,7 +229,7 @@ def test_a_cookiecutter_that_is_too_old_is_named_in_one_sentence(
 ) -> None:
     """It prints the text of the ImportError after "Unable to load extension: "."""
     monkeypatch.delattr("cookiecutter.prompt.YesNoPrompt")
-    with pytest.raises(ImportError, match="^this template needs cookiecutter 2.5 or newer$"):
+    with pytest.raises(ImportError, match=r"^this template needs cookiecutter 2\.5 or newer$"):
         runpy.run_path(str(template / "extensions" / "answer_checks.py"))
 
 
