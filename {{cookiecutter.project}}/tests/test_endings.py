@@ -2,9 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -16,6 +17,7 @@ import bot
 import config
 import services
 from conversation import endings
+from conversation.floor import Floor
 from rehearsal.callers import webrtc as webrtc_caller
 from rehearsal.callers.caller import Caller
 from rehearsal.engines.scripted import Script
@@ -255,3 +257,77 @@ async def assert_hung_up(harness: Harness, transport: str, monkeypatch: pytest.M
         args = (await harness.over()).args
         assert isinstance(args, SmallWebRTCSessionArguments)
         assert args.webrtc_connection.pc.connectionState == "closed"
+
+
+class Runner:
+    """A runner that notes that it was cancelled."""
+
+    def __init__(self) -> None:
+        self.cancelled_for: list[str] = []
+
+    async def cancel(self, reason: str) -> None:
+        self.cancelled_for.append(reason)
+
+
+class Worker:
+    """A worker that is done with a goodbye when it is told so."""
+
+    def __init__(self) -> None:
+        self.heard = asyncio.Event()
+        self.said: list[object] = []
+
+    async def queue_frames(self, frames: Iterable[object]) -> None:
+        self.said.extend(frames)
+
+    async def flush_pipeline(self, _timeout: float) -> None:
+        await self.heard.wait()
+
+
+class Roark:
+    """An observer that keeps the reasons it was told."""
+
+    def __init__(self) -> None:
+        self.reasons: list[str] = []
+
+    def note_ending(self, reason: str, _detail: str) -> None:
+        self.reasons.append(reason)
+
+
+class CallerSide:
+    """A user aggregator, as far as an ending knows it."""
+
+    def __init__(self) -> None:
+        self.takes_turn: Callable[..., Awaitable[None]] | None = None
+
+    def event_handler(self, _name: str) -> Callable[[Any], Any]:
+        def add(handler: Callable[..., Awaitable[None]]) -> Any:
+            self.takes_turn = handler
+            return handler
+
+        return add
+
+
+@pytest.mark.parametrize("is_final", [False, True])
+async def test_a_sentence_into_the_goodbye_takes_the_ending_back_unless_it_is_final(
+    monkeypatch: pytest.MonkeyPatch, is_final: bool
+) -> None:
+    monkeypatch.setattr(endings, "LAST_WORD_SECONDS", 0.0)
+    worker, runner, roark, caller = Worker(), Runner(), Roark(), CallerSide()
+    doubles: Any = (worker, runner, roark)
+    caller_side: Any = caller
+    ending = endings.Ending(*doubles, floor=Floor(), caller=caller_side)
+    goodbye: Any = "goodbye"
+    ending.after(goodbye, reason="agent-ended", detail="", is_final=is_final)
+    assert caller.takes_turn
+    await caller.takes_turn(caller, None)
+    worker.heard.set()
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert ending.has_begun is is_final
+    assert ending.floor.is_saying_goodbye is is_final
+    expected = ["agent-ended"] if is_final else []
+    assert (runner.cancelled_for, roark.reasons) == (expected, expected)
+    if not is_final:
+        # Who hangs up afterwards has hung up.
+        await ending.now("client-disconnected", "")
+        assert roark.reasons == ["client-disconnected"]
