@@ -4,6 +4,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 from harness import SECONDS, Harness, run_harness
 from pipecat.adapters.llm.schemas.tools_schema import ToolsSchema
 from pipecat.services.llm_service import FunctionCallParams
@@ -53,3 +54,59 @@ async def test_the_llm_speaks_after_a_tool_that_fails(
     assert harness.received.ended
     said = " ".join(turn["content"] for turn in harness.received.ended["transcript"])
     assert said.endswith("I could not find it.")
+
+
+@pytest.mark.slow
+async def test_a_message_is_sent_once_whatever_the_caller_says_meanwhile(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cancelled by speech, it would be served all the same, and sent again."""
+    arguments = {"message": "Please call Ada back.", "callback_number": "5550100"}
+    harness.engine.script = Script(
+        greeting="Hello.",
+        hears=("I have a message.", "Yes, that is right.", "Hello, still there?"),
+        answers=(
+            Answer(heard="still there", says="I am on it."),
+            Answer(result="take_message", says="All right."),
+            Answer(calls=(ToolCall("take_message", arguments),)),
+        ),
+    )
+    posted, may_answer = asyncio.Event(), asyncio.Event()
+    posts: list[str] = []
+
+    async def take(request: web.Request) -> web.Response:
+        posts.append(await request.text())
+        posted.set()
+        await may_answer.wait()
+        return web.Response(status=204)
+
+    app = web.Application()
+    app.router.add_post("/messages", take)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    port = runner.addresses[0][1]
+    monkeypatch.setenv("MESSAGE_URL", f"http://127.0.0.1:{port}/messages")
+    monkeypatch.setattr(bot.tools, "MESSAGE_SECONDS", SECONDS)
+    monkeypatch.setattr(services, "TOOL_TIMEOUT_SECONDS", SECONDS)
+    try:
+        async with harness.caller("twilio") as caller:
+            await caller.hear(within=SECONDS)
+            await caller.hear_out(quiet=0.5, within=SECONDS)
+            said = await harness.say(caller)
+            await caller.hear(since=said.end, within=SECONDS)
+            await caller.hear_out(quiet=0.5, within=SECONDS)
+            await harness.say(caller)
+            await asyncio.wait_for(posted.wait(), SECONDS)
+            said = await harness.say(caller)
+            await caller.hear(since=said.end, within=SECONDS)
+            may_answer.set()
+            await caller.hear_out(quiet=1.0, within=SECONDS)
+        await harness.over()
+    finally:
+        may_answer.set()
+        await runner.cleanup()
+    assert len(posts) == 1
+    told = str(harness.engine.asked[-1])
+    assert "CANCELLED" not in told
+    assert '"status": "sent"' in told.replace("\\", "")
