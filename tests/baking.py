@@ -43,7 +43,8 @@ class BakedProject:
 
     def run(self, *command: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
         """Run a command in the project, without this repository's environment."""
-        environment = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
+        own = {"VIRTUAL_ENV", "PYTEST_ADDOPTS"}
+        environment = {name: value for name, value in os.environ.items() if name not in own}
         return subprocess.run(
             command, cwd=self.path, env=environment, text=True, capture_output=True, timeout=timeout
         )

@@ -110,6 +110,7 @@ NEEDS = {
     "uvx cookiecutter gh:OWNER/REPOSITORY": "this repository at GitHub",
     "uv run python -m benchmarks": QUIET,
     "uv run python -m benchmarks markers": QUIET,
+    "python -m benchmarks.kept_calls DIRECTORY": QUIET,
 }
 
 

@@ -199,16 +199,16 @@ async def test_a_session_with_a_daily_room_gets_as_far_as_joining(
 
 
 @pytest.mark.anyio
-async def test_a_bot_that_raises_is_one_log_line_and_the_next_call_works(
+async def test_a_websocket_that_is_no_call_is_refused_in_one_line_and_the_next_call_works(
     image: BaseImage, roark: RoarkReceiver, log: list[str]
 ) -> None:
-    """A websocket that is no phone call breaks its own session only."""
     async with serve(image) as url, aiohttp.ClientSession() as stranger:
         async with stranger.ws_connect(websocket_url(url)) as socket:
             await socket.send_json({"hello": "world"})
             await socket.send_json({"hello": "again"})
             await socket.receive(timeout=SECONDS)
-        assert (await over(image, 0)).error is not None
+        assert (await over(image, 0)).error is None
+        assert sum("A call was refused" in line for line in log) == 1
         async with TwilioCaller(websocket_url(url)) as caller:
             await caller.hear(within=SECONDS)
         assert (await over(image, 1)).error is None
