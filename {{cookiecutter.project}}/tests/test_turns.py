@@ -20,7 +20,7 @@ from pipecat.frames.frames import (
 )
 
 from conversation.floor import Floor
-from conversation.turns import InterruptionUserTurnStartStrategy, is_backchannel
+from conversation.turns import InterruptionUserTurnStartStrategy, is_backchannel, params
 from rehearsal.callers.twilio import TwilioCaller
 from rehearsal.engines.scripted import Script
 
@@ -225,3 +225,10 @@ async def test_a_sentence_into_the_goodbye_takes_the_turn_unless_nothing_can_ans
     sentence = heard("Wait, what about Tuesday?")
     assert await goodbye().hears(BotStartedSpeakingFrame(), sentence) == 1
     assert await goodbye(is_final=True).hears(BotStartedSpeakingFrame(), sentence) == 0
+
+
+def test_what_the_llm_is_told_of_a_sound_without_words_is_in_brackets() -> None:
+    """As prompt.md says of all that the caller did not say."""
+    recovery = params(Floor()).empty_user_turn
+    assert recovery and recovery.interrupted_prompt
+    assert recovery.interrupted_prompt[0] + recovery.interrupted_prompt[-1] == "[]"
