@@ -192,8 +192,9 @@ async def test_speech_into_the_end_of_the_bots_takes_the_turn() -> None:
 
 @pytest.mark.parametrize(("seconds_before", "answers"), [(0.5, 1), (3.0, 0)])
 async def test_a_yeah_just_before_the_bot_falls_silent_is_an_answer(
-    seconds_before: float, answers: int
+    monkeypatch: pytest.MonkeyPatch, seconds_before: float, answers: int
 ) -> None:
+    monkeypatch.setenv("LANGUAGE", "en")
     line = Line()
     await line.hears(BotStartedSpeakingFrame(), heard("Yeah."))
     await line.hears(BotStoppedSpeakingFrame(), after=seconds_before)
