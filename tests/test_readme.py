@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import wave
 from pathlib import Path
 
@@ -24,6 +25,9 @@ SECONDS = 900
 # Documents of this repository, and of the project it generates.
 OURS = ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")
 THEIRS = ("README.md", "AGENTS.md", "DEPLOY.md", "evals/README.md", "rehearsal/README.md")
+
+# What a command may take until it has served and has ended.
+SERVED_SECONDS = 120.0
 
 
 def fresh_environment(home: Path) -> dict[str, str]:
@@ -59,8 +63,12 @@ def serve(command: str, address: str, folder: Path, environment: dict[str, str])
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        # Where these tests run in the background of a shell, Ctrl-C is ignored, and inherited so.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as server:
         assert server.stdout
+        late = threading.Timer(SERVED_SECONDS, server.kill)
+        late.start()
         printed = ""
         for line in server.stdout:
             printed += line
@@ -69,6 +77,7 @@ def serve(command: str, address: str, folder: Path, environment: dict[str, str])
                 server.send_signal(signal.SIGINT)
                 break
         printed += server.stdout.read()
+        late.cancel()
     assert server.returncode == 0, f"{command}\n{printed}"
 
 
