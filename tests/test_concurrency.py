@@ -183,6 +183,8 @@ async def run_harness(calls_dir: Path) -> AsyncIterator[Harness]:
             "CALLS_DIR": str(calls_dir),
             # Those who wait for the others on the line are not to be asked whether they are there.
             "SILENCE_SECONDS": "600",
+            # Four times slower than life: a bot that takes 8 s has not failed.
+            "ANSWER_SECONDS": "60",
             # More than this machine can hold well, and all from one number.
             "MAX_CALLS": "0",
             "MAX_CALLS_PER_CALLER": "0",

@@ -55,6 +55,12 @@ def offered() -> ToolsSchema:
     return ToolsSchema(tools)
 
 
+@cache
+def _tls_context() -> ssl.SSLContext:
+    """Made once and in a thread: reading all certificates would hold up every call for 100 ms."""
+    return httpx.create_ssl_context()
+
+
 async def end_call(params: FunctionCallParams, goodbye: str):
     """End the call. Use it when the caller says goodbye or has nothing more to ask.
 
@@ -152,9 +158,3 @@ async def take_message(params: FunctionCallParams, message: str, callback_number
         )
         return
     await params.result_callback({"status": "sent"})
-
-
-@cache
-def _tls_context() -> ssl.SSLContext:
-    """Made once and in a thread: reading all certificates would hold up every call for 100 ms."""
-    return httpx.create_ssl_context()

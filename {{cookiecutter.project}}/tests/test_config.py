@@ -84,13 +84,3 @@ def test_of_an_error_that_is_not_ours_only_the_type_is_logged() -> None:
     assert config.reason(of_a_parser.value) == "JSONDecodeError"
     assert config.reason(TimeoutError()) == "TimeoutError"
     assert config.reason(ValueError("/ws speaks Twilio")) == "/ws speaks Twilio"
-
-
-@pytest.mark.slow
-def test_twilio_without_a_public_name_ends_in_one_sentence(tmp_path: Path) -> None:
-    """Pipecat's own server would send calls to wss://None."""
-    keys = dict.fromkeys(KEYS, "rehearsal")
-    ended = run_bot("-t", "twilio", cwd=tmp_path, **keys)
-    assert ended.returncode == 1
-    assert "-x HOST" in ended.stderr.splitlines()[-1]
-    assert "Traceback" not in ended.stderr
