@@ -200,8 +200,8 @@ MISHEARD = 2
 
 @pytest.mark.xfail(
     strict=False,
-    reason="to be mended: on two cores some of the twenty hear one more sentence of the bot's, since "
-    "the floor's clock runs at life's speed and these calls at a quarter of it",
+    reason="to be mended: some of the twenty hear one more sentence of the bot's on two cores: "
+    "the floor's clock runs at the speed of life and these calls at a quarter of it",
 )
 @pytest.mark.slow
 async def test_twenty_calls_at_once_are_each_their_own(tmp_path: Path) -> None:
