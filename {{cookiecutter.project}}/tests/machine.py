@@ -1,7 +1,8 @@
-"""Tests that measure time have the machine to themselves."""
+"""What all tests share, those of the parts too: the loop, the machine and its weights."""
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 
@@ -29,4 +30,24 @@ def machine(
         alone = request.node.get_closest_marker("alone") is not None
         fcntl.flock(machine, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         fcntl.flock(turnstile, fcntl.LOCK_UN)
+        yield
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """Async tests run on asyncio, the loop Pipecat runs on."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def weights_of_this_machine() -> Iterator[None]:
+    """Services that run in the bot's own process load what is installed, and download nothing."""
+    if not find_spec("rehearsal"):
+        yield
+        return
+    from rehearsal.engines import weights
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in weights.environment().items():
+            patch.setenv(name, value)
         yield
