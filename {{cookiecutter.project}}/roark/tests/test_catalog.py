@@ -21,15 +21,6 @@ PROJECT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture
-def calls_dir(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CALLS_DIR", str(tmp_path / "calls"))
-    for name in ("ROARK_API_KEY", "ROARK_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    return tmp_path / "calls"
-
-
-@pytest.fixture
 def read(monkeypatch) -> list[str]:
     """The names of the folders that were read, by anybody."""
     names: list[str] = []

@@ -27,16 +27,6 @@ async def roark(anyio_backend):
 
 
 @pytest.fixture
-def calls_dir(tmp_path, monkeypatch) -> Path:
-    """The folder that the commands look at, from a directory without .env."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CALLS_DIR", str(tmp_path / "calls"))
-    for name in ("ROARK_API_KEY", "ROARK_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    return tmp_path / "calls"
-
-
-@pytest.fixture
 def key(monkeypatch, roark) -> None:
     """A key, and the loopback Roark as the one it is for."""
     monkeypatch.setenv("ROARK_API_KEY", "k")

@@ -38,15 +38,6 @@ async def roark(anyio_backend):
 
 
 @pytest.fixture
-def calls_dir(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CALLS_DIR", str(tmp_path / "calls"))
-    for name in ("ROARK_API_KEY", "ROARK_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    return tmp_path / "calls"
-
-
-@pytest.fixture
 def log():
     lines: list[str] = []
     sink = logger.add(lambda message: lines.append(str(message)), level="INFO")
