@@ -9,7 +9,7 @@ LLM is told, nor what a tool remembers.
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -193,11 +193,6 @@ async def run_harness(calls_dir: Path) -> AsyncIterator[Harness]:
             yield Harness(bot, roark, engine, sounds)
 
 
-# The ear of this test, which tells twenty names by their sound, takes one now and then for another;
-# the transcripts, which are exact, must all be right. To be mended: see the closing note.
-MISHEARD = 2
-
-
 @pytest.mark.xfail(
     strict=False,
     reason="to be mended: some of the twenty hear one more sentence of the bot's on two cores: "
@@ -225,24 +220,15 @@ async def test_twenty_calls_at_once_are_each_their_own(tmp_path: Path) -> None:
                 return harness.sounds.name_in(*_heard_since(caller, said))
 
         heard = await asyncio.gather(*(call(n, name) for n, name in enumerate(NAMES)))
-        assert len(misheard(heard, NAMES)) <= MISHEARD
+        assert heard == NAMES
         assert max(map(len, harness.engine.conversations)) == 1
 
         calls = harness.roark.calls
         received = [await harness.roark.complete(each, timeout=SECONDS) for each in list(calls)]
         assert sorted(_name_on(each) for each in received) == NAMES
         if RECORDS_AUDIO:
-            sides = [
-                (name, _name_on(each))
-                for each in received
-                for name in _names_in_recording(each, harness.sounds)
-            ]
-            assert len(misheard(*zip(*sides, strict=True))) <= 2 * MISHEARD
-
-
-def misheard(heard: Sequence[str], said: Sequence[str]) -> list[tuple[str, str]]:
-    """Return the pairs that differ."""
-    return [pair for pair in zip(heard, said, strict=True) if pair[0] != pair[1]]
+            for each in received:
+                assert _names_in_recording(each, harness.sounds) == [_name_on(each)] * 2
 
 
 def _heard_since(caller: Caller, said: Utterance) -> tuple[NDArray[np.int16], int]:
