@@ -234,8 +234,10 @@ def _name_on(call: ReceivedCall) -> str:
     turns = [(turn["role"], turn["content"]) for turn in call.ended["transcript"]]
     assert [role for role, _ in turns] == ["assistant", "user", "assistant"], turns
     assert turns[0][1] == "Hello."
-    assert turns[1][1] == turns[2][1]
-    return turns[1][1]
+    # On a machine that stands still for a second the detector takes it for a pause, and what was
+    # said stands twice. Another's name never does.
+    assert set(turns[1][1].split()) == {turns[2][1]}
+    return turns[2][1]
 
 
 def _names_in_recording(call: ReceivedCall) -> list[str]:
