@@ -276,7 +276,7 @@ async def test_a_stopped_container_lets_the_call_finish_and_delivers_it(
                 [piece.pcm async for piece in ScriptedEngine().speak("are you still there", 8000)]
             )
             said = await caller.say(speech, 8000)
-            answer = await caller.hear(within=SECONDS)
+            answer = await caller.hear(since=said.end, within=SECONDS)
             assert answer.start > said.end > greeting.end
         await asyncio.wait_for(process.wait(), SECONDS)
     assert the_call(roark).whole
