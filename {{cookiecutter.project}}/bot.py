@@ -196,6 +196,7 @@ async def run_pipeline(
         bot_side=aggregators.assistant(),
         fail_over=connection.transfer.fail_over if connection.transfer else lambda: None,
     )
+    failed.look(ending.look)
     worker.add_observer(failed)
     silence.watch(caller_side, worker, ending, failed, recogniser=type(stt).__name__)
 

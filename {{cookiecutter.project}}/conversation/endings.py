@@ -95,6 +95,7 @@ class Ending:
         self._goodbye: asyncio.Task[None] | None = None
         self._limit_seconds = config.seconds("MAX_CALL_SECONDS", MAX_CALL_SECONDS)
         self._has_begun = False
+        self._turns_before = 0
         self._cancelled = asyncio.Event()
 
         @caller.event_handler("on_user_turn_started")
@@ -134,8 +135,18 @@ class Ending:
             return
         self._has_begun = True
         self._wanted = (reason, detail)
+        self._turns_before = self._floor.caller_turns
         self._floor.is_saying_goodbye, self._floor.is_final = True, is_final
         self._goodbye = asyncio.create_task(self._say_goodbye(goodbye))
+
+    def look(self) -> None:
+        """See whether the caller said more than a "bye" into the goodbye; call it often.
+
+        A sentence that they type starts no turn of speech, and one that they had begun before the
+        goodbye does not start another.
+        """
+        if self._floor.caller_turns > self._turns_before:
+            self._take_back()
 
     def _take_back(self) -> None:
         """Go on with the call: the caller had more to say."""
@@ -183,8 +194,8 @@ class Ending:
                     await self._worker.queue_frames(goodbye)
                 await self._worker.flush_pipeline(GOODBYE_SECONDS)
                 await asyncio.sleep(LAST_WORD_SECONDS)
-                while self._floor.caller_speaks:
-                    while self._floor.caller_speaks:
+                while self._is_callers():
+                    while self._is_callers():
                         await asyncio.sleep(LOOK_EVERY_SECONDS / 5)
                     # Words that are more than a "bye" cancel this.
                     await asyncio.sleep(RECOGNISE_SECONDS)
@@ -192,6 +203,9 @@ class Ending:
             logger.warning(f"The goodbye took longer than {GOODBYE_SECONDS:g} s; ending without it")
         if self._wanted:
             await self.now(*self._wanted)
+
+    def _is_callers(self) -> bool:
+        return self._floor.caller_speaks or self._floor.turn_is_open
 
     async def _cancel(self, reason: str) -> None:
         await self._runner.cancel(reason)

@@ -101,11 +101,16 @@ class Floor:
         return self._has_text
 
     @property
+    def answer_is_due(self) -> bool:
+        """Whether the bot has something to say that is not heard yet, whoever makes a sound."""
+        return self._is_due or self._is_thinking or bool(self._tools)
+
+    @property
     def owed_by(self) -> Side | None:
         """Who has to make the next sound; None while somebody makes one, or before the call."""
         if not self._has_begun or self.bot_speaks or self.caller_speaks:
             return None
-        return Side.BOT if self._is_due or self._is_thinking or self._tools else Side.CALLER
+        return Side.BOT if self.answer_is_due else Side.CALLER
 
     @property
     def owed_seconds(self) -> float:

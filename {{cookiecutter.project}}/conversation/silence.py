@@ -1,7 +1,8 @@
 """When the caller says nothing: the bot asks twice whether they are there, then says goodbye.
 
 A caller whom the speech recogniser no longer hears is the same to us, except that they did speak:
-then the bot asks them to say it again, and the record names the recogniser.
+then the bot asks them to say it again, and the record names the recogniser. If it was a cough that
+cut the bot off, the bot says again what was not heard.
 """
 
 import asyncio
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 SILENCE_SECONDS = 8.0
 QUESTIONS = 2
+# How often in a row an answer that a sound without words cut off is begun again.
+RECOVERIES = 3
 # Longer than a turn without words stays open; one that is open longer has got stuck.
 OPEN_TURN_SECONDS = 5.0
 
@@ -30,6 +33,10 @@ STILL_THERE = "The caller has been silent. Ask in one short sentence whether the
 NOT_UNDERSTOOD = (
     "The caller spoke, but none of it could be recognised. Say so in one short sentence, and ask "
     "them to say it again."
+)
+GO_ON = (
+    "A sound without words cut you off. Answer what the caller said before it, or say again what "
+    "they have not heard; do not mention the sound."
 )
 GOODBYE = "The caller does not answer. Say goodbye in one short sentence, and ask nothing more."
 
@@ -64,13 +71,15 @@ def watch(
     @caller.event_handler("on_user_turn_stopped")
     async def on_user_turn_stopped(_caller, _strategy, turn: UserTurnStoppedMessage):
         nonlocal not_understood
-        if not turn.content:
-            not_understood += 1
+        if turn.content or floor.answer_is_due or ending.has_begun:
+            return
+        not_understood += 1
+        if floor.was_cut_off and not_understood <= RECOVERIES:
+            tell_llm(GO_ON)
+        elif not_understood == 1 and limit_seconds and not floor.was_cut_off:
             # A sound without words into the silence is asked about at once; the next ones may be
-            # a noisy room. What it cut off, Pipecat has the LLM answer again.
-            is_ours = floor.owed_by is Side.CALLER and not floor.was_cut_off
-            if not_understood == 1 and limit_seconds and is_ours:
-                on_silence()
+            # a noisy room.
+            on_silence()
 
     def look() -> None:
         nonlocal silences, not_understood, turns_answered
@@ -89,10 +98,7 @@ def watch(
         silences += 1
         if silences <= QUESTIONS:
             question = NOT_UNDERSTOOD if not_understood >= silences else STILL_THERE
-            floor.bot_owes()
-            task = asyncio.create_task(worker.queue_frame(instruction(question)))
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
+            tell_llm(question)
         elif not_understood > QUESTIONS:
             ending.after(
                 instruction(GOODBYE), reason="error", detail=f"{recogniser} recognised nothing"
@@ -103,5 +109,11 @@ def watch(
                 reason="idle-timeout",
                 detail=f"silent {silences} times for {limit_seconds:g} s",
             )
+
+    def tell_llm(what: str) -> None:
+        floor.bot_owes()
+        task = asyncio.create_task(worker.queue_frame(instruction(what)))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
 
     floor_observer.look(look)

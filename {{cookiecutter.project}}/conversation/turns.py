@@ -19,7 +19,6 @@ from pipecat.frames.frames import (
     VADUserStoppedSpeakingFrame,
 )
 from pipecat.processors.aggregators.llm_response_universal import LLMUserAggregatorParams
-from pipecat.turns.empty_user_turn import EmptyUserTurnConfig
 from pipecat.turns.types import ProcessFrameResult
 from pipecat.turns.user_mute import MuteUntilFirstBotCompleteUserMuteStrategy
 from pipecat.turns.user_start import BaseUserTurnStartStrategy
@@ -35,13 +34,6 @@ LONGEST_BACKCHANNEL_SECONDS = 0.6
 # One said this shortly before the bot falls silent is taken for an answer to what it said.
 ANSWER_SECONDS = 1.0
 
-GO_ON = (
-    "A sound without words cut you off. Answer what the caller said before it, or say again what "
-    "they have not heard; do not mention the sound."
-)
-# How often in a row an answer is begun again after such a sound.
-RECOVERIES = 3
-
 
 def params(floor: Floor) -> LLMUserAggregatorParams:
     """How turns are taken in the call whose floor this is. Each call needs its own."""
@@ -54,9 +46,8 @@ def params(floor: Floor) -> LLMUserAggregatorParams:
             stop=[PauseUserTurnStopStrategy(turn_analyzer=LocalSmartTurnAnalyzerV3())],
         ),
         user_mute_strategies=[MuteUntilFirstBotCompleteUserMuteStrategy()] if protected else [],
-        empty_user_turn=EmptyUserTurnConfig(
-            interrupted_prompt=f"[{GO_ON}]", max_consecutive_recoveries=RECOVERIES
-        ),
+        # silence.py sees to turns without a word.
+        empty_user_turn=None,
     )
 
 
@@ -78,10 +69,11 @@ def _words(text: str) -> list[str]:
 
 
 class InterruptionUserTurnStartStrategy(BaseUserTurnStartStrategy):
-    """Starts the caller's turn with their first sound; while the bot speaks, only if they mean it.
+    """Starts the caller's turn with their first sound; where it is the bot's, if they mean it.
 
     They mean it when a word is recognised that is no backchannel, or when they go on speaking for
-    LONGEST_BACKCHANNEL_SECONDS. Into a goodbye only words count, and more than a "bye".
+    LONGEST_BACKCHANNEL_SECONDS, or until the bot begins. A cough while the LLM thinks does not cost
+    the answer. Into a goodbye only words count, and more than a "bye".
     """
 
     def __init__(self, floor: Floor, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -105,6 +97,8 @@ class InterruptionUserTurnStartStrategy(BaseUserTurnStartStrategy):
             case BotStartedSpeakingFrame():
                 # Its observer learns of it a moment later.
                 floor.bot_heard()
+                if self._speaks_since is not None and not floor.is_saying_goodbye:
+                    return await self._start_turn()
             case BotStoppedSpeakingFrame():
                 floor.bot_silent()
                 if self._speaks_since is not None and not floor.is_saying_goodbye:
@@ -112,7 +106,8 @@ class InterruptionUserTurnStartStrategy(BaseUserTurnStartStrategy):
                 await self._answer_with_backchannel()
             case VADUserStartedSpeakingFrame():
                 self._speaks_since = self._clock() - frame.start_secs
-                if not floor.bot_speaks and not floor.is_saying_goodbye:
+                is_bots = floor.bot_speaks or floor.answer_is_due or floor.is_saying_goodbye
+                if not is_bots:
                     return await self._start_turn()
             case VADUserStoppedSpeakingFrame():
                 self._speaks_since = None

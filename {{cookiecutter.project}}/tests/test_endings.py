@@ -308,9 +308,11 @@ class CallerSide:
 
 
 @pytest.mark.parametrize("is_final", [False, True])
+@pytest.mark.parametrize("begins_turn", [True, False])
 async def test_a_sentence_into_the_goodbye_takes_the_ending_back_unless_it_is_final(
-    monkeypatch: pytest.MonkeyPatch, is_final: bool
+    monkeypatch: pytest.MonkeyPatch, is_final: bool, begins_turn: bool
 ) -> None:
+    """One that was typed, or begun before the goodbye, begins no turn in it."""
     monkeypatch.setattr(endings, "LAST_WORD_SECONDS", 0.0)
     worker, runner, roark, caller = Worker(), Runner(), Roark(), CallerSide()
     doubles: Any = (worker, runner, roark)
@@ -318,8 +320,14 @@ async def test_a_sentence_into_the_goodbye_takes_the_ending_back_unless_it_is_fi
     ending = endings.Ending(*doubles, floor=Floor(), caller=caller_side)
     goodbye: Any = "goodbye"
     ending.after(goodbye, reason="agent-ended", detail="", is_final=is_final)
-    assert caller.takes_turn
-    await caller.takes_turn(caller, None)
+    ending.look()
+    assert ending.has_begun
+    if begins_turn:
+        assert caller.takes_turn
+        await caller.takes_turn(caller, None)
+    else:
+        ending.floor.caller_took_turn()
+        ending.look()
     worker.heard.set()
     for _ in range(10):
         await asyncio.sleep(0)
@@ -331,3 +339,25 @@ async def test_a_sentence_into_the_goodbye_takes_the_ending_back_unless_it_is_fi
         # Who hangs up afterwards has hung up.
         await ending.now("client-disconnected", "")
         assert roark.reasons == ["client-disconnected"]
+
+
+async def test_a_turn_that_is_open_when_the_goodbye_begins_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Words in it take the ending back, when it is over; without any the call ends then."""
+    for seconds in ("LAST_WORD_SECONDS", "RECOGNISE_SECONDS", "LOOK_EVERY_SECONDS"):
+        monkeypatch.setattr(endings, seconds, 0.0)
+    worker, runner, roark, caller = Worker(), Runner(), Roark(), CallerSide()
+    doubles: Any = (worker, runner, roark)
+    caller_side: Any = caller
+    ending = endings.Ending(*doubles, floor=Floor(), caller=caller_side)
+    ending.floor.turn_began()
+    worker.heard.set()
+    ending.after(reason="agent-ended", detail="")
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not runner.cancelled_for
+    ending.floor.turn_ended()
+    async with asyncio.timeout(SECONDS):
+        while not runner.cancelled_for:
+            await asyncio.sleep(0)

@@ -4,8 +4,9 @@ import random
 from collections.abc import Callable
 
 import pytest
+from pipecat.frames.frames import LLMMessagesAppendFrame
 
-from conversation.floor import LOST_SECONDS, Floor, Side
+from conversation.floor import LOST_SECONDS, Floor, Side, tell
 
 ORDERS = 3000
 EVENTS_EACH = 40
@@ -142,3 +143,21 @@ def test_an_answer_for_reading_is_an_answer() -> None:
     floor.llm_wrote(is_spoken=False)
     floor.llm_ended()
     assert floor.owed_by is Side.CALLER
+
+
+def test_typed_text_is_a_turn_of_the_callers_and_no_silence() -> None:
+    floor, clock = floor_and_clock()
+    floor.bot_heard()
+    floor.bot_silent()
+    clock.now += 7.0
+    tell(floor, LLMMessagesAppendFrame([{"role": "user", "content": "Where?"}], run_llm=True))
+    assert (floor.caller_turns, floor.owed_by, floor.owed_seconds) == (1, Side.BOT, 0.0)
+
+
+def test_an_answer_is_due_until_it_is_heard_also_while_the_caller_makes_a_sound() -> None:
+    floor, _ = floor_and_clock()
+    floor.bot_owes()
+    floor.caller_heard()
+    assert floor.answer_is_due and floor.owed_by is None
+    floor.bot_heard()
+    assert not floor.answer_is_due

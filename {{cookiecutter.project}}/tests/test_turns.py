@@ -20,9 +20,11 @@ from pipecat.frames.frames import (
 )
 
 from conversation.floor import Floor
-from conversation.turns import InterruptionUserTurnStartStrategy, is_backchannel, params
+from conversation.turns import InterruptionUserTurnStartStrategy, is_backchannel
 from rehearsal.callers.twilio import TwilioCaller
-from rehearsal.engines.scripted import Script
+from rehearsal.callers.webrtc import WebRTCCaller
+from rehearsal.engines.engine import ToolCall
+from rehearsal.engines.scripted import Answer, Script
 
 pytestmark = pytest.mark.anyio
 
@@ -32,6 +34,22 @@ RECORDED = "Welcome, this call is recorded."
 # As long as people's are, and such that the voice activity detector hears it on a phone too:
 # OpenAI is told by it when to recognise what was said.
 MHM = "mh" + "m" * 11
+
+# 0.45 s of voice without a word, such that the voice activity detector hears it on any line.
+COUGH = "w" + "o" * 14
+GOODBYE = "Goodbye, and thank you."
+PERSON = Script(
+    greeting="Hello.",
+    hears=("What time is it?", "", "", "That is all."),
+    answers=(
+        Answer(heard="time", says="Nine o'clock."),
+        Answer(told="say it again", says="Pardon?"),
+        Answer(heard="where", says="In Main Street."),
+        Answer(heard="when", says="From nine to five."),
+        Answer(heard="all", says=GOODBYE, calls=(ToolCall("end_call", {"goodbye": "Bye-bye."}),)),
+        Answer(told="cut you off", says="Sorry."),
+    ),
+)
 
 INTERRUPTIONS = 3
 # aiortc 1.16 plays nothing to this caller before it has 4 packets of 20 ms.
@@ -79,6 +97,67 @@ async def test_mhm_does_not_cut_the_bot_and_an_interruption_does_within_300_ms(
     await harness.over()
     assert user_messages(harness) == ["Stop, please."] * INTERRUPTIONS
     assert median(seconds) < 0.3, seconds
+
+
+@pytest.mark.slow
+async def test_a_caller_who_coughs_and_types_is_answered_each_time_once_and_in_order(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness.engine.script = PERSON
+    monkeypatch.setenv("SILENCE_SECONDS", "20")
+    async with harness.caller("webrtc") as caller:
+        assert isinstance(caller, WebRTCCaller)
+        await harness.hear_said(caller, "Hello.")
+
+        # A cough while the LLM thinks does not cost the answer, nor a second request.
+        harness.server("llm").faults.slow_s = 1.5
+        said = await harness.say(caller)
+        llm = harness.server("llm")
+        await harness.providers.log.until(lambda: len(llm.requests) == 2, within_s=SECONDS)
+        cough = await harness.say(caller, COUGH)
+        answer = await caller.hear(since=said.end, within=SECONDS)
+        assert cough.start < answer.start < cough.end + 2.0
+        await harness.hear_said(caller, "Nine o'clock.")
+        assert len(harness.engine.asked) == 2
+        llm.faults.slow_s = 0.0
+
+        # A cough into the silence is asked about.
+        cough = await harness.say(caller, COUGH)
+        question = await caller.hear(since=cough.end, within=SECONDS)
+        assert question.start - cough.end < 6.0
+        await harness.hear_said(caller, "Pardon?")
+
+        # What is typed is answered aloud, or, if the client wants that, to be read.
+        type_text(caller, "Where are you?")
+        await harness.hear_said(caller, "In Main Street.")
+        asked = len(harness.engine.asked)
+        type_text(caller, "When are you open?", audio_response=False)
+        async with asyncio.timeout(SECONDS):
+            while not any("five" in str(message) for message in caller.messages):
+                await asyncio.sleep(0.02)
+        assert len(harness.engine.asked) == asked + 1
+
+        # A goodbye in the answer that ends the call is the only one.
+        await harness.say(caller)
+        await asyncio.wait_for(caller.ended.wait(), SECONDS)
+    await harness.over()
+    assert harness.received.ended
+    spoken = [text.strip() for text in harness.spoken]
+    assert " ".join(spoken) == f"Hello. Nine o'clock. Pardon? In Main Street. {GOODBYE}"
+    transcript = harness.received.ended["transcript"]
+    assert [turn["content"] for turn in transcript if turn["role"] == "user"] == [
+        *("What time is it?", "Where are you?", "When are you open?", "That is all.")
+    ]
+    starts = [turn["audioOffsetMs"] for turn in transcript]
+    assert starts == sorted(starts)
+    assert harness.record["ending"]["reason"] == "agent-ended"
+
+
+def type_text(caller: WebRTCCaller, text: str, *, audio_response: bool = True) -> None:
+    """Send what RTVI's clients send when the caller types."""
+    options = {"run_immediately": True, "audio_response": audio_response}
+    data = {"content": text, "options": options}
+    caller.send({"label": "rtvi-ai", "type": "send-text", "id": "typed", "data": data})
 
 
 @pytest.mark.parametrize("protected", [True, False])
@@ -184,6 +263,25 @@ async def test_speech_that_goes_on_takes_the_turn_without_a_word_recognised() ->
     assert await line.hears(UserSpeakingFrame(), after=0.25) == 1
 
 
+@pytest.mark.parametrize(
+    ("frame", "after", "turns"),
+    [
+        (VADUserStoppedSpeakingFrame(), 0.3, 0),
+        (UserSpeakingFrame(), 0.4, 1),
+        (InterimTranscriptionFrame(text="Oh", user_id="", timestamp=""), 0.1, 1),
+        # Never both at once.
+        (BotStartedSpeakingFrame(), 0.1, 1),
+    ],
+)
+async def test_while_the_bot_owes_an_answer_a_short_sound_without_words_does_not_take_the_turn(
+    frame: Frame, after: float, turns: int
+) -> None:
+    line = Line()
+    line.floor.bot_owes()
+    assert await line.hears(VAD_STARTED) == 0
+    assert await line.hears(frame, after=after) == turns
+
+
 async def test_speech_into_the_end_of_the_bots_takes_the_turn() -> None:
     line = Line()
     await line.hears(BotStartedSpeakingFrame(), VAD_STARTED)
@@ -226,10 +324,3 @@ async def test_a_sentence_into_the_goodbye_takes_the_turn_unless_nothing_can_ans
     sentence = heard("Wait, what about Tuesday?")
     assert await goodbye().hears(BotStartedSpeakingFrame(), sentence) == 1
     assert await goodbye(is_final=True).hears(BotStartedSpeakingFrame(), sentence) == 0
-
-
-def test_what_the_llm_is_told_of_a_sound_without_words_is_in_brackets() -> None:
-    """As prompt.md says of all that the caller did not say."""
-    recovery = params(Floor()).empty_user_turn
-    assert recovery and recovery.interrupted_prompt
-    assert recovery.interrupted_prompt[0] + recovery.interrupted_prompt[-1] == "[]"
