@@ -66,6 +66,7 @@ TESTED = {
     'uv run pytest -m "" tests roark rehearsal': CI,
     "uv run pytest roark rehearsal": CI,
     "uv sync": FRESH,
+    "uv sync && uv run pytest": FRESH,
     "uvx cookiecutter . --no-input stt=assemblyai llm=anthropic": ARGUMENTS,
     "uvx cookiecutter . --no-input --config-file answers.yaml": ARGUMENTS,
     "uvx cookiecutter .": "tests/test_form.py::test_enter_enter_enter_gives_the_default_project",

@@ -1,11 +1,14 @@
 """What the bot reads from its environment (`.env` on your machine, a secret set in the cloud)."""
 
 import os
+import re
 import sys
+from pathlib import Path
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-# If any of these is missing, no call can be held. With each, where to get it.
-REQUIRED = {
+SERVICES = Path(__file__).with_name("services.py")
+# Where to get what it needs.
+FROM_WHERE = {
     # <% if "deepgram" in (cookiecutter.stt, cookiecutter.tts) %>
     "DEEPGRAM_API_KEY": "Deepgram (https://console.deepgram.com)",
     # <% endif %>
@@ -33,6 +36,22 @@ REQUIRED = {
     "ELEVENLABS_VOICE_ID": "the voice it speaks with (https://elevenlabs.io/app/voice-library)",
     # <% endif %>
 }
+
+# What services.py reads without a default: setting("NAME"), os.getenv("NAME"), os.environ["NAME"].
+READ = re.compile(
+    r"""\b(?:(?:setting|getenv|environ\.get)\(\s*"(\w+)",?\s*\)|environ\[\s*"(\w+)"\s*\])"""
+)
+
+
+def required(services: Path) -> dict[str, str]:
+    """Each variable without which a services.py can build no service, with what it is."""
+    found = READ.findall(services.read_text(encoding="utf-8"))
+    names = dict.fromkeys(plain or subscript for plain, subscript in found)
+    return {name: FROM_WHERE.get(name, "what a service in services.py reads") for name in names}
+
+
+# If any of these is missing, no call can be held.
+REQUIRED = required(SERVICES)
 
 # What is spoken in calls, where LANGUAGE does not say.
 # <% if cookiecutter.language != "en" %>

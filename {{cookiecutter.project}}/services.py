@@ -160,7 +160,7 @@ def create_stt() -> "STTService":
 
     return DeepgramSTTService(
         api_key=setting("DEEPGRAM_API_KEY"),
-        base_url=setting("DEEPGRAM_BASE_URL"),
+        base_url=setting("DEEPGRAM_BASE_URL", "wss://api.deepgram.com"),
         settings=DeepgramSTTService.Settings(
             model=setting("DEEPGRAM_MODEL", "nova-3-general"),
             language=setting("DEEPGRAM_LANGUAGE", _deepgram_language()),

@@ -20,6 +20,8 @@ from pathlib import Path
 
 from dotenv import dotenv_values
 
+from config import required
+
 AGENT_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 # For this machine only. Uploaded, they would send the deployed bot to somebody's localhost.
 LOCAL_NAMES = re.compile(r"ENV|PORT|HOST|CALLS_DIR|.*_BASE_URL")
@@ -263,6 +265,12 @@ def check_lock(project: Path) -> Iterator[Finding]:
 def check_secrets(project: Path, env_file: Path) -> Iterator[Finding]:
     """Check which names would be uploaded, and which would not."""
     listed = set(dotenv_values(project / "env.example"))
+    for name in required(project / "services.py"):
+        if name not in listed:
+            yield Finding(
+                f"services.py reads {name}, which is not in env.example: it is not uploaded",
+                f"a line {name}= in env.example",
+            )
     for name in sorted(filter(LOCAL_NAMES.fullmatch, listed)):
         yield Finding(f"env.example lists {name}, which is for one machine", "take it out")
     if not env_file.exists():

@@ -23,6 +23,7 @@ from pathlib import Path
 from loguru import logger
 
 from config import DEFAULT_LANGUAGE
+from rehearsal import stand_ins
 from rehearsal.call import (
     HUMAN_VOICE,
     Answered,
@@ -40,8 +41,8 @@ from rehearsal.engines.engine import Engine
 from rehearsal.engines.language_model import choose_answerer
 from rehearsal.engines.local import LocalEngine, LocalEngineError
 from rehearsal.engines.scripted import Script, ScriptedEngine
-from rehearsal.host.bot_process import PROJECT, BotFailed, BotProcess, run_bot, user_settings
-from rehearsal.providers.all import Providers, serve, without_server
+from rehearsal.host.bot_process import BotFailed, BotProcess, run_bot, user_settings
+from rehearsal.providers.all import Providers, serve
 from rehearsal.providers.roark import RoarkReceiver
 from rehearsal.providers.server import free_port
 
@@ -243,12 +244,8 @@ async def _world(engine: Engine, transport: str, port: int) -> AsyncIterator[_Wo
             **_at_roark(roark),
             "CALLS_DIR": str(calls_dir),
         }
-        for name in without_server(PROJECT / "services.py", providers):
-            _tell(
-                f"The rehearsal has no server for {name}: if the bot does not start or stays "
-                "silent, rehearse with a service of which rehearsal/providers/ has one "
-                f"({', '.join(sorted(providers.by_service))})."
-            )
+        for sentence in stand_ins.sentences():
+            _tell(sentence)
         _tell("Starting the bot.")
         async with run_bot(transport, port, environment) as bot:
             yield _World(bot, roark, calls_dir)

@@ -19,8 +19,17 @@ collect_ignore = [
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say what is left out where rehearsal/ was deleted."""
+    """Say which service was replaced in calls, and what is left out without rehearsal/."""
     if collect_ignore:
         terminalreporter.write_line(
             f"{len(collect_ignore)} test files skipped: they need rehearsal/, which is not here"
         )
+    if has_rehearsal:
+        from rehearsal import stand_ins
+
+        try:
+            sentences = stand_ins.sentences()
+        except ValueError as nothing_to_stand_in:
+            sentences = [f"No call was held. {nothing_to_stand_in}"]
+        for sentence in sentences:
+            terminalreporter.write_line(sentence)

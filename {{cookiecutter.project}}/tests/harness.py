@@ -5,9 +5,7 @@ are the rehearsal's, on real sockets of 127.0.0.1.
 """
 
 import asyncio
-import inspect
 import json
-import re
 import time
 import wave
 from collections.abc import AsyncIterator
@@ -23,6 +21,7 @@ from numpy.typing import NDArray
 
 import bot
 import services
+from rehearsal import stand_ins
 from rehearsal.callers.caller import Caller, Utterance
 from rehearsal.callers.loopback_ice import keep_ice_on_loopback
 from rehearsal.callers.twilio import TwilioCaller
@@ -85,15 +84,12 @@ class ListenedTo(ScriptedEngine):
 
 @cache
 def classes() -> dict[str, str]:
-    """The names of the classes that services.py builds, for "stt", "llm" and "tts".
+    """The names of the classes that calls run on, for "stt", "llm" and "tts".
 
-    Read, not built: a service with a model of its own would load it.
+    Those that services.py builds; what has no server in the rehearsal has another stand in.
     """
-    factories = {"stt": services.create_stt, "llm": services.create_llm, "tts": services.create_tts}
-    return {
-        kind: re.findall(r"(\w+Service)\(", inspect.getsource(factory))[0]
-        for kind, factory in factories.items()
-    }
+    instead = {kind: own.speaks_to[0] for kind, own in stand_ins.missing().items() if own}
+    return {kind: stand_ins.built(kind) for kind in stand_ins.KINDS} | instead
 
 
 def server_of(providers: Providers, kind: str) -> ProviderServer:
@@ -105,9 +101,17 @@ def server_of(providers: Providers, kind: str) -> ProviderServer:
 
 
 def skip_unless_scripted() -> None:
-    """Skip the test where a script cannot say what the bot hears."""
+    """Skip the test where a script cannot say what the bot hears, or no call can be held."""
+    if alone := [kind for kind, own in stand_ins.missing().items() if own is None]:
+        pytest.skip(f"the rehearsal has no server for {stand_ins.built(alone[0])}")
     if not any(classes()["stt"] in wire(name).speaks_to for name in wires()):
         pytest.skip(f"{classes()['stt']} hears what is said, not what a script says")
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace the factories of services for which the rehearsal has no server."""
+    for name, factory in stand_ins.replacements().items():
+        monkeypatch.setattr(services, name, factory)
 
 
 @dataclass
@@ -216,6 +220,7 @@ async def run_harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncI
         }
         for name, value in world.items():
             monkeypatch.setenv(name, value)
+        stand_in(monkeypatch)
         # The platform sends no caller before.
         assert bot.readyz()["ready"]
         image = BaseImage(bot)

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from harness import classes, server_of, skip_unless_scripted
+from harness import classes, server_of, skip_unless_scripted, stand_in
 
 import services
 from deploy import preflight
@@ -24,6 +24,7 @@ async def providers(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Providers]
     async with serve(ScriptedEngine()) as providers:
         for name, value in providers.environment.items():
             monkeypatch.setenv(name, value)
+        stand_in(monkeypatch)
         yield providers
 
 
@@ -53,8 +54,11 @@ async def test_a_service_that_hangs_is_given_up_on(
 async def test_the_exit_status_tells(providers: Providers) -> None:
     server_of(providers, "llm").faults.wrong_key = True
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-W", "ignore", "-m", "preflight"),
+        *(sys.executable, "-W", "ignore", "-m", "rehearsal.host.launch_bot"),
+        *("--stand-in", "preflight.py"),
         cwd=Path(services.__file__).parent,
+        # The rehearsal's hand on it, until the end.
+        stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )
     output, _ = await asyncio.wait_for(process.communicate(), 60)

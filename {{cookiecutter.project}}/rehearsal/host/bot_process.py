@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 import aiohttp
 from dotenv import dotenv_values
 
+from rehearsal import stand_ins
+from rehearsal.host.launch_bot import STAND_IN
 from rehearsal.providers.server import HOST
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -121,7 +123,8 @@ async def run_bot(
         BotFailed: It did not start.
     """
     descriptor, name = tempfile.mkstemp(prefix="rehearsal-bot-", suffix=".log")
-    command = ["-m", "rehearsal.host.launch_bot", "bot.py", "-t", transport]
+    replace = [STAND_IN] if stand_ins.missing() else []
+    command = ["-m", "rehearsal.host.launch_bot", *replace, "bot.py", "-t", transport]
     with os.fdopen(descriptor, "wb") as log:
         process = await asyncio.create_subprocess_exec(
             sys.executable,

@@ -2,8 +2,9 @@
 
     python -m rehearsal.host.launch_bot bot.py -t webrtc --port 7860
 
-Three things keep the bot on this machine without its being told: `.env`, which would bring the
-real keys and addresses back over the rehearsal's environment, is not read; WebRTC offers 127.0.0.1
+Four things keep the bot on this machine without its being told: `.env`, which would bring the
+real keys and addresses back over the rehearsal's environment, is not read; a service that has no
+server here is replaced by one that has (`--stand-in` before the file); WebRTC offers 127.0.0.1
 alone; and when the rehearsal dies, however it dies, the bot ends too. Its server gets one page
 more, /rehearsal, for talking to it in a browser without any part loaded from elsewhere.
 """
@@ -17,6 +18,8 @@ from pathlib import Path
 
 import dotenv
 
+STAND_IN = "--stand-in"
+
 
 def main() -> None:
     """Run the bot file named by the first argument, with the others as its own."""
@@ -24,12 +27,23 @@ def main() -> None:
     # Pipecat's runner imports this name and calls it with override=True.
     dotenv.load_dotenv = _read_no_env_file
     sys.argv = sys.argv[1:]
+    if sys.argv[0] == STAND_IN:
+        sys.argv = sys.argv[1:]
+        _stand_in()
     if "webrtc" in sys.argv:
         from rehearsal.callers.loopback_ice import keep_ice_on_loopback
 
         keep_ice_on_loopback()
         _serve_page()
     runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def _stand_in() -> None:
+    import services
+    from rehearsal import stand_ins
+
+    for name, factory in stand_ins.replacements().items():
+        setattr(services, name, factory)
 
 
 def _serve_page() -> None:

@@ -1,13 +1,12 @@
 """The servers of all services that the bot may use, and Twilio's REST API, on this machine."""
 
-import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TypeVar
 
+import config
 from rehearsal.engines.engine import Engine
 from rehearsal.providers.faults import Faults
 from rehearsal.providers.pace import VoiceServer
@@ -29,10 +28,6 @@ WIRES = {
     "elevenlabs": "ElevenLabsServer",
     "deepgram_tts": "DeepgramSpeakServer",
 }
-
-# In the bot's own process; they ask no server.
-IN_PROCESS = {"PiperTTSService", "WhisperSTTService"}
-BUILDS = re.compile(r"\b(\w+(?:STT|LLM|TTS)Service)\(")
 
 
 class Providers:
@@ -69,9 +64,10 @@ class Providers:
     @property
     def environment(self) -> dict[str, str]:
         """The variables that point a bot here. The keys are placeholders; any key is taken."""
-        return {
-            name: value for server in self.servers for name, value in server.environment.items()
-        }
+        # Those of a service that has no server here too: another stands in for it.
+        keys = dict.fromkeys(config.REQUIRED, "rehearsal")
+        own = [server.environment.items() for server in self.servers]
+        return keys | {name: value for pairs in own for name, value in pairs}
 
     @property
     def peers(self) -> set[str]:
@@ -87,12 +83,6 @@ def wires() -> list[str]:
 def wire(name: str) -> type[EngineServer]:
     """Return the class that speaks a wire."""
     return getattr(import_module(f"rehearsal.providers.{name}"), WIRES[name])
-
-
-def without_server(services: Path, providers: Providers) -> list[str]:
-    """Return the service classes that a services.py builds and no server here speaks to."""
-    built = dict.fromkeys(BUILDS.findall(services.read_text(encoding="utf-8")))
-    return [name for name in built if name not in {*providers.by_service, *IN_PROCESS}]
 
 
 @asynccontextmanager

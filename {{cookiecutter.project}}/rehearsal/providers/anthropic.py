@@ -30,7 +30,10 @@ class AnthropicServer(EngineServer):
     """Thinks with the engine."""
 
     name = "anthropic"
+    kind = "llm"
     speaks_to = ("AnthropicLLMService",)
+    module = "pipecat.services.anthropic.llm"
+    url_variables = ("ANTHROPIC_BASE_URL",)
 
     def routes(self) -> Iterable[web.RouteDef]:
         """Return the one route a voice bot needs."""

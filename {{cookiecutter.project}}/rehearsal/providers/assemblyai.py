@@ -31,7 +31,11 @@ class AssemblyAIServer(EngineServer):
     """Hears with the engine, one ear per connection."""
 
     name = "assemblyai"
+    kind = "stt"
     speaks_to = ("AssemblyAISTTService",)
+    module = "pipecat.services.assemblyai.stt"
+    url_variables = ("ASSEMBLYAI_BASE_URL",)
+    url_argument = "api_endpoint_base_url"
 
     def routes(self) -> Iterable[web.RouteDef]:
         """Return the one route of the streaming API."""

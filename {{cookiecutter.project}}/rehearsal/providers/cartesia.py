@@ -28,7 +28,11 @@ class CartesiaServer(VoiceServer):
     """Speaks with the engine; several contexts at once on one socket."""
 
     name = "cartesia"
+    kind = "tts"
     speaks_to = ("CartesiaTTSService",)
+    module = "pipecat.services.cartesia.tts"
+    url_variables = ("CARTESIA_BASE_URL",)
+    url_argument = "url"
 
     def routes(self) -> Iterable[web.RouteDef]:
         """Return the one route of the websocket API."""

@@ -27,7 +27,11 @@ class DeepgramServer(EngineServer):
     """Hears with the engine, one ear per connection."""
 
     name = "deepgram"
+    kind = "stt"
     speaks_to = ("DeepgramSTTService",)
+    module = "pipecat.services.deepgram.stt"
+    url_variables = ("DEEPGRAM_BASE_URL",)
+    url_argument = "base_url"
 
     def routes(self) -> Iterable[web.RouteDef]:
         """Return the one route of the live API."""

@@ -26,7 +26,11 @@ class DeepgramSpeakServer(VoiceServer):
     """Speaks with the engine, one voice per connection."""
 
     name = "deepgram_tts"
+    kind = "tts"
     speaks_to = ("DeepgramTTSService",)
+    module = "pipecat.services.deepgram.tts"
+    url_variables = ("DEEPGRAM_TTS_BASE_URL",)
+    url_argument = "base_url"
 
     def routes(self) -> Iterable[web.RouteDef]:
         """Return the one route of the websocket API."""

@@ -36,7 +36,11 @@ class ElevenLabsServer(VoiceServer):
     """Speaks with the engine; several contexts at once on one socket."""
 
     name = "elevenlabs"
+    kind = "tts"
     speaks_to = ("ElevenLabsTTSService",)
+    module = "pipecat.services.elevenlabs.tts"
+    url_variables = ("ELEVENLABS_BASE_URL",)
+    url_argument = "url"
 
     def routes(self) -> Iterable[web.RouteDef]:
         """Return the one route of the websocket API."""

@@ -37,7 +37,10 @@ class GoogleServer(EngineServer):
     """Thinks with the engine."""
 
     name = "google"
+    kind = "llm"
     speaks_to = ("GoogleLLMService",)
+    module = "pipecat.services.google.llm"
+    url_variables = ("GOOGLE_BASE_URL",)
     wrong_key_status = 400
 
     def routes(self) -> Iterable[web.RouteDef]:
@@ -50,7 +53,13 @@ class GoogleServer(EngineServer):
     @property
     def environment(self) -> dict[str, str]:
         """The variables that point a bot here."""
-        return {"GOOGLE_API_KEY": "rehearsal", "GOOGLE_BASE_URL": f"http://{HOST}:{self.port}"}
+        url = f"http://{HOST}:{self.port}"
+        # The second is the SDK's own, for a service that is not told.
+        return {
+            "GOOGLE_API_KEY": "rehearsal",
+            "GOOGLE_BASE_URL": url,
+            "GOOGLE_GEMINI_BASE_URL": url,
+        }
 
     def key_of(self, request: web.Request) -> str:
         """Google's key has a header of its own."""

@@ -30,7 +30,11 @@ class OpenAIServer(EngineServer):
     """Thinks with the engine."""
 
     name = "openai"
+    kind = "llm"
     speaks_to = ("OpenAILLMService",)
+    module = "pipecat.services.openai.llm"
+    url_variables = ("OPENAI_BASE_URL", "LLM_URL")
+    url_argument = "base_url"
 
     def routes(self) -> Iterable[web.RouteDef]:
         """Return the one route a voice bot needs."""

@@ -36,7 +36,11 @@ class OpenAIListenServer(EngineServer):
     """Hears with the engine, one ear per connection."""
 
     name = "openai_stt"
+    kind = "stt"
     speaks_to = ("OpenAIRealtimeSTTService",)
+    module = "pipecat.services.openai.stt"
+    url_variables = ("OPENAI_STT_BASE_URL",)
+    url_argument = "base_url"
 
     def routes(self) -> Iterable[web.RouteDef]:
         """Return the one route of the realtime API."""

@@ -339,7 +339,16 @@ class EngineServer(ProviderServer):
 
     Attributes:
         engine: Is shared with the other providers, and stays open.
+        kind: "stt", "llm" or "tts".
+        url_variables: What holds this server's address in the bot's environment.
+        module: Where Pipecat has the first class of `speaks_to`; "" if it stands in for none.
+        url_argument: What that class calls it; "" where its SDK reads a variable of its own.
     """
+
+    kind: str
+    module: str = ""
+    url_variables: tuple[str, ...] = ()
+    url_argument: str = ""
 
     def __init__(self, engine: Engine, log: WireLog, faults: Faults | None = None) -> None:
         """Prepare the server; `start` makes it listen."""

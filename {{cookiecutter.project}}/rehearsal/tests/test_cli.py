@@ -29,10 +29,11 @@ from harness import RECORDS_AUDIO
 
 import config
 import rehearsal
+from rehearsal import stand_ins
 from rehearsal.call import Answered, conversation, recorded_voice
 from rehearsal.engines.scripted import ScriptedEngine
 from rehearsal.host.bot_process import _harmless
-from rehearsal.providers.all import serve, without_server
+from rehearsal.providers.all import serve, wire, wires
 from rehearsal.providers.server import free_port
 
 pytestmark = pytest.mark.anyio
@@ -275,12 +276,47 @@ def test_the_conversation_shows_each_measured_time_at_its_answer_and_the_tools_b
     ]
 
 
-async def test_a_service_that_no_server_here_speaks_to_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "built",
+    [
+        'GroqLLMService(api_key=setting("GROQ_API_KEY"))',
+        # The class has a server, but nothing can point it there.
+        'OpenAILLMService(base_url="https://api.groq.com/openai/v1")',
+        "my_own()",
+    ],
+)
+def test_a_service_without_a_server_here_is_named_with_what_stands_in(
+    built: str, tmp_path: Path
+) -> None:
+    assert stand_ins.sentences() == []
     swapped = tmp_path / "services.py"
-    swapped.write_text('def create_llm():\n    return GroqLLMService(api_key="x")\n')
+    swapped.write_text(f"def create_llm(instructions):\n    return {built}\n")
+    named = built.partition("(")[0] if "Service" in built else "what create_llm() builds"
+    own = next(wire(name) for name in wires() if wire(name).kind == "llm")
+    assert stand_ins.sentences(swapped) == [
+        f"The rehearsal has no server for {named}: {own.speaks_to[0]} stands in for it."
+    ]
+
+
+async def test_every_service_that_has_a_server_can_stand_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async with serve(ScriptedEngine()) as providers:
-        assert without_server(PROJECT / "services.py", providers) == []
-        assert without_server(swapped, providers) == ["GroqLLMService"]
+        for name, value in providers.environment.items():
+            monkeypatch.setenv(name, value)
+        for own in map(wire, wires()):
+            instructions = ["Be kind."] * (own.kind == "llm")
+            built = stand_ins.factory_for(own)(*instructions)
+            assert type(built).__name__ in own.speaks_to
+
+
+def test_where_nothing_can_stand_in_the_rehearsal_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stand_ins, "_has_server", lambda *_: False)
+    monkeypatch.setattr(stand_ins, "wires", lambda: [])
+    with pytest.raises(ValueError, match=r"no server for .*, nor another stt to stand in"):
+        stand_ins.sentences()
 
 
 def test_addresses_on_this_machine_are_left_to_the_rehearsed_bot_and_no_others() -> None:

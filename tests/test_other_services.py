@@ -1,0 +1,55 @@
+"""Services outside the form, put into a rendering word by word as its README says."""
+
+import re
+
+import pytest
+from baking import Bake, succeed
+from config import required
+from deploy.check import check_secrets
+
+STANDS_IN = (
+    "The rehearsal has no server for GroqLLMService: OpenAILLMService stands in for it.",
+    "The rehearsal has no server for RimeTTSService: CartesiaTTSService stands in for it.",
+)
+
+
+def swapped(readme: str, services: str) -> str:
+    """Put the factories of the README's block in the place of those with the same names."""
+    section = readme.partition("### Another service")[2]
+    block = re.search(r"```python\n(.*?)```", section, re.DOTALL)
+    assert block
+    for factory in block[1].strip().split("\n\n\n"):
+        name = factory.partition("(")[0]
+        pattern = rf"^{name}\(.*?(?=\n\n\n)"
+        services, count = re.subn(
+            pattern, lambda _, new=factory: new, services, flags=re.DOTALL | re.MULTILINE
+        )
+        assert count == 1, name
+    return services
+
+
+@pytest.mark.slow
+def test_with_groq_and_rime_swapped_in_calls_and_tests_go_on_and_say_what_stands_in(
+    bake: Bake,
+) -> None:
+    project = bake()
+    services = swapped(project.read("README.md"), project.read("services.py"))
+    (project.path / "services.py").write_text(services)
+    names = ["GROQ_API_KEY", "RIME_API_KEY", "RIME_VOICE"]
+    assert [*required(project.path / "services.py")] == ["DEEPGRAM_API_KEY", *names]
+    found = list(check_secrets(project.path, project.path / ".env"))
+    assert [finding.mend for finding in found if finding.what.startswith("services.py reads")] == [
+        f"a line {name}= in env.example" for name in names
+    ]
+    succeed(project.tool("ruff", "check", "--no-cache", "."))
+    succeed(project.tool("ruff", "format", "--check", "--no-cache", "."))
+
+    called = project.tool("rehearsal", "call", "-t", "twilio", "--engine", "scripted")
+    succeed(called)
+    assert all(sentence in called.stdout for sentence in STANDS_IN)
+    assert "Yes, I can hear you. Is there anything else?" in called.stdout
+
+    tested = project.tool("pytest", "-q", "-n", "0", "tests/test_preflight.py")
+    succeed(tested)
+    assert all(sentence in tested.stdout for sentence in STANDS_IN)
+    assert "skipped" not in tested.stdout
