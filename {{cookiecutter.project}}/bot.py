@@ -81,6 +81,8 @@ async def run_call(
     runner_args: RunnerArguments,
 ) -> None:
     """Hold the call on `connection` and deliver its record, however it ends."""
+    if note := connection.note:
+        endings.annotate(roark, transfer_to=note.name, transfer_outcome=note.outcome or "unknown")
     try:
         await run_pipeline(connection, instructions, roark, runner_args)
     except asyncio.CancelledError:

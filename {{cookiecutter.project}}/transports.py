@@ -8,7 +8,7 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -25,7 +25,7 @@ from pipecat.transports.base_transport import BaseTransport, TransportParams
 from config import setting
 from host import calls
 from telephony import twilio_auth
-from telephony.transfer import Note, Transfer, TwilioTransfer
+from telephony.transfer import Note, Transfer, TwilioTransfer, outcome_at_twilio
 
 if TYPE_CHECKING:
     from pipecat.evals.transport import EvalTransportParams
@@ -174,12 +174,15 @@ async def _answer_phone(runner_args: WebSocketRunnerArguments) -> Connection:
     if not (twilio_auth.is_sid(call_id, "CA") and twilio_auth.is_sid(stream_id, "MZ")):
         raise Refused("its ids are none of Twilio's")
     assert call_id and stream_id
-    # Who comes back from a transfer brings what this bot has signed, and no other token.
     note = Note.take(call.body, call_id, setting("TWILIO_AUTH_TOKEN"))
-    if note and note.is_of_a_call_held:
-        await websocket.close()
-        raise Refused("it was handed over, and the person has hung up")
-    if not note and not twilio_auth.lets_in(websocket, call_id, call.body):
+    # Who comes back by the instructions of the transfer itself brings no other token than that.
+    is_back_by_itself = note is not None and not note.outcome
+    if note and is_back_by_itself:
+        note = replace(note, outcome=await outcome_at_twilio(call_id))
+        if note.outcome == "completed":
+            await websocket.close()
+            raise Refused("it was handed over, and the person has hung up")
+    elif not twilio_auth.lets_in(websocket, call_id, call.body):
         await websocket.close(code=1008)
         raise Refused("it did not bring the token of a call that Twilio sent here")
     # Where create_transport leaves them, for whoever wants to know who is calling.
@@ -195,8 +198,9 @@ async def _answer_phone(runner_args: WebSocketRunnerArguments) -> Connection:
             stream_url=setting("TWILIO_STREAM_URL", f"wss://{host}{websocket.url.path}"),
             parameters=call.body,
             line=serializer,
-            # Who comes back from a transfer has its instructions, which end there.
-            has_failover=note is None,
+            # There the instructions end.
+            has_failover=not is_back_by_itself,
+            host=twilio_auth.public_host(websocket),
         )
     params = FastAPIWebsocketParams(
         audio_in_enabled=True, audio_out_enabled=True, serializer=serializer

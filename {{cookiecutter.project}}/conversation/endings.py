@@ -66,6 +66,12 @@ def note(roark: "RoarkObserver", reason: str, detail: str) -> None:
         note_ending(reason, detail)
 
 
+def annotate(roark: "RoarkObserver", **values: object) -> None:
+    """Put values of one's own into the record; the published observer has no place for them."""
+    if add := getattr(roark, "annotate", None):
+        add(**values)
+
+
 def instruction(text: str) -> LLMMessagesAppendFrame:
     """Tell the LLM something the caller does not hear, and have it speak."""
     # Most LLMs know no role "developer": Pipecat passes it on as the caller's. The brackets tell

@@ -4,6 +4,7 @@
     python -m rehearsal call -t twilio                           a recorded human calls it
     python -m rehearsal call -t webrtc --say "Good morning."     the engine's voice calls it
     python -m rehearsal call --engine scripted --script a.toml   a whole dialogue, as written down
+    python -m rehearsal call --transfer busy                     handed over to a colleague
     python -m rehearsal providers --engine scripted              the servers alone
 
 Everything listens on 127.0.0.1. Calls are kept under CALLS_DIR (default: calls/).
@@ -15,7 +16,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,9 @@ from rehearsal.engines.scripted import Script, ScriptedEngine
 from rehearsal.host.bot_process import BotFailed, BotProcess, run_bot, user_settings
 from rehearsal.providers.all import Providers, serve
 from rehearsal.providers.roark import RoarkReceiver
-from rehearsal.providers.server import free_port
+from rehearsal.providers.server import HOST, free_port
+from rehearsal.providers.twilio_rest import TwilioServer
+from rehearsal.transfer import ENVIRONMENT, OUTCOMES, Dialogue, be_handed_over, script
 
 BROWSER_PORT = 7860
 DELIVERY_SECONDS = 15.0
@@ -90,6 +93,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     voice.add_argument(
         "--wav", metavar="FILE", type=Path, action="append", help="a recording to say; repeatable"
+    )
+    call.add_argument(
+        "--transfer",
+        metavar="|".join(OUTCOMES),
+        choices=tuple(OUTCOMES),
+        nargs="?",
+        const="busy",
+        help="let the caller be handed over to a colleague, who answers or does not",
     )
     providers = commands.add_parser("providers", help="run the loopback servers alone")
     providers.add_argument("--port", type=_port, default=0, help="of the first server; any if 0")
@@ -162,7 +173,28 @@ async def _announce_calls(world: "_World") -> None:
             _report(world, call_id)
 
 
+async def _hand_over(options: argparse.Namespace) -> int:
+    """Place a call that is handed over, in LANGUAGE; by telephone, whatever -t says."""
+    words = script(_language())
+    port = free_port()
+    async with _engine(options) as voice:
+        engine = Dialogue(words, voice)
+        voices = [await spoken_voice(engine, text) for text in words.hears]
+        public = ("-x", f"{HOST}:{port}")
+        async with _world(engine, "twilio", port, ENVIRONMENT, public) as world:
+            try:
+                answers = await be_handed_over(
+                    world.bot, world.twilio, options.transfer, voices, _tell
+                )
+            except NoAnswer as failure:
+                raise BotFailed(f"{failure}\n{world.bot.tail()}") from failure
+        broken = [said for one in world.roark.calls for said in _report(world, one, answers)]
+    return 1 if broken else 0
+
+
 async def _call_it(options: argparse.Namespace) -> int:
+    if options.transfer:
+        return await _hand_over(options)
     recorded = [recorded_voice(path) for path in options.wav or ()]
     async with _engine(options) as engine:
         voices = recorded or await _voices(options, engine)
@@ -207,6 +239,7 @@ class _World:
 
     bot: BotProcess
     roark: RoarkReceiver
+    twilio: TwilioServer
     calls_dir: Path
 
 
@@ -235,7 +268,13 @@ async def _providers(engine: Engine, port: int = 0) -> AsyncIterator[Providers]:
 
 
 @asynccontextmanager
-async def _world(engine: Engine, transport: str, port: int) -> AsyncIterator[_World]:
+async def _world(
+    engine: Engine,
+    transport: str,
+    port: int,
+    settings: Mapping[str, str] | None = None,
+    arguments: Sequence[str] = (),
+) -> AsyncIterator[_World]:
     calls_dir = Path(os.environ.get("CALLS_DIR", "").strip() or "calls").resolve()
     async with _providers(engine) as providers, RoarkReceiver() as roark:
         environment = {
@@ -243,12 +282,15 @@ async def _world(engine: Engine, transport: str, port: int) -> AsyncIterator[_Wo
             **providers.environment,
             **_at_roark(roark),
             "CALLS_DIR": str(calls_dir),
+            **(settings or {}),
         }
+        if settings:
+            environment["TWILIO_AUTH_TOKEN"] = providers.twilio.auth_token
         for sentence in stand_ins.sentences():
             _tell(sentence)
         _tell("Starting the bot.")
-        async with run_bot(transport, port, environment) as bot:
-            yield _World(bot, roark, calls_dir)
+        async with run_bot(transport, port, environment, arguments) as bot:
+            yield _World(bot, roark, providers.twilio, calls_dir)
 
 
 def _installed_weights() -> dict[str, str]:
@@ -257,10 +299,13 @@ def _installed_weights() -> dict[str, str]:
     What the user has set stays. They are for English only.
     """
     own = {name for name, value in user_settings().items() if value.strip()}
-    language = user_settings().get("LANGUAGE", "").strip() or DEFAULT_LANGUAGE
-    is_english = language.lower().startswith("en")
+    is_english = _language().lower().startswith("en")
     found = weights.environment() if is_english else {}
     return {name: value for name, value in found.items() if name not in own}
+
+
+def _language() -> str:
+    return user_settings().get("LANGUAGE", "").strip() or DEFAULT_LANGUAGE
 
 
 def _at_roark(roark: RoarkReceiver) -> dict[str, str]:

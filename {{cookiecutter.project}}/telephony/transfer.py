@@ -1,9 +1,10 @@
 """Hands a phone call over to a person, and takes it back where nobody answers.
 
 TRANSFER_TO names who may be called, as `name=+E.164` pairs; the LLM chooses a name, never a number.
-Twilio is given new instructions for the call: dial the person, and if that came to nothing connect
-the caller with the bot again. With these goes a note, signed, that says what the call was about:
-the bot that the caller comes back to may be another process.
+Twilio is given new instructions for the call: dial the person, tell them in a sentence or two what
+it is about, and where they do not answer connect the caller with the bot again. What the call was
+about travels with these as a note: the bot that the caller comes back to may be another process.
+The note is sealed, for addresses end up in the access logs of every proxy on the way.
 """
 
 import asyncio
@@ -13,43 +14,72 @@ import hmac
 import json
 import re
 import ssl
-import time
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 from urllib.parse import quote
-from xml.sax.saxutils import quoteattr
+from xml.sax.saxutils import escape, quoteattr
 
 import httpx
 from loguru import logger
 
+import config
 from config import setting
 
 if TYPE_CHECKING:
+    from cryptography.fernet import Fernet
+
     from telephony.media_stream import MediaStreamSerializer
 
 # How long it rings at the person's. https://www.twilio.com/docs/voice/twiml/dial#timeout
 RING_SECONDS = 20
-# Who comes back later than this after the ringing has been answered: Twilio goes on in its
-# instructions after every call, and a call that was held is over.
-RETURN_SECONDS = 15.0
 # For Twilio's answer, within services.TOOL_TIMEOUT_SECONDS.
 REQUEST_SECONDS = 4.0
 # Twilio allows name and value of a parameter 500 characters together.
-MAX_NOTE_CHARACTERS = 450
-NOTE, SIGNATURE = "transfer_note", "transfer_signature"
+MAX_NOTE_CHARACTERS = 480
+# Of the TwiML in a request it takes 4000; there are two addresses in it.
+MAX_ADDRESS_CHARACTERS = 1200
+NOTE = "transfer_note"
 TWILIO_API = "https://api.twilio.com"
+# Where Twilio comes, on a server whose public name is known: with what became of the transfer, and
+# for what the person is told before they are connected.
+OUTCOME_PATH, WHISPER_PATH = "/transfer/outcome", "/transfer/whisper"
+
+# What came of it, as Twilio has it (DialCallStatus), in words for the LLM.
+OUTCOMES = {
+    "busy": "the line of {name} is busy",
+    "no-answer": "{name} did not answer",
+    "failed": "the call to {name} could not be put through",
+}
+ANSWERED = ("completed", "answered", "in-progress")
+# For <Say>. https://www.twilio.com/docs/voice/twiml/say/text-speech
+VOICES = {
+    **{"de": "de-DE", "en": "en-US", "es": "es-ES", "fr": "fr-FR"},
+    **{"it": "it-IT", "ja": "ja-JP", "nl": "nl-NL", "pt": "pt-PT"},
+}
 
 PERSON = re.compile(r"\s*([\w-]+)\s*=\s*(\+[1-9]\d{6,14})\s*")
 TWIML = """<?xml version="1.0" encoding="UTF-8"?>
 <Response>
-  <Dial timeout="{seconds}" answerOnBridge="true">{number}</Dial>
+  <Dial timeout="{seconds}" answerOnBridge="true"{action}>
+    <Number{whisper}>{number}</Number>
+  </Dial>{then}
+</Response>"""
+# Where Twilio goes after any <Dial> without an `action`.
+COME_BACK = """
   <Connect>
     <Stream url={url}>
 {parameters}
     </Stream>
-  </Connect>
+  </Connect>"""
+HANG_UP = """<?xml version="1.0" encoding="UTF-8"?>
+<Response>
+  <Hangup />
+</Response>"""
+WHISPER = """<?xml version="1.0" encoding="UTF-8"?>
+<Response>
+  <Say language="{language}">{text}</Say>
 </Response>"""
 
 
@@ -123,27 +153,44 @@ class Note:
     """What is known of a call that comes back to the bot after a transfer that came to nothing.
 
     Parameters:
-        call_sid: The call.
-        name: Who did not answer.
+        name: Who was called.
         summary: What the call was about, as the LLM put it.
-        at: When the person was dialled, Unix seconds.
+        outcome: What came of it, as Twilio has it; empty while nobody knows.
+        parameters: What the stream of the call brought, for the next one.
     """
 
-    call_sid: str
     name: str
     summary: str
-    at: float
+    outcome: str = ""
+    parameters: Mapping[str, str] = field(default_factory=dict[str, str])
 
-    def sign(self, key: str) -> dict[str, str]:
-        """Return the note as parameters of a stream; its summary is cut to what fits in there."""
+    def seal(self, call_sid: str, key: str, *, limit: int = MAX_NOTE_CHARACTERS) -> str:
+        """Return the note as text that only this call's bot can read; it needs no escaping.
+
+        Args:
+            call_sid: The call.
+            key: The account's auth token.
+            limit: How many characters it may have; the summary is cut to that.
+        """
         summary = self.summary
         while True:
-            note = [self.call_sid, self.name, summary, round(self.at)]
-            content = json.dumps(note, ensure_ascii=False)
-            packed = base64.urlsafe_b64encode(content.encode()).decode()
-            if len(packed) <= MAX_NOTE_CHARACTERS:
-                return {NOTE: packed, SIGNATURE: _signature(packed, key)}
+            note = [self.name, summary, self.outcome, dict(self.parameters)]
+            content = json.dumps(note, ensure_ascii=False, separators=(",", ":"))
+            sealed = _box(call_sid, key).encrypt(content.encode()).decode().rstrip("=")
+            if len(sealed) <= limit or not summary:
+                return sealed
             summary = summary[: len(summary) * 9 // 10]
+
+    @classmethod
+    def open(cls, sealed: str, call_sid: str, key: str) -> Self | None:
+        """Return the note in a text; None where it is no note of this bot on this call."""
+        from cryptography.fernet import InvalidToken
+
+        try:
+            content = _box(call_sid, key).decrypt(sealed + "=" * (-len(sealed) % 4))
+        except (InvalidToken, ValueError):
+            return None
+        return cls(*json.loads(content))
 
     @classmethod
     def take(cls, parameters: MutableMapping[str, object], call_sid: str, key: str) -> Self | None:
@@ -152,36 +199,58 @@ class Note:
         Args:
             parameters: What the stream brought.
             call_sid: The call that the stream says it belongs to.
-            key: What the note has to be signed with.
+            key: The account's auth token.
         """
-        packed = str(parameters.pop(NOTE, ""))
-        signature = str(parameters.pop(SIGNATURE, ""))
-        if not (
-            key
-            and packed
-            and hmac.compare_digest(_signature(packed, key).encode(), signature.encode())
-        ):
-            return None
-        note = cls(*json.loads(base64.urlsafe_b64decode(packed)))
-        return note if note.call_sid == call_sid else None
-
-    @property
-    def is_of_a_call_held(self) -> bool:
-        """Whether the person must have answered: it did not ring for so long."""
-        return time.time() - self.at > RING_SECONDS + RETURN_SECONDS
+        sealed = str(parameters.pop(NOTE, ""))
+        return cls.open(sealed, call_sid, key) if key and sealed else None
 
     @property
     def instruction(self) -> str:
         """What the LLM is told of it."""
+        what = OUTCOMES.get(self.outcome, "{name} could not be reached").format(name=self.name)
         return (
-            f"The caller comes back to you: {self.name} could not be reached. What they had told "
-            f"you: {self.summary} Say so, and ask what you can do instead, for example take a "
-            "message. Do not greet them again."
+            f"The caller comes back to you: {what}. What they had told you: {self.summary} Say so, "
+            "and ask what you can do instead, for example take a message. Do not greet them again."
         )
 
+    @property
+    def whisper(self) -> str:
+        """The TwiML that tells the person what it is about, before they are connected."""
+        language = VOICES.get(config.language().partition("-")[0], VOICES["en"])
+        return WHISPER.format(language=language, text=escape(self.summary))
 
-def _signature(text: str, key: str) -> str:
-    return hmac.digest(key.encode(), text.encode(), hashlib.sha256).hex()
+
+def outcome_of_dial(fields: Mapping[str, str]) -> str:
+    """What came of a transfer, by what Twilio posts after a `<Dial>`; "completed" if they talked.
+
+    https://www.twilio.com/docs/voice/twiml/dial#action
+    """
+    outcome = fields.get("DialCallStatus", "failed")
+    # Who hangs up during the whisper has answered and has talked to nobody.
+    if outcome in ANSWERED:
+        return "no-answer" if fields.get("DialBridged") == "false" else "completed"
+    return outcome
+
+
+async def outcome_at_twilio(call_sid: str) -> str:
+    """What came of the call's last transfer, asked of Twilio; empty where it does not say.
+
+    For where Twilio cannot be told of an address to come to with it.
+    """
+    try:
+        children = await _ask_twilio("GET", "Calls.json", ParentCallSid=call_sid, PageSize="1")
+        status = str(children["calls"][0]["status"])
+    except (NotTransferred, LookupError, TypeError):
+        return ""
+    return "completed" if status in ANSWERED else status if status in OUTCOMES else ""
+
+
+def _box(call_sid: str, key: str) -> "Fernet":
+    # Only where a call is handed over: most never are.
+    from cryptography.fernet import Fernet
+
+    of_call = hmac.digest(key.encode(), f"note of {call_sid}".encode(), hashlib.sha256)
+    return Fernet(base64.urlsafe_b64encode(of_call))
 
 
 class TwilioTransfer:
@@ -195,6 +264,7 @@ class TwilioTransfer:
         parameters: Mapping[str, object],
         line: "MediaStreamSerializer",
         has_failover: bool,
+        host: str = "",
     ) -> None:
         """Prepare for the call `call_sid`.
 
@@ -204,15 +274,15 @@ class TwilioTransfer:
             parameters: What the stream of this call brought, for the next one.
             line: What must not hang up on a caller who has been handed over.
             has_failover: Whether the call's instructions go on with TRANSFER_ON_FAILURE.
+            host: The public name of this server, where Twilio may come to OUTCOME_PATH; else empty.
         """
         self._call_sid = call_sid
-        self._account_sid = setting("TWILIO_ACCOUNT_SID")
-        self._auth_token = setting("TWILIO_AUTH_TOKEN")
+        self._host = host
         self._stream_url = stream_url
         self._parameters = {name: str(value) for name, value in parameters.items()}
         self._line = line
         self._has_failover = has_failover
-        self._request: asyncio.Task[None] | None = None
+        self._request: asyncio.Task[dict[str, Any]] | None = None
         self._name = ""
 
     async def to(self, name: str, summary: str) -> None:
@@ -224,21 +294,13 @@ class TwilioTransfer:
         number = people().get(name)
         if number is None:
             raise NotTransferred(f"there is no {name!r}; there is {', '.join(people())}")
-        note = Note(self._call_sid, name, summary, time.time()).sign(self._auth_token)
-        parameters = "\n".join(
-            f"      <Parameter name={quoteattr(key)} value={quoteattr(value)} />"
-            for key, value in {**self._parameters, **note}.items()
-        )
-        twiml = TWIML.format(
-            seconds=RING_SECONDS,
-            number=number,
-            url=quoteattr(self._stream_url),
-            parameters=parameters,
-        )
+        twiml = self._twiml(number, Note(name, summary, parameters=self._parameters))
         self._name = name
         # The stream closes as soon as Twilio has read this; hanging up then would be on them both.
         self._line.can_hang_up = False
-        self._request = asyncio.create_task(self._update(twiml))
+        self._request = asyncio.create_task(
+            _ask_twilio("POST", f"Calls/{quote(self._call_sid)}.json", Twiml=twiml)
+        )
         try:
             await asyncio.shield(self._request)
         except NotTransferred:
@@ -260,26 +322,60 @@ class TwilioTransfer:
         self._line.can_hang_up = False
         return person[0]
 
-    async def _update(self, twiml: str) -> None:
-        address = (
-            f"{setting('TWILIO_BASE_URL', TWILIO_API)}/2010-04-01/Accounts/"
-            f"{quote(self._account_sid)}/Calls/{quote(self._call_sid)}.json"
+    def _twiml(self, number: str, note: Note) -> str:
+        key = setting("TWILIO_AUTH_TOKEN")
+        action = whisper = then = ""
+        if self._host:
+            sealed = note.seal(self._call_sid, key, limit=MAX_ADDRESS_CHARACTERS)
+            outcome, about = (
+                quoteattr(f"https://{self._host}{path}?call={self._call_sid}&note={sealed}")
+                for path in (OUTCOME_PATH, WHISPER_PATH)
+            )
+            action, whisper = f" action={outcome}", f" url={about}"
+        else:
+            sealed = Note(note.name, note.summary).seal(self._call_sid, key)
+            parameters = "\n".join(
+                f"      <Parameter name={quoteattr(name)} value={quoteattr(value)} />"
+                for name, value in {**note.parameters, NOTE: sealed}.items()
+            )
+            then = COME_BACK.format(url=quoteattr(self._stream_url), parameters=parameters)
+        return TWIML.format(
+            seconds=RING_SECONDS, action=action, whisper=whisper, number=number, then=then
         )
-        try:
-            tls = await asyncio.to_thread(_tls_context)
-            login = httpx.BasicAuth(self._account_sid, self._auth_token)
-            # The timeout of httpx is for each step; this one is for the whole.
-            async with (
-                asyncio.timeout(REQUEST_SECONDS),
-                httpx.AsyncClient(verify=tls, auth=login) as http,
-            ):
-                response = await http.post(address, data={"Twiml": twiml})
-        except (httpx.HTTPError, TimeoutError) as error:
-            logger.warning(f"A transfer did not reach Twilio: {type(error).__name__}")
-            raise NotTransferred("the telephone network did not answer") from error
-        if response.is_error:
-            logger.warning(f"Twilio refused a transfer with {response.status_code}")
-            raise NotTransferred("the telephone network refused it")
+
+
+async def _ask_twilio(method: str, path: str, **fields: str) -> dict[str, Any]:
+    """Ask Twilio's REST API for something of the account.
+
+    Raises:
+        NotTransferred: It did not answer, or refused.
+    """
+    account = setting("TWILIO_ACCOUNT_SID")
+    api = setting("TWILIO_BASE_URL", TWILIO_API)
+    address = f"{api}/2010-04-01/Accounts/{quote(account)}/{path}"
+    is_question = method == "GET"
+    try:
+        tls = await asyncio.to_thread(_tls_context)
+        login = httpx.BasicAuth(account, setting("TWILIO_AUTH_TOKEN"))
+        # The timeout of httpx is for each step; this one is for the whole.
+        async with (
+            asyncio.timeout(REQUEST_SECONDS),
+            httpx.AsyncClient(verify=tls, auth=login) as http,
+        ):
+            response = await http.request(
+                method,
+                address,
+                params=fields if is_question else None,
+                data=None if is_question else fields,
+            )
+            answer = response.json() if response.is_success else {}
+    except (httpx.HTTPError, ValueError, TimeoutError) as error:
+        logger.warning(f"A transfer did not reach Twilio: {type(error).__name__}")
+        raise NotTransferred("the telephone network did not answer") from error
+    if response.is_error:
+        logger.warning(f"Twilio refused a transfer with {response.status_code}")
+        raise NotTransferred("the telephone network refused it")
+    return answer
 
 
 @cache

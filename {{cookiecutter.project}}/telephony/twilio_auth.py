@@ -17,7 +17,7 @@ import hashlib
 import hmac
 import re
 import time
-from collections.abc import Callable, Coroutine, MutableMapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl
 from xml.sax.saxutils import quoteattr
@@ -38,7 +38,7 @@ TOKEN_PARAMETER = "gate_token"
 TOKEN_SECONDS = 60
 # What `-t twilio` serves behind a gate. Pipecat's server has more: a browser could call by
 # /api/offer, whatever -t says.
-OPEN_PATHS = {"/", "/ws", "/status"}
+OPEN_PATHS = {"/", "/ws", "/status", transfer.OUTCOME_PATH, transfer.WHISPER_PATH}
 
 NO_HOST = (
     "Phone calls need -x HOST, the public name under which Twilio reaches this server over HTTPS: "
@@ -91,21 +91,29 @@ class Gate:
         self._used: dict[str, int] = {}
 
     def signed_by_twilio(
-        self, host: str, query: str, form: Sequence[tuple[str, str]], signature: str
+        self,
+        host: str,
+        query: str,
+        form: Sequence[tuple[str, str]],
+        signature: str,
+        *,
+        path: str = "/",
     ) -> bool:
-        """Whether Twilio signed this request for `https://HOST/?QUERY`.
+        """Whether Twilio signed this request for `https://HOST/PATH?QUERY`.
 
         Args:
             host: The public name of this server, with the port if it has one.
             query: What follows the question mark, as requested; empty without one.
             form: The posted fields.
             signature: The header X-Twilio-Signature.
+            path: What it asks for.
         """
         # Twilio signs the address as it was entered in its console, with or without what goes
         # without saying: the port of HTTPS, the slash after a bare name.
         name = host.removesuffix(":443")
-        rests = [f"/?{query}", f"?{query}"] if query else ["/", ""]
-        addresses = [f"https://{name}{port}{rest}" for port in ("", ":443") for rest in rests]
+        paths = ["/", ""] if path == "/" else [path]
+        rest = f"?{query}" if query else ""
+        addresses = [f"https://{name}{port}{one}{rest}" for port in ("", ":443") for one in paths]
         wanted = [self.signature(address, form) for address in addresses]
         return any([hmac.compare_digest(one, signature.encode()) for one in wanted])
 
@@ -163,6 +171,7 @@ def guard(
     auth_token = setting("TWILIO_AUTH_TOKEN")
     # Where lets_in finds it. On Pipecat Cloud nobody calls guard, and the platform answers.
     app.state.twilio_gate = gate = Gate(auth_token) if auth_token else None
+    app.state.twilio_host = ""
     if options.transport != "twilio":
         return
 
@@ -179,7 +188,19 @@ def guard(
         Route("/", _answer_with_twiml(gate, host, reserve), methods=["GET", "POST"])
     )
     if gate:
+        app.state.twilio_host = host
+        for path, answer in (
+            (transfer.OUTCOME_PATH, _go_on_after_transfer(gate, host, reserve)),
+            (transfer.WHISPER_PATH, _whisper(gate, host)),
+        ):
+            app.router.routes.append(Route(path, answer, methods=["POST"]))
         app.add_middleware(_OnlyOpenPaths)
+
+
+def public_host(websocket: "WebSocket") -> str:
+    """The name under which Twilio's signed requests reach this server; empty where none does."""
+    app = websocket.scope.get("app")
+    return getattr(app.state, "twilio_host", "") if app else ""
 
 
 def lets_in(
@@ -244,18 +265,75 @@ def _answer_with_twiml(
             logger.warning(f"A call was refused: {refusal}")
             return Response(BUSY, media_type="application/xml")
         parameters = {"from_number": caller, "to_number": fields.get("To", "")} if call_sid else {}
-        if gate:
-            parameters[TOKEN_PARAMETER] = gate.issue(call_sid)
-        written = (
-            PARAMETER.format(name=quoteattr(name), value=quoteattr(value))
-            for name, value in parameters.items()
-        )
-        twiml = TWIML.format(
-            host=host, parameters="".join(written), failover=transfer.failover_twiml()
-        )
-        return Response(twiml, media_type="application/xml")
+        return _connect(gate, host, call_sid, parameters)
 
     return answer
+
+
+def _connect(
+    gate: Gate | None, host: str, call_sid: str, parameters: Mapping[str, str]
+) -> "Response":
+    """Answer with the TwiML that connects a call with the bot."""
+    from starlette.responses import Response
+
+    brought = {**parameters, TOKEN_PARAMETER: gate.issue(call_sid)} if gate else parameters
+    written = (
+        PARAMETER.format(name=quoteattr(name), value=quoteattr(value))
+        for name, value in brought.items()
+    )
+    twiml = TWIML.format(host=host, parameters="".join(written), failover=transfer.failover_twiml())
+    return Response(twiml, media_type="application/xml")
+
+
+def _go_on_after_transfer(
+    gate: Gate, host: str, reserve: Callable[[str, str], str]
+) -> "Callable[[Request], Coroutine[None, None, Response]]":
+    from starlette.responses import Response
+
+    async def answer(request: "Request") -> "Response":
+        fields, note = await _about_transfer(gate, host, request)
+        if note is None:
+            return _not_signed(host)
+        outcome = transfer.outcome_of_dial(fields)
+        logger.info(f"A transfer came to: {outcome}")
+        if outcome == "completed":
+            return Response(transfer.HANG_UP, media_type="application/xml")
+        call_sid = fields["call"]
+        # They have had a line and get one: what is refused here could not be told them.
+        reserve(call_sid, fields.get("From", ""))
+        told = transfer.Note(note.name, note.summary, outcome)
+        sealed = told.seal(call_sid, setting("TWILIO_AUTH_TOKEN"))
+        return _connect(gate, host, call_sid, {**note.parameters, transfer.NOTE: sealed})
+
+    return answer
+
+
+def _whisper(gate: Gate, host: str) -> "Callable[[Request], Coroutine[None, None, Response]]":
+    from starlette.responses import Response
+
+    async def answer(request: "Request") -> "Response":
+        _, note = await _about_transfer(gate, host, request)
+        if note is None:
+            return _not_signed(host)
+        return Response(note.whisper, media_type="application/xml")
+
+    return answer
+
+
+async def _about_transfer(
+    gate: Gate, host: str, request: "Request"
+) -> tuple[dict[str, str], transfer.Note | None]:
+    """The fields of a request that a transfer had Twilio make, and its note; None if forged."""
+    signature = request.headers.get("X-Twilio-Signature", "")
+    if not signature:
+        return {}, None
+    form = parse_qsl((await request.body()).decode("utf-8", "replace"), keep_blank_values=True)
+    query = request.url.query
+    if not gate.signed_by_twilio(host, query, form, signature, path=request.url.path):
+        return {}, None
+    fields = {**dict(form), **request.query_params}
+    key = setting("TWILIO_AUTH_TOKEN")
+    return fields, transfer.Note.open(fields.get("note", ""), fields.get("call", ""), key)
 
 
 def _not_signed(host: str) -> "Response":
@@ -263,6 +341,6 @@ def _not_signed(host: str) -> "Response":
 
     if not host:
         return Response(NO_HOST, status_code=503, headers={"Connection": "close"})
-    logger.warning(f"Refused a request for TwiML: no call signed for https://{host}/")
+    logger.warning(f"Refused a request for TwiML: not signed by Twilio for https://{host}/")
     # What is left of the body is nobody's business: the connection closes.
     return Response("not signed by Twilio", status_code=403, headers={"Connection": "close"})

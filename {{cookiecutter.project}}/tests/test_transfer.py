@@ -1,16 +1,28 @@
 """A phone call handed over to a person, and taken back where nobody answers."""
 
-import time
+import asyncio
+import json
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
+from xml.etree import ElementTree
 
 import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from harness import SECONDS, Harness, run_harness
 
 from conversation import phrases
+from rehearsal.callers.twilio import TwilioCaller
 from rehearsal.engines.engine import ToolCall
-from rehearsal.engines.scripted import Answer, Script
-from telephony import transfer
+from rehearsal.engines.scripted import Answer, Script, ScriptedEngine
+from rehearsal.host.bot_process import BotFailed, run_bot
+from rehearsal.providers.all import serve as serve_providers
+from rehearsal.providers.server import HOST, free_port
+from rehearsal.providers.twilio_rest import Colleague, sign
+from telephony import transfer, twilio_auth
 
 pytestmark = pytest.mark.anyio
 
@@ -26,7 +38,7 @@ SCRIPT = Script(
         Answer(
             heard="person", calls=(ToolCall("transfer_call", {"name": "ann", "summary": ABOUT}),)
         ),
-        Answer(told="could not be reached", says="Ann is busy, a message?"),
+        Answer(told="the line of ann is busy", says="Ann is busy, a message?"),
         Answer(result="transfer_call", says="That did not work, a message?"),
         Answer(heard="message", says="Go ahead."),
     ),
@@ -52,11 +64,13 @@ async def ask_for_a_person(harness: Harness, caller: Any) -> None:
 
 @pytest.mark.slow
 async def test_a_caller_is_handed_over_and_nobody_hangs_up_on_them(harness: Harness) -> None:
-    harness.providers.twilio.answering.add(COLLEAGUE)
+    harness.providers.twilio.colleagues[COLLEAGUE] = Colleague("completed", talks_s=1.0)
     async with harness.caller("twilio") as caller:
         await ask_for_a_person(harness, caller)
         await harness.over()
         assert not caller.ended.is_set()
+        # Then the colleague hangs up; nobody wants the bot again.
+        await asyncio.wait_for(caller.ended.wait(), SECONDS)
 
     assert [number for _, number in harness.providers.twilio.dialled] == [COLLEAGUE]
     assert harness.spoken[-1].strip() == phrases.spoken().transferring
@@ -80,6 +94,9 @@ async def test_where_it_is_busy_the_caller_comes_back_and_need_not_say_it_all_ag
     assert first.ended["callEndedReason"] == "transferred"
     assert ABOUT in harness.engine.asked[-1][-1]["content"]
     assert second.ended["transcript"][0]["content"] == "Ann is busy, a message?"
+    records = [json.loads(one.read_bytes()) for one in harness.calls_dir.glob("*/call.json")]
+    (back,) = [one["metadata"] for one in records if "transfer_to" in one["metadata"]]
+    assert (back["transfer_to"], back["transfer_outcome"]) == ("ann", "busy")
 
 
 @pytest.mark.slow
@@ -146,21 +163,152 @@ def test_what_is_no_list_of_numbers_is_refused_in_a_sentence(
 
 
 @pytest.mark.parametrize("summary", ["", ABOUT, "ö" * 2000])
-def test_a_note_fits_into_a_parameter_and_is_read_by_the_bot_that_signed_it(summary: str) -> None:
-    parameters: dict[str, object] = dict(transfer.Note(CALL, "ann", summary, 0.0).sign(KEY))
-    assert all(len(name) + len(str(value)) < 500 for name, value in parameters.items())
+def test_a_note_fits_into_a_parameter_and_is_read_by_the_bot_that_sealed_it(summary: str) -> None:
+    sealed = transfer.Note("ann", summary, "busy").seal(CALL, KEY)
+    assert len(transfer.NOTE) + len(sealed) <= 500
+    parameters: dict[str, object] = {transfer.NOTE: sealed, "from_number": "+15550100"}
     note = transfer.Note.take(parameters, CALL, KEY)
-    assert note and summary.startswith(note.summary)
-    assert not parameters
+    assert note and (note.name, note.outcome) == ("ann", "busy")
+    assert summary.startswith(note.summary) and bool(note.summary) == bool(summary)
+    assert parameters == {"from_number": "+15550100"}
 
 
 @pytest.mark.parametrize(("call", "key"), [(CALL[:-1] + "0", KEY), (CALL, "another"), (CALL, "")])
 def test_a_note_of_another_call_or_hand_is_none(call: str, key: str) -> None:
-    parameters: dict[str, object] = dict(transfer.Note(CALL, "ann", ABOUT, time.time()).sign(KEY))
+    parameters: dict[str, object] = {transfer.NOTE: transfer.Note("ann", ABOUT).seal(CALL, KEY)}
     assert transfer.Note.take(parameters, call, key) is None
 
 
-def test_who_was_held_for_longer_than_it_rings_was_answered() -> None:
-    ringing = transfer.RING_SECONDS + transfer.RETURN_SECONDS
-    assert not transfer.Note(CALL, "ann", "", time.time() - ringing + 5).is_of_a_call_held
-    assert transfer.Note(CALL, "ann", "", time.time() - ringing - 5).is_of_a_call_held
+@pytest.mark.parametrize("forged", ["", "x", "=", "ö", "A" * 400])
+def test_what_is_no_note_is_none(forged: str) -> None:
+    assert transfer.Note.take({transfer.NOTE: forged}, CALL, KEY) is None
+
+
+PUBLIC = "voice.example.org"
+
+
+@pytest.fixture
+def twilio(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, ElementTree.Element | str]]:
+    """What Twilio gets of the server at PUBLIC for a path, a note and the fields of a call."""
+    monkeypatch.setenv("TWILIO_AUTH_TOKEN", KEY)
+    monkeypatch.setenv("LANGUAGE", "de-AT")
+    app = FastAPI()
+    twilio_auth.guard(app, ["-t", "twilio", "-x", PUBLIC])
+    client = TestClient(app, follow_redirects=False)
+
+    def post(
+        path: str, note: transfer.Note, key: str = KEY, **fields: str
+    ) -> tuple[int, ElementTree.Element | str]:
+        address = f"{path}?{urlencode({'call': CALL, 'note': note.seal(CALL, KEY)})}"
+        headers = {"X-Twilio-Signature": sign(key, f"https://{PUBLIC}{address}", fields)}
+        answer = client.post(address, data=fields, headers=headers)
+        is_twiml = "xml" in answer.headers.get("Content-Type", "")
+        return answer.status_code, ElementTree.fromstring(answer.text) if is_twiml else answer.text
+
+    return post
+
+
+@pytest.mark.parametrize(
+    ("fields", "outcome", "told"),
+    [
+        ({"DialCallStatus": "busy"}, "busy", "the line of ann is busy"),
+        ({"DialCallStatus": "no-answer"}, "no-answer", "ann did not answer"),
+        ({"DialCallStatus": "failed"}, "failed", "could not be put through"),
+        ({"DialCallStatus": "canceled"}, "canceled", "could not be reached"),
+        # Who hung up during the whisper.
+        ({"DialCallStatus": "completed", "DialBridged": "false"}, "no-answer", "did not answer"),
+    ],
+)
+def test_what_twilio_says_of_a_dial_comes_back_with_the_caller(
+    twilio: Callable[..., Any], fields: dict[str, str], outcome: str, told: str
+) -> None:
+    note = transfer.Note("ann", ABOUT, parameters={"from_number": "+15550100"})
+    status, twiml = twilio(transfer.OUTCOME_PATH, note, **fields)
+    assert status == 200
+    brought = {one.get("name"): one.get("value") for one in twiml.iter("Parameter")}
+    assert brought["from_number"] == "+15550100"
+    assert twilio_auth.Gate(KEY).lets_in(CALL, brought[twilio_auth.TOKEN_PARAMETER])
+    back = transfer.Note.take(brought, CALL, KEY)
+    assert back and (back.outcome, back.summary) == (outcome, ABOUT)
+    assert told in back.instruction and ABOUT in back.instruction
+
+
+def test_once_they_have_talked_the_line_closes(twilio: Callable[..., Any]) -> None:
+    status, twiml = twilio(
+        transfer.OUTCOME_PATH, transfer.Note("ann", ABOUT), DialCallStatus="completed"
+    )
+    assert (status, [verb.tag for verb in twiml]) == (200, ["Hangup"])
+
+
+def test_the_person_is_told_what_it_is_about_in_the_language_of_the_call(
+    twilio: Callable[..., Any],
+) -> None:
+    status, twiml = twilio(transfer.WHISPER_PATH, transfer.Note("ann", "Müller & Söhne"))
+    (say,) = twiml
+    assert (status, say.tag, say.get("language"), say.text) == (
+        *(200, "Say", "de-DE", "Müller & Söhne"),
+    )
+
+
+@pytest.mark.parametrize("path", [transfer.OUTCOME_PATH, transfer.WHISPER_PATH])
+def test_nobody_but_twilio_learns_or_changes_anything(
+    twilio: Callable[..., Any], path: str
+) -> None:
+    status, text = twilio(path, transfer.Note("ann", ABOUT), key="another")
+    assert status == 403
+    assert ABOUT not in text
+
+
+@pytest.mark.parametrize("host", ["", PUBLIC])
+@pytest.mark.parametrize("summary", [ABOUT, "ö" * 5000])
+def test_the_instructions_for_twilio_fit_and_show_nobody_what_was_said(
+    monkeypatch: pytest.MonkeyPatch, host: str, summary: str
+) -> None:
+    """Twilio takes 4000 characters. Addresses end up in the logs of proxies."""
+    monkeypatch.setenv("TWILIO_AUTH_TOKEN", KEY)
+    handing: Any = transfer.TwilioTransfer(
+        call_sid=CALL,
+        stream_url=f"wss://{PUBLIC}/ws",
+        parameters={"from_number": "+15550100"},
+        line=None,  # type: ignore[arg-type]
+        has_failover=False,
+        host=host,
+    )
+    twiml = handing._twiml(COLLEAGUE, transfer.Note("ann", summary, parameters={"a": "+15550100"}))
+    assert len(twiml) < 4000
+    assert summary not in twiml
+    dial, *then = ElementTree.fromstring(twiml)
+    assert bool(dial.get("action")) == bool(host) == (not then)
+    assert "+15550100" not in dial.get("action", "")
+
+
+@pytest.mark.slow
+async def test_a_killed_bot_leaves_its_caller_to_a_person(tmp_path: Path) -> None:
+    engine = ScriptedEngine(SCRIPT)
+    async with serve_providers(engine) as providers:
+        twilio = providers.twilio
+        twilio.auth_token = KEY
+        twilio.colleagues[COLLEAGUE] = Colleague("no-answer")
+        port = free_port()
+        world = {
+            **providers.environment,
+            "CALLS_DIR": str(tmp_path / "calls"),
+            "TWILIO_ACCOUNT_SID": ACCOUNT,
+            "TWILIO_AUTH_TOKEN": KEY,
+            "TRANSFER_TO": f"ann={COLLEAGUE}",
+            "TRANSFER_ON_FAILURE": "ann",
+        }
+        async with run_bot("twilio", port, world, options=["-x", f"{HOST}:{port}"]) as bot:
+            caller = TwilioCaller(f"ws://{HOST}:{port}/ws")
+            await twilio.ring(caller, f"https://{HOST}:{port}/")
+            try:
+                await caller.hear(within=SECONDS)
+                bot.send_signal(signal.SIGKILL)
+                with pytest.raises(BotFailed):
+                    await asyncio.wait_for(bot.wait_until_gone(), SECONDS)
+                await providers.log.until(lambda: twilio.dialled, within_s=SECONDS)
+                await asyncio.wait_for(caller.ended.wait(), SECONDS)
+            finally:
+                await caller.hang_up()
+    assert twilio.dialled == [(caller.call_sid, COLLEAGUE)]
+    assert not twilio.hung_up

@@ -30,6 +30,11 @@ class TwilioCaller(Caller):
     Attributes:
         call_sid: The call's id, as Twilio would make one up.
         stream_sid: The media stream's id.
+        from_number: The caller's number.
+        to_number: The number called.
+        is_held: Whether the line stays open when a media stream is over, as it does while Twilio
+            has further instructions.
+        stream_over: Set once a media stream is over, whoever ended it.
         received: Every message of the bot that is not audio (`clear`, `mark`), with its time.
     """
 
@@ -54,7 +59,10 @@ class TwilioCaller(Caller):
         super().__init__(sample_rate=SAMPLE_RATE, lose_packets=lose_packets)
         self.call_sid = "CA" + secrets.token_hex(16)
         self.stream_sid = "MZ" + secrets.token_hex(16)
+        self.from_number, self.to_number = from_number, to_number
         self.received: list[tuple[float, dict[str, Any]]] = []
+        self.is_held = False
+        self.stream_over = asyncio.Event()
         self._url = url
         self._account_sid = "AC" + secrets.token_hex(16)
         self._parameters = {"from_number": from_number, "to_number": to_number}
@@ -63,7 +71,6 @@ class TwilioCaller(Caller):
         self._socket: aiohttp.ClientWebSocketResponse | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._sequence = 0
-        self._is_between_streams = False
 
     async def dial(self) -> None:
         """Open the media stream. Raises aiohttp.ClientError if the bot does not take it."""
@@ -102,12 +109,9 @@ class TwilioCaller(Caller):
 
     async def leave_stream(self) -> None:
         """End the media stream as Twilio does for new instructions; the call goes on."""
-        self._is_between_streams = True
+        self.is_held = True
         await self._be_still()
-        if self._socket is not None and not self._socket.closed:
-            await self.stop()
-            await self._socket.close()
-        await self._put_down()
+        await self._close()
         # The next stream counts from its own beginning.
         self._next_frame = 0
 
@@ -122,14 +126,12 @@ class TwilioCaller(Caller):
         self._parameters = dict(parameters)
         self.stream_sid = "MZ" + secrets.token_hex(16)
         self._sequence = 0
+        self.stream_over.clear()
         await self.dial()
-        self._is_between_streams = False
 
     async def hang_up(self) -> None:
         """Send `stop` and close the socket."""
-        if self._socket is not None and not self._socket.closed:
-            await self.stop()
-            await self._socket.close()
+        await self._close()
         await self._put_down()
 
     async def vanish(self) -> None:
@@ -138,15 +140,28 @@ class TwilioCaller(Caller):
             await self._session.close()
         await self._put_down()
 
+    def release(self) -> None:
+        """Have the line ended by the phone company."""
+        self.is_held = False
+        self._line_is_gone()
+
     def _line_is_gone(self) -> None:
-        if not self._is_between_streams:
+        self.stream_over.set()
+        if not self.is_held:
             super()._line_is_gone()
+
+    async def _close(self) -> None:
+        if self._socket is not None and not self._socket.closed:
+            await self.stop()
+            await self._socket.close()
+        if self._session is not None:
+            await self._session.close()
 
     async def _put_down(self) -> None:
         await self._be_still()
         if self._session is not None:
             await self._session.close()
-        self._line_is_gone()
+        self.release()
 
     async def _be_still(self) -> None:
         for task in self._tasks:

@@ -1,17 +1,31 @@
-"""What a bot asks of Twilio's REST API: to hang up, and to give a call new instructions.
+"""Twilio, as far as a bot meets it beside the media stream: its REST API, and its TwiML played.
 
-`POST /2010-04-01/Accounts/{account}/Calls/{call}.json` with the form field `Status=completed` or
-`Twiml=<Response>…` and basic authentication. 404 with code 20404 means that the call has ended
-already. New instructions end the call's media stream; of their verbs `<Dial>` with a number and
-`<Connect><Stream>` are played, one after the other, as Twilio does without an `action`.
-https://www.twilio.com/docs/voice/api/call-resource#update-a-call-resource
+Asked by the bot, with basic authentication:
+
+- `POST /2010-04-01/Accounts/{account}/Calls/{call}.json` with the form field `Status=completed` or
+  `Twiml=<Response>…`. 404 with code 20404 means that the call has ended already. New instructions
+  end the call's media stream.
+- `GET /2010-04-01/Accounts/{account}/Calls.json?ParentCallSid=…`: what became of the calls that a
+  `<Dial>` placed, the last one first.
+
+Of TwiML these verbs are played, one after the other: `<Connect><Stream>` until the bot closes the
+stream, `<Dial>` with its `action` and the `url` of its `<Number>`, `<Hangup>`, `<Reject>`. What is
+fetched for them is posted and signed as Twilio does it, over the address of HTTPS, and goes to this
+machine. https://www.twilio.com/docs/voice/twiml
 """
 
 import asyncio
+import base64
+import hashlib
+import hmac
+import secrets
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Protocol
 from xml.etree import ElementTree
 
+import aiohttp
 from aiohttp import BasicAuth, web
 
 from rehearsal.providers.faults import Faults
@@ -24,10 +38,27 @@ _ERRORS = {
     429: (20429, "Too Many Requests"),
     500: (20500, "Internal Server Error"),
 }
+_VERBS = {"Connect", "Dial", "Hangup", "Reject"}
 
 
 class Phone(Protocol):
-    """The caller's end of a call."""
+    """The caller's end of a call.
+
+    Attributes:
+        from_number: The caller's number.
+        to_number: The number called.
+        call_sid: The call's id.
+        is_held: Whether the line stays open when a media stream is over.
+        stream_over: Set once a media stream is over, whoever ended it.
+        ended: Set once the call is over.
+    """
+
+    from_number: str
+    to_number: str
+    call_sid: str
+    is_held: bool
+    stream_over: asyncio.Event
+    ended: asyncio.Event
 
     async def leave_stream(self) -> None:
         """End the media stream; the call goes on."""
@@ -37,16 +68,39 @@ class Phone(Protocol):
         """Begin another media stream of the same call."""
         ...
 
+    def release(self) -> None:
+        """End the call."""
+        ...
+
+
+@dataclass
+class Colleague:
+    """Somebody whom a `<Dial>` calls.
+
+    Attributes:
+        does: What comes of calling them: "completed" if they answer and talk, else "busy",
+            "no-answer" or "failed".
+        rings_s: How long it rings at theirs, seconds.
+        talks_s: How long they talk until they hang up, seconds; None for as long as the caller.
+    """
+
+    does: str = "busy"
+    rings_s: float = 0.0
+    talks_s: float | None = None
+
 
 class TwilioServer(ProviderServer):
     """Records what becomes of calls.
 
     Attributes:
+        auth_token: What signs the requests of this Twilio.
         hung_up: The calls that the bot ended.
         gone: The calls that have ended.
         dialled: Whom `<Dial>` has called, as (call, number).
-        answering: The numbers at which somebody answers; at others it is busy.
+        whispered: What they were told before they were connected.
+        colleagues: Who answers at which number; at others it is busy.
         phones: The phone at the caller's end of a call, for calls that are given instructions.
+        children: The calls that `<Dial>` placed, by the call they belong to, the last one first.
     """
 
     name = "twilio"
@@ -54,16 +108,23 @@ class TwilioServer(ProviderServer):
     def __init__(self, log: WireLog, faults: Faults | None = None) -> None:
         """Prepare the server; `start` makes it listen."""
         super().__init__(log, faults)
+        self.auth_token = "rehearsal"
         self.hung_up: list[str] = []
         self.gone: set[str] = set()
         self.dialled: list[tuple[str, str]] = []
-        self.answering: set[str] = set()
+        self.whispered: list[str] = []
+        self.colleagues: dict[str, Colleague] = {}
         self.phones: dict[str, Phone] = {}
-        self._playing: set[asyncio.Task[None]] = set()
+        self.children: dict[str, list[dict[str, str]]] = {}
+        self._playing: dict[str, asyncio.Task[None]] = {}
 
     def routes(self) -> Iterable[web.RouteDef]:
-        """Return the route of the call resource."""
-        return [web.post("/2010-04-01/Accounts/{account}/Calls/{call}.json", self._update)]
+        """Return the routes of the call resource."""
+        calls = "/2010-04-01/Accounts/{account}/Calls"
+        return [
+            web.post(calls + "/{call}.json", self._update),
+            web.get(calls + ".json", self._list),
+        ]
 
     @property
     def environment(self) -> dict[str, str]:
@@ -84,6 +145,25 @@ class TwilioServer(ProviderServer):
         code, message = _ERRORS[status]
         return {"code": code, "message": message, "status": status}
 
+    async def ring(self, phone: Phone, url: str) -> None:
+        """Let a phone call the number whose webhook is `url`; return when it has its instructions.
+
+        Raises:
+            ConnectionError: The webhook did not answer with TwiML.
+        """
+        self.phones[phone.call_sid] = phone
+        verbs = await self._fetch(url, self._form_of(phone))
+        if not verbs:
+            raise ConnectionError("the bot's webhook answered without TwiML")
+        self._start(phone, verbs)
+
+    async def aclose(self) -> None:
+        """Stop playing, cut what is live and stop listening."""
+        for playing in self._playing.values():
+            playing.cancel()
+        await asyncio.gather(*self._playing.values(), return_exceptions=True)
+        await super().aclose()
+
     async def _update(self, request: web.Request) -> web.Response:
         form = dict(await request.post())
         entry = await self.admit(request, form)
@@ -98,9 +178,7 @@ class TwilioServer(ProviderServer):
             entry.status = 404
         elif verbs:
             entry.status = 200
-            playing = asyncio.create_task(self._play(call, verbs))
-            self._playing.add(playing)
-            playing.add_done_callback(self._playing.discard)
+            self._start(self.phones[call], verbs)
         else:
             entry.status = 200
             self.gone.add(call)
@@ -111,30 +189,108 @@ class TwilioServer(ProviderServer):
         status = "in-progress" if verbs else "completed"
         return web.json_response({"sid": call, "status": status})
 
-    async def _play(self, call: str, verbs: list[ElementTree.Element]) -> None:
-        """Do what the TwiML says, at the phone's end."""
-        phone = self.phones[call]
+    async def _list(self, request: web.Request) -> web.Response:
+        entry = await self.admit(request)
+        if isinstance(entry, web.Response):
+            return entry
+        await self.before_answer()
+        entry.status = 200
+        self._log.changed()
+        found = self.children.get(request.query.get("ParentCallSid", ""), [])
+        return web.json_response({"calls": found[: int(request.query.get("PageSize", "50"))]})
+
+    def _start(self, phone: Phone, verbs: list[ElementTree.Element]) -> None:
+        """Play new instructions for a call in place of those it had."""
+        if before := self._playing.get(phone.call_sid):
+            before.cancel()
+        phone.is_held = True
+        self._playing[phone.call_sid] = asyncio.create_task(self._play(phone, verbs))
+
+    async def _play(self, phone: Phone, verbs: list[ElementTree.Element]) -> None:
+        """Do what the TwiML says, at the phone's end, and hang up after its last verb."""
         await phone.leave_stream()
-        for verb in verbs:
+        waiting = list(verbs)
+        while waiting and not phone.ended.is_set() and phone.call_sid not in self.gone:
+            verb = waiting.pop(0)
             if verb.tag == "Dial":
-                number = (verb.text or "").strip()
-                self.dialled.append((call, number))
-                self._log.changed()
-                if number in self.answering:
-                    # They talk; nobody hangs up first.
-                    return
+                posted = await self._dial(phone, verb)
+                # What stands behind a <Dial> with an action is never reached.
+                if url := verb.get("action"):
+                    waiting = await self._fetch(url, {**self._form_of(phone), **posted})
             elif (stream := verb.find("Stream")) is not None:
-                await phone.join_stream(
-                    stream.attrib["url"],
-                    {one.attrib["name"]: one.attrib["value"] for one in stream.iter("Parameter")},
-                )
-                return
+                brought = {
+                    one.attrib["name"]: one.attrib["value"] for one in stream.iter("Parameter")
+                }
+                # One that cannot be opened is over, too.
+                with suppress(aiohttp.ClientError):
+                    await phone.join_stream(stream.attrib["url"], brought)
+                    await phone.stream_over.wait()
+            else:
+                break
+        self.gone.add(phone.call_sid)
+        phone.release()
+        self._log.changed()
+
+    async def _dial(self, phone: Phone, verb: ElementTree.Element) -> dict[str, str]:
+        """Call somebody; return what an action is told of it."""
+        noun = verb.find("Number")
+        number = ((verb.text if noun is None else noun.text) or "").strip()
+        child = {"sid": "CA" + secrets.token_hex(16), "status": "ringing", "to": number}
+        self.children.setdefault(phone.call_sid, []).insert(0, child)
+        self.dialled.append((phone.call_sid, number))
+        self._log.changed()
+        colleague = self.colleagues.get(number, Colleague())
+        await asyncio.sleep(colleague.rings_s)
+        if colleague.does == "completed":
+            child["status"] = "in-progress"
+            if noun is not None and (url := noun.get("url")):
+                leg = {"CallSid": child["sid"], "ParentCallSid": phone.call_sid, "To": number}
+                said = await self._fetch(url, leg)
+                self.whispered += [(one.text or "").strip() for one in said if one.tag == "Say"]
+                self._log.changed()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(colleague.talks_s):
+                    await phone.ended.wait()
+        child["status"] = colleague.does
+        return {"DialCallSid": child["sid"], "DialCallStatus": colleague.does}
+
+    def _form_of(self, phone: Phone) -> dict[str, str]:
+        return {
+            "CallSid": phone.call_sid,
+            "From": phone.from_number,
+            "To": phone.to_number,
+            "CallStatus": "in-progress",
+            "Direction": "inbound",
+            "ApiVersion": "2010-04-01",
+        }
+
+    async def _fetch(self, url: str, form: Mapping[str, str]) -> list[ElementTree.Element]:
+        """Ask for TwiML; a bot that has none, or is gone, is an application error: none."""
+        headers = {"X-Twilio-Signature": sign(self.auth_token, url, form)}
+        here = url.replace("https:", "http:", 1)
+        try:
+            async with (
+                aiohttp.ClientSession() as http,
+                http.post(here, data=form, headers=headers) as answer,
+            ):
+                return _verbs(await answer.text(), {*_VERBS, "Say"}) if answer.ok else []
+        except aiohttp.ClientError:
+            return []
 
 
-def _verbs(twiml: str) -> list[ElementTree.Element]:
+def sign(auth_token: str, url: str, form: Mapping[str, str]) -> str:
+    """Return the header X-Twilio-Signature of a posted form.
+
+    https://www.twilio.com/docs/usage/security#validating-requests
+    """
+    text = url + "".join(name + value for name, value in sorted(form.items()))
+    return base64.b64encode(hmac.digest(auth_token.encode(), text.encode(), hashlib.sha1)).decode()
+
+
+def _verbs(twiml: str, known: Iterable[str] = _VERBS) -> list[ElementTree.Element]:
     """Return the verbs of a TwiML document; none of one that cannot be rehearsed."""
     try:
         verbs = list(ElementTree.fromstring(twiml))
     except ElementTree.ParseError:
         return []
-    return verbs if all(verb.tag in ("Dial", "Connect") for verb in verbs) else []
+    return verbs if all(verb.tag in known for verb in verbs) else []

@@ -469,6 +469,32 @@ async def test_a_dialogue_with_a_tool_of_ones_own_is_rehearsed_by_one_command(
 
 
 @pytest.mark.slow
+async def test_a_caller_is_handed_to_a_colleague_who_is_busy_and_comes_back_in_german(
+    tmp_path: Path,
+) -> None:
+    """By the bot's own command line, with every request of Twilio's signed."""
+    status, output = await run(
+        *("call", "--transfer", "busy", "--engine", "scripted"),
+        LANGUAGE="de",
+        CALLS_DIR=str(tmp_path),
+    )
+    assert status == 0, output
+    said = [line[11:].split("  [")[0].strip() for line in output.splitlines() if " s  " in line]
+    assert [line for line in said if line.startswith(("bot", "caller"))] == [
+        "bot     Guten Tag, hier ist der Assistent. Was kann ich für Sie tun?",
+        "caller  Ich möchte bitte mit einem Menschen sprechen.",
+        "bot     Ich verbinde Sie. Einen Moment, bitte.",
+        "bot     Bei Anna ist gerade besetzt. Sie möchten Ihren Termin am Dienstag verlegen. "
+        "Soll ich ihr das ausrichten?",
+        "caller  Ja, bitte richten Sie ihr das aus.",
+        "bot     Das richte ich ihr aus. Einen schönen Tag noch.",
+    ]
+    records = [json.loads(one.read_bytes()) for one in sorted(tmp_path.glob("*/call.json"))]
+    assert [one["ending"]["reason"] for one in records] == ["transferred", "client-disconnected"]
+    assert records[1]["metadata"]["transfer_outcome"] == "busy"
+
+
+@pytest.mark.slow
 async def test_a_bot_that_never_answers_is_reported_with_the_end_of_its_log(project: Path) -> None:
     (project / "prompt.md").unlink()
     status, output = await run("call", "-t", "twilio", "--engine", "scripted", project=project)

@@ -1,4 +1,4 @@
-"""Twilio's REST API."""
+"""Twilio's REST API and its signature."""
 
 import aiohttp
 import pytest
@@ -9,6 +9,7 @@ from pipecat.serializers.twilio import TwilioFrameSerializer
 
 from rehearsal.engines.scripted import ScriptedEngine
 from rehearsal.providers.all import serve
+from rehearsal.providers.twilio_rest import sign
 
 pytestmark = pytest.mark.anyio
 
@@ -49,3 +50,15 @@ async def test_twilio_hangs_up_only_calls_that_are_there_and_ones_own(
         ) as response:
             assert response.status == status
             assert (await response.json()).get("code") == {404: 20404, 401: 20003}.get(status)
+
+
+def test_it_signs_as_the_documented_example() -> None:
+    form = {
+        "Digits": "1234",
+        "CallSid": "CA1234567890ABCDE",
+        "To": "+18005551212",
+        "Caller": "+14158675309",
+        "From": "+14158675309",
+    }
+    signature = sign("12345", "https://mycompany.com/myapp.php?foo=1&bar=2", form)
+    assert signature == "RSOYDt4T1cUTdK1PDd93/VVr8B8="
