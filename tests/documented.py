@@ -91,6 +91,7 @@ TESTED = {
 
 CLOUD = "an account at Pipecat Cloud"
 KEYS = "keys of the services"
+INTERNET = "Hugging Face, for the voice"
 QUIET = "a machine with nothing else to do, and someone who reads what it measured"
 
 # No test has what these need. That the options of `pipecat cloud` exist is a test of the project.
@@ -111,6 +112,8 @@ NEEDS = {
     "docker buildx build --platform linux/arm64 --tag docker.io/YOU/my-voice-bot:0.1.0 --push .": (
         "Docker, and a registry to push to"
     ),
+    "uv run python -m piper.download_voices en_US-ljspeech-medium": INTERNET,
+    "REHEARSAL_VOICE=en_US-ljspeech-medium.onnx uv run python -m rehearsal": INTERNET,
     "uvx cookiecutter gh:OWNER/REPOSITORY": "this repository at GitHub",
     "uv run python -m benchmarks": QUIET,
     "uv run python -m benchmarks markers": QUIET,

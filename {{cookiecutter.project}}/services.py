@@ -48,7 +48,7 @@ DEEPGRAM_REGIONS = set(
 # <% if cookiecutter.tts == "local" %>
 # A voice speaks one language. https://huggingface.co/rhasspy/piper-voices
 PIPER_VOICES = {
-    "en": "en_US-joe-medium",
+    "en": "en_US-ljspeech-medium",
     "de": "de_DE-thorsten-medium",
     "es": "es_ES-davefx-medium",
     "fr": "fr_FR-siwis-medium",

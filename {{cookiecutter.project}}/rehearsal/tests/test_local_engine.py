@@ -16,9 +16,10 @@ from aiohttp import web
 import rehearsal
 from rehearsal.callers.twilio import from_mulaw, to_mulaw
 from rehearsal.engines import language_model as language_model
+from rehearsal.engines import weights
 from rehearsal.engines.engine import Engine, Heard, Speech, TextDelta, ToolCall
 from rehearsal.engines.language_model import LanguageModel, ScriptedAnswerer, choose_answerer
-from rehearsal.engines.local import LocalEngine, LocalEngineError, verify
+from rehearsal.engines.local import VOICE_SHA256, LocalEngine, LocalEngineError, verify
 
 pytestmark = pytest.mark.anyio
 
@@ -137,6 +138,22 @@ async def test_what_it_says_it_understands_itself(engine: LocalEngine, sample_ra
     assert words[-1].end_s == pytest.approx(len(pcm) / 2 / sample_rate, abs=0.01)
     # The second sentence is timed where it is, not where an average would put it.
     assert words[7].start_s == pytest.approx(len(spoken[0].pcm) / 2 / sample_rate, abs=0.01)
+
+
+@pytest.mark.slow
+async def test_a_voice_of_ones_own_speaks_and_what_is_none_is_refused(
+    engine: LocalEngine, tmp_path: Path
+) -> None:
+    installed = weights.folder(weights.VOICE_PACKAGE)
+    assert installed
+    own = tmp_path / "own.onnx"
+    with pytest.raises(LocalEngineError, match=r"REHEARSAL_VOICE .*own\.onnx is not"):
+        await LocalEngine.load(ScriptedAnswerer(), own)
+    for name in VOICE_SHA256:
+        (tmp_path / name.replace("en_US-joe-medium", "own")).symlink_to(installed / name)
+    with_own = await LocalEngine.load(ScriptedAnswerer(), own)
+    assert [piece async for piece in with_own.speak("Good morning.", 8000)]
+    await with_own.aclose()
 
 
 @pytest.mark.slow
