@@ -11,6 +11,7 @@ Pipecat Cloud calls `bot()` for every session, as the commands above do.
 import asyncio
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from loguru import logger
@@ -219,15 +220,20 @@ async def run_pipeline(
         if not ending.has_begun:
             await worker.queue_frame(first_words(connection))
 
-    @transport.event_handler("on_client_disconnected")
-    async def on_client_disconnected(_transport, client):
-        if caller is not None and transports.client_id(client) != caller:
-            return
+    async def caller_is_gone(reason: str, detail: str, *_event: object) -> None:
         client_ready.set()
         if connection.transfer and (name := await connection.transfer.done_to()):
-            # The stream closes once the person is being dialled.
+            # The line closes once the person is being dialled.
             await ending.now(*transfer.ending_of(name))
-        await ending.now("client-disconnected", "the caller hung up")
+        await ending.now(reason, detail)
+
+    @transport.event_handler("on_client_disconnected")
+    async def on_client_disconnected(_transport, client):
+        if caller is None or transports.client_id(client) == caller:
+            await caller_is_gone("client-disconnected", "the caller hung up")
+
+    for event, ends in connection.losses.items():
+        transport.add_event_handler(event, partial(caller_is_gone, *ends))
 
     if not connection.is_phone:
 

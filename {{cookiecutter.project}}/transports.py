@@ -6,10 +6,10 @@ WebRTC's, nor dies of Daily's where those do not load.
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 from loguru import logger
@@ -25,7 +25,14 @@ from pipecat.transports.base_transport import BaseTransport, TransportParams
 from config import setting
 from host import calls
 from telephony import twilio_auth
-from telephony.transfer import Note, Transfer, TwilioTransfer, outcome_at_twilio
+from telephony.transfer import (
+    DailyTransfer,
+    Note,
+    SipLine,
+    Transfer,
+    TwilioTransfer,
+    outcome_at_twilio,
+)
 
 if TYPE_CHECKING:
     from pipecat.evals.transport import EvalTransportParams
@@ -41,6 +48,17 @@ CLIENT_READY_SECONDS = 2.0
 # Of a Daily dial-in: ids in the body of a session, which whoever starts one can write.
 DAILY_ID = re.compile(r"[\w.@:+-]{1,200}")
 DAILY_API = "https://api.daily.co/v1"
+
+
+# What Daily says of a line that is lost, and how the call ends then: in a room to which no telephone
+# comes, nothing else would happen.
+DAILY_LOSSES = {
+    "on_error": ("error", "Daily: the room could not be joined or was lost"),
+    "on_dialin_error": ("error", "Daily: the caller's telephone could not be connected"),
+    "on_dialin_stopped": ("client-disconnected", "the caller's telephone line ended"),
+    "on_dialout_error": ("error", "Daily: the telephone could not be called"),
+    "on_dialout_stopped": ("client-disconnected", "the caller's telephone line ended"),
+}
 
 
 class Refused(Exception):
@@ -62,6 +80,8 @@ class Connection:
         is_closed: Whether the connection was closed, perhaps before Pipecat listened for that.
         transfer: Hands the caller over to a person; None where the line cannot.
         note: What is known of a caller who comes back from a transfer.
+        losses: Events of the transport after which there is no caller, each with the reason, one of
+            roark.call.ENDINGS, and its detail.
     """
 
     transport: BaseTransport
@@ -74,6 +94,7 @@ class Connection:
     is_closed: Callable[[], bool] = lambda: False
     transfer: Transfer | None = None
     note: Note | None = None
+    losses: Mapping[str, tuple[str, str]] = field(default_factory=dict[str, tuple[str, str]])
 
     @property
     def client_ready_seconds(self) -> float:
@@ -92,7 +113,12 @@ async def answer(runner_args: RunnerArguments) -> Connection:
     if isinstance(runner_args, DailyRunnerArguments):
         dialled_in = _is_dial_in(runner_args.body)
         transport = await create_transport(runner_args, {"daily": _daily_params})
-        return Connection(transport, is_phone=dialled_in)
+        return Connection(
+            transport,
+            is_phone=dialled_in,
+            transfer=DailyTransfer(cast(SipLine, transport)) if dialled_in else None,
+            losses=DAILY_LOSSES,
+        )
     if isinstance(runner_args, SmallWebRTCRunnerArguments):
         transport = await create_transport(runner_args, {"webrtc": _webrtc_params})
         connection = runner_args.webrtc_connection

@@ -344,6 +344,60 @@ class TwilioTransfer:
         )
 
 
+class SipLine(Protocol):
+    """What Pipecat's Daily transport can do for a telephone in its room."""
+
+    async def sip_call_transfer(self, settings: dict[str, str]) -> object | None:
+        """Connect the telephone with another; returns what went wrong, if something did."""
+        ...
+
+
+class DailyTransfer:
+    """Hands over a telephone that is in a Daily room. It does not come back: Daily tells nobody
+    whether the person answered, and carries no note.
+    """
+
+    def __init__(self, line: SipLine) -> None:
+        """Prepare for the telephone on `line`."""
+        self._line = line
+        self._request: asyncio.Task[object | None] | None = None
+        self._name = ""
+
+    async def to(self, name: str, summary: str) -> None:
+        """Hand the call over to `name` of TRANSFER_TO; nobody hears `summary`.
+
+        Raises:
+            NotTransferred: There is no such person, or Daily refused.
+        """
+        number = people().get(name)
+        if number is None:
+            raise NotTransferred(f"there is no {name!r}; there is {', '.join(people())}")
+        self._name = name
+        # Not a frame behind the speech, which would not say whether it was done: the announcement
+        # has been heard by now.
+        self._request = asyncio.create_task(self._line.sip_call_transfer({"toEndPoint": number}))
+        try:
+            async with asyncio.timeout(REQUEST_SECONDS):
+                error = await asyncio.shield(self._request)
+        except TimeoutError:
+            raise NotTransferred("the telephone network did not answer") from None
+        if error:
+            logger.warning("Daily refused a transfer")
+            raise NotTransferred("the telephone network refused it")
+
+    async def done_to(self) -> str | None:
+        """Who has been given the call; None for nobody. Waits for a transfer under way."""
+        if self._request is None:
+            return None
+        await asyncio.wait([self._request], timeout=REQUEST_SECONDS)
+        is_done = self._request.done() and not self._request.exception()
+        return self._name if is_done and not self._request.result() else None
+
+    def fail_over(self) -> str | None:
+        """None: a room has no instructions that go on."""
+        return None
+
+
 async def _ask_twilio(method: str, path: str, **fields: str) -> dict[str, Any]:
     """Ask Twilio's REST API for something of the account.
 
