@@ -76,6 +76,12 @@ def seconds(name: str, default: float) -> float:
         raise RuntimeError(f"{name} is a number of seconds, not {value!r}") from None
 
 
+def is_on(name: str, default: bool = False) -> bool:
+    """Whether the variable `name` is 1, true, yes or on; `default` where it is unset or blank."""
+    value = setting(name).lower()
+    return value in ("1", "true", "yes", "on") if value else default
+
+
 def language() -> str:
     """The language of calls, LANGUAGE: a code such as `de` or, with a region, `pt-BR`.
 

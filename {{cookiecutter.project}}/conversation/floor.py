@@ -96,6 +96,11 @@ class Floor:
         return self._is_thinking
 
     @property
+    def is_answering(self) -> bool:
+        """Whether an answer is being written, or is written and not yet heard."""
+        return self._is_thinking or (self._is_due and self._has_text)
+
+    @property
     def has_text(self) -> bool:
         """Whether the present or last answer holds words to be spoken."""
         return self._has_text
@@ -301,7 +306,9 @@ def tell(floor: Floor, frame: Frame) -> None:
             floor.bot_owes(has_text=True)
         case LLMContextUserTurnFrame():
             floor.caller_took_turn()
-            floor.bot_owes()
+            # The answer may be there before the turn is.
+            if not floor.is_answering:
+                floor.bot_owes()
         case LLMMessagesAppendFrame():
             if any(isinstance(m, dict) and m.get("role") == "user" for m in frame.messages):
                 floor.caller_took_turn()

@@ -4,6 +4,9 @@ People pause inside sentences and between the groups of a number. Pipecat asks S
 pause whether it was the end; where that says no it waits three seconds, and where the transcript is
 late it answers half a sentence. Here the pause goes on and the evidence grows: Smart Turn is asked
 again, the whole transcript is waited for, and a number gets the time that numbers take.
+
+Meanwhile the LLM already answers what is there (speculation): held back in Pipecat's LLM service,
+the answer is spoken if the turn ends with these words, and thrown away if there come others.
 """
 
 import asyncio
@@ -15,9 +18,14 @@ from enum import Enum
 
 from pipecat.audio.turn.base_turn_analyzer import BaseTurnAnalyzer, EndOfTurnState
 from pipecat.frames.frames import (
+    EagerEndOfTurnCancelFrame,
+    ErrorFrame,
     Frame,
     InputAudioRawFrame,
     InterimTranscriptionFrame,
+    InterruptionFrame,
+    LLMMessagesAppendFrame,
+    LLMRunFrame,
     MetricsFrame,
     SpeechControlParamsFrame,
     StartFrame,
@@ -27,8 +35,9 @@ from pipecat.frames.frames import (
     VADUserStoppedSpeakingFrame,
 )
 from pipecat.processors.frame_processor import FrameProcessorSetup
-from pipecat.turns.types import ProcessFrameResult
-from pipecat.turns.user_stop import BaseUserTurnStopStrategy
+from pipecat.services.llm_service import LLMService
+from pipecat.turns.types import ProcessFrameResult, UserTurnSpeculation
+from pipecat.turns.user_stop import BaseUserTurnStopStrategy, NormalizedMatch
 
 # All measured from the caller's last sound.
 # Smart Turn hears the pause grow: what it took for a pause at first it may take for the end later.
@@ -41,6 +50,9 @@ LONGEST_PAUSE_SECONDS = 1.2
 TRANSCRIPT_SECONDS = 1.5
 # A turn without a word ends here, so that the bot can ask again.
 NO_WORDS_SECONDS = 2.5
+
+# Each costs a request to the LLM. Who pauses oftener in one turn is answered when they are done.
+MOST_SPECULATIONS = 3
 
 # A moment that is missed by a rounding error is not waited for in a circle.
 SOONEST_SECONDS = 0.001
@@ -58,6 +70,7 @@ class Step(Enum):
 
     WAIT = "wait"
     ASK = "ask the analyzer"
+    SPECULATE = "have the words answered that are there"
     END = "end the turn"
 
 
@@ -68,24 +81,41 @@ class TurnEnd:
     Parameters:
         clock: Tells the time.
         latency: What Pipecat knows of the recogniser: from the last sound to the transcript.
+        speculates: Whether to answer before the turn has ended.
     """
 
     clock: Callable[[], float] = time.monotonic
     latency: float = 0.0
+    speculates: bool = False
+    _is_open: bool = False
     _is_speaking: bool = False
     _silent_since: float | None = None
     _words: list[str] = field(default_factory=list[str])
+    _guess: str = ""
     _are_words_due: bool = False
     _has_last_words: bool = False
     _is_complete: bool = False
     _asked: int = 0
     _confirms: bool = True
+    _speculated: str = ""
+    _speculations: int = 0
+    _is_being_answered: bool = False
 
     def begin(self) -> None:
         """Forget the turn before. Whether somebody speaks is the caller's, not the turn's."""
+        self._is_open = True
         self._words.clear()
+        self._guess = ""
         self._silent_since = None
+        self._speculated = ""
+        self._speculations = 0
+        self._is_being_answered = False
         self._forget_pause()
+
+    def end(self) -> None:
+        """The turn is over, whoever ended it."""
+        self.begin()
+        self._is_open = False
 
     def speech_started(self) -> None:
         """The caller speaks, again perhaps: whatever was concluded from a pause is void."""
@@ -102,6 +132,7 @@ class TurnEnd:
     def heard(self, text: str, *, is_last: bool) -> None:
         """Words were recognised; `is_last`: the recogniser says there are no more in this pause."""
         self._words.append(text)
+        self._guess = ""
         self._has_last_words = is_last
         if self._is_speaking:
             return
@@ -112,14 +143,34 @@ class TurnEnd:
             self._silent_since = self.clock()
             self._is_complete = True
 
-    def hears(self) -> None:
-        """Words are on their way: what is there is not all."""
+    def hears(self, guess: str = "") -> None:
+        """Words are on their way: what is there is not all. `guess` is what they may be."""
+        self._guess = guess
         self._are_words_due = True
         self._has_last_words = False
 
     def judged(self, is_complete: bool) -> None:
         """The analyzer has listened to the pause."""
         self._is_complete = is_complete
+
+    @property
+    def text(self) -> str:
+        """All words of the turn so far, with those that are not certain yet."""
+        return " ".join(word for word in (*self._words, self._guess) if word).strip()
+
+    @property
+    def is_being_answered(self) -> bool:
+        """Whether the LLM answers, or has answered, what `step` told it to."""
+        return self._is_being_answered
+
+    @property
+    def is_answered_amiss(self) -> bool:
+        """Whether the caller has said something else since."""
+        return self._is_being_answered and not self._was_speculated(self.text)
+
+    def forget_answer(self) -> None:
+        """The answer is given, or nothing will come of it: the same words are not tried again."""
+        self._is_being_answered = False
 
     def step(self) -> Step:
         """What is to be done now."""
@@ -132,6 +183,11 @@ class TurnEnd:
         if not self._is_complete and self._asked < self._times_to_ask(pause):
             self._asked += 1
             return Step.ASK
+        if self._may_speculate():
+            self._speculated = self.text
+            self._speculations += 1
+            self._is_being_answered = True
+            return Step.SPECULATE
         return Step.WAIT
 
     def due_in(self) -> float | None:
@@ -158,6 +214,15 @@ class TurnEnd:
         is_group = bool(GROUP.search(self._words[-1]))
         return pause >= LONGEST_PAUSE_SECONDS or (self._is_complete and not is_group)
 
+    def _may_speculate(self) -> bool:
+        if not (self.speculates and self._is_open and self.text) or self._is_being_answered:
+            return False
+        is_new = self._speculations < MOST_SPECULATIONS and not self._was_speculated(self.text)
+        return is_new and not GROUP.search(self.text)
+
+    def _was_speculated(self, text: str) -> bool:
+        return NormalizedMatch().matches(self._speculated, text)
+
     def _times_to_ask(self, pause: float) -> int:
         return 1 + sum(pause >= moment for moment in ASK_AGAIN_SECONDS)
 
@@ -171,12 +236,20 @@ class PauseUserTurnStopStrategy(BaseUserTurnStopStrategy):
     """Ends the caller's turn as `TurnEnd` says; the analyzer runs beside the frames."""
 
     def __init__(
-        self, *, turn_analyzer: BaseTurnAnalyzer, clock: Callable[[], float] = time.monotonic
+        self,
+        *,
+        turn_analyzer: BaseTurnAnalyzer,
+        speculates: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Ask `turn_analyzer` whether a pause was the end; take the time from `clock`, seconds."""
+        """Ask `turn_analyzer` whether a pause was the end; take the time from `clock`, seconds.
+
+        With `speculates` the LLM begins its answer in the pause: sooner, and for more requests.
+        """
         super().__init__()
         self._analyzer = turn_analyzer
-        self._turn = TurnEnd(clock)
+        self._turn = TurnEnd(clock, speculates=speculates)
+        self._was_confirmed = False
         self._is_speaking = False
         self._pauses = 0
         self._changed = asyncio.Event()
@@ -200,10 +273,12 @@ class PauseUserTurnStopStrategy(BaseUserTurnStopStrategy):
     async def handle_user_turn_started(self) -> None:
         """A turn begins, without the words of the one before."""
         self._turn.begin()
+        self._was_confirmed = False
 
     async def handle_user_turn_stopped(self) -> None:
         """The turn is over, whoever ended it."""
-        self._turn.begin()
+        await self._withdraw()
+        self._turn.end()
         self._analyzer.clear()
 
     async def process_frame(self, frame: Frame) -> ProcessFrameResult:
@@ -227,9 +302,17 @@ class PauseUserTurnStopStrategy(BaseUserTurnStopStrategy):
                 self._changed.set()
             case TranscriptionFrame():
                 self._turn.heard(frame.text, is_last=frame.finalized)
+                await self._withdraw_if_amiss()
                 self._changed.set()
             case InterimTranscriptionFrame():
-                self._turn.hears()
+                self._turn.hears(frame.text)
+                await self._withdraw_if_amiss()
+                self._changed.set()
+            case EagerEndOfTurnCancelFrame() | InterruptionFrame() | ErrorFrame():
+                await self._lose_answer(frame)
+            case LLMMessagesAppendFrame() if frame.run_llm:
+                # Another answer is on its way, and takes this one's place.
+                await self._withdraw()
             case STTMetadataFrame():
                 self._turn.latency = frame.ttfs_p99_latency
             case _:
@@ -244,13 +327,50 @@ class PauseUserTurnStopStrategy(BaseUserTurnStopStrategy):
             except TimeoutError:
                 pass
             self._changed.clear()
-            match self._turn.step():
-                case Step.ASK if self._asking is None or self._asking.done():
-                    self._asking = self.create_task(self._ask(self._pauses), f"{self}::ask")
-                case Step.END:
-                    await self.trigger_user_turn_stopped()
-                case _:
-                    pass
+            while (step := self._turn.step()) is not Step.WAIT:
+                match step:
+                    case Step.ASK if self._asking is None or self._asking.done():
+                        self._asking = self.create_task(self._ask(self._pauses), f"{self}::ask")
+                    case Step.SPECULATE:
+                        await self.trigger_user_turn_inference_triggered(
+                            speculation=UserTurnSpeculation(self._turn.text)
+                        )
+                    case Step.END:
+                        await self._end()
+                        break
+                    case _:
+                        pass
+
+    async def _end(self) -> None:
+        await self._withdraw_if_amiss()
+        if not self._turn.is_being_answered:
+            await self.trigger_user_turn_stopped()
+            return
+        self._turn.forget_answer()
+        self._was_confirmed = True
+        await self.trigger_user_turn_finalized(confirms_speculation=True)
+
+    async def _withdraw_if_amiss(self) -> None:
+        if self._turn.is_answered_amiss:
+            await self._withdraw()
+
+    async def _withdraw(self) -> None:
+        if self._turn.is_being_answered:
+            self._turn.forget_answer()
+            await self.trigger_user_turn_speculation_cancelled()
+
+    async def _lose_answer(self, frame: Frame) -> None:
+        """See to an answer that the LLM service has dropped, or could not give."""
+        if isinstance(frame, ErrorFrame):
+            if isinstance(frame.processor, LLMService):
+                await self._withdraw()
+            return
+        is_withdrawn = isinstance(frame, EagerEndOfTurnCancelFrame)
+        if is_withdrawn and self._was_confirmed and not self._turn.is_being_answered:
+            # It wanted a tool, which speculation may not run, and said so while the turn ended.
+            await self.push_frame(LLMRunFrame())
+        self._was_confirmed = False
+        self._turn.forget_answer()
 
     async def _ask(self, pause: int) -> None:
         state, prediction = await self._analyzer.analyze_end_of_turn()

@@ -37,13 +37,16 @@ ANSWER_SECONDS = 1.0
 
 def params(floor: Floor) -> LLMUserAggregatorParams:
     """How turns are taken in the call whose floor this is. Each call needs its own."""
-    protected = config.setting("PROTECT_GREETING").lower() in ("1", "true", "yes", "on")
+    protected = config.is_on("PROTECT_GREETING")
+    stop = PauseUserTurnStopStrategy(
+        turn_analyzer=LocalSmartTurnAnalyzerV3(), speculates=config.is_on("SPECULATE", True)
+    )
     return LLMUserAggregatorParams(
         # Silero hears when the caller speaks; Smart Turn, with turn_end.py, whether they are done.
         vad_analyzer=SileroVADAnalyzer(),
         user_turn_strategies=UserTurnStrategies(
             start=[InterruptionUserTurnStartStrategy(floor)],
-            stop=[PauseUserTurnStopStrategy(turn_analyzer=LocalSmartTurnAnalyzerV3())],
+            stop=[stop],
         ),
         user_mute_strategies=[MuteUntilFirstBotCompleteUserMuteStrategy()] if protected else [],
         # silence.py sees to turns without a word.

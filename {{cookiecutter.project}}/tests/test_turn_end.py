@@ -2,23 +2,32 @@
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import cast
 
 import pytest
 from pipecat.audio.turn.base_turn_analyzer import BaseTurnAnalyzer, BaseTurnParams, EndOfTurnState
 from pipecat.frames.frames import (
+    EagerEndOfTurnCancelFrame,
+    ErrorFrame,
+    Frame,
+    InterimTranscriptionFrame,
     TranscriptionFrame,
     VADUserStartedSpeakingFrame,
     VADUserStoppedSpeakingFrame,
 )
 from pipecat.processors.frame_processor import FrameProcessorSetup
+from pipecat.services.llm_service import LLMService
+from pipecat.turns.types import UserTurnSpeculation
+from pipecat.turns.user_stop import UserTurnStoppedParams
 from pipecat.utils.asyncio.task_manager import TaskManager
 
 from conversation.turn_end import (
     ASK_AGAIN_SECONDS,
     LONGEST_PAUSE_SECONDS,
+    MOST_SPECULATIONS,
     NO_WORDS_SECONDS,
     TRANSCRIPT_SECONDS,
     PauseUserTurnStopStrategy,
@@ -42,11 +51,17 @@ class Clock:
 class Caller:
     """A turn whose caller, recogniser and analyzer are told what to do and when."""
 
-    def __init__(self, is_complete: Callable[[float], bool] = lambda pause: True) -> None:
+    def __init__(
+        self,
+        is_complete: Callable[[float], bool] = lambda pause: True,
+        *,
+        speculates: bool = False,
+    ) -> None:
         self.clock = Clock()
-        self.turn = TurnEnd(self.clock, latency=0.35)
+        self.turn = TurnEnd(self.clock, latency=0.35, speculates=speculates)
         self.is_complete = is_complete
         self.asked_at: list[float] = []
+        self.speculated: list[str] = []
         self.last_sound = 0.0
 
     def speaks(self, seconds: float = 1.0) -> None:
@@ -66,6 +81,9 @@ class Caller:
             if step is Step.ASK:
                 self.asked_at.append(round(self.clock.now - self.last_sound, 2))
                 self.turn.judged(self.is_complete(self.clock.now - self.last_sound))
+                continue
+            if step is Step.SPECULATE:
+                self.speculated.append(self.turn.text)
                 continue
             due = self.turn.due_in()
             if due is None or self.clock.now + due > end:
@@ -157,13 +175,81 @@ def test_words_too_soft_for_the_detector_are_a_turn() -> None:
     assert caller.waits(1.0) == 0.0
 
 
+class TestSpeculation:
+    """The answer that is begun before the turn has ended."""
+
+    @staticmethod
+    def caller(is_complete: bool = True) -> Caller:
+        caller = Caller(is_complete=lambda pause: is_complete, speculates=True)
+        caller.turn.begin()
+        caller.speaks()
+        return caller
+
+    def test_begins_with_the_words_that_are_there_when_the_caller_falls_silent(self) -> None:
+        caller = self.caller()
+        caller.turn.hears("can you hear me")
+        assert caller.waits(0.05) is None
+        assert caller.speculated == ["can you hear me"]
+        caller.turn.heard("Can you hear me?", is_last=True)
+        assert not caller.turn.is_answered_amiss
+        assert caller.waits(0.0) == 0.25
+        assert caller.turn.is_being_answered
+
+    def test_is_amiss_once_the_caller_has_said_something_else(self) -> None:
+        caller = self.caller(is_complete=False)
+        caller.turn.heard("I would like", is_last=True)
+        assert caller.waits(0.3) is None
+        caller.turn.speech_started()
+        assert not caller.turn.is_answered_amiss, "a cough takes nothing back"
+        caller.turn.hears("an appointment")
+        assert caller.turn.is_answered_amiss
+        caller.turn.forget_answer()
+        caller.speaks()
+        caller.turn.heard("an appointment.", is_last=True)
+        caller.waits(0.1)
+        assert caller.speculated == ["I would like", "I would like an appointment."]
+
+    def test_is_not_begun_again_with_words_to_which_it_came_to_nothing(self) -> None:
+        caller = self.caller()
+        caller.turn.hears("cancel it")
+        assert caller.waits(0.05) is None
+        caller.turn.forget_answer()
+        caller.turn.heard("Cancel it!", is_last=True)
+        assert caller.waits(0.1) == 0.25
+        assert caller.speculated == ["cancel it"]
+        assert not caller.turn.is_being_answered
+
+    def test_of_a_number_waits_for_its_end(self) -> None:
+        caller = self.caller()
+        caller.turn.heard("It is 4 1 5", is_last=True)
+        assert caller.waits(0.5) is None
+        assert caller.speculated == []
+
+    def test_is_tried_a_few_times_in_a_turn(self) -> None:
+        caller = self.caller(is_complete=False)
+        for number in range(MOST_SPECULATIONS + 2):
+            caller.turn.heard(f"and then {'more ' * number}", is_last=True)
+            caller.waits(0.1)
+            caller.turn.forget_answer()
+            caller.speaks()
+        assert len(caller.speculated) == MOST_SPECULATIONS
+
+    def test_is_not_of_words_outside_a_turn(self) -> None:
+        caller = self.caller()
+        caller.turn.end()
+        caller.speaks()
+        caller.turn.heard("mhm", is_last=True)
+        caller.waits(0.1)
+        assert caller.speculated == []
+
+
 def test_in_any_order_a_turn_ends_in_time_and_never_while_somebody_speaks() -> None:
     for seed in range(3000):
         one_random_turn(random.Random(seed))
 
 
 def one_random_turn(chance: random.Random) -> None:
-    caller = Caller(is_complete=lambda pause: chance.random() < 0.5)
+    caller = Caller(is_complete=lambda pause: chance.random() < 0.5, speculates=True)
     caller.turn.begin()
     for _ in range(chance.randrange(1, 12)):
         match chance.randrange(5):
@@ -172,6 +258,8 @@ def one_random_turn(chance: random.Random) -> None:
                 assert caller.turn.step() is Step.WAIT
                 caller.clock.now += chance.random()
                 assert caller.turn.step() is Step.WAIT
+                if chance.random() < 0.5:
+                    caller.turn.forget_answer()
                 caller.speaks(chance.random())
             case 1:
                 caller.turn.heard("so and so", is_last=chance.random() < 0.5)
@@ -211,34 +299,138 @@ class Verdict(BaseTurnAnalyzer):
         pass
 
 
+class Watched:
+    """A strategy, and what it did, in order."""
+
+    def __init__(self, analyzer: Verdict) -> None:
+        self.strategy = PauseUserTurnStopStrategy(turn_analyzer=analyzer, speculates=True)
+        self.did: list[str] = []
+        self.happened = asyncio.Event()
+        for event in ("inference_triggered", "speculation_cancelled", "stopped"):
+            name = f"on_user_turn_{event}"
+            self.strategy.add_event_handler(name, self._note_of(event))
+        self.strategy.add_event_handler("on_push_frame", self._note_of("push"))
+
+    def _note_of(self, event: str) -> Callable[..., Awaitable[None]]:
+        async def note(_strategy: object, what: object = None, *_: object) -> None:
+            self.did.append(f"{event} {_told(what)}".strip())
+            self.happened.set()
+
+        return note
+
+    async def until(self, *did: str) -> None:
+        """Wait until it has done so much, and nothing else."""
+        async with asyncio.timeout(5):
+            while len(self.did) < len(did):
+                self.happened.clear()
+                await self.happened.wait()
+        assert self.did == list(did)
+        self.did.clear()
+
+
+def _told(what: object) -> str:
+    match what:
+        case UserTurnSpeculation(text=text):
+            return f"of {text!r}"
+        case UserTurnStoppedParams(confirms_speculation=True):
+            return "and answered"
+        case Frame():
+            return type(what).__name__
+    return ""
+
+
+@asynccontextmanager
+async def watched(analyzer: Verdict) -> AsyncIterator[Watched]:
+    """Set a strategy up as Pipecat does: what it reads of it; whole calls are in test_turns.py."""
+    watched = Watched(analyzer)
+    setup = SimpleNamespace(task_manager=TaskManager(), audio_in_sample_rate=16000)
+    await watched.strategy.setup(cast(FrameProcessorSetup, setup))
+    await watched.strategy.handle_user_turn_started()
+    try:
+        yield watched
+    finally:
+        await watched.strategy.cleanup()
+
+
+SPEAKS = VADUserStartedSpeakingFrame(start_secs=0.2)
+IS_SILENT = VADUserStoppedSpeakingFrame(stop_secs=0.2)
+
+
+def words(text: str) -> TranscriptionFrame:
+    return TranscriptionFrame(text=text, user_id="", timestamp="", finalized=True)
+
+
+def guess(text: str) -> InterimTranscriptionFrame:
+    return InterimTranscriptionFrame(text=text, user_id="", timestamp="")
+
+
 @pytest.mark.anyio
 async def test_a_transcript_is_not_held_up_by_the_analyzer_nor_an_old_verdict_taken_for_new() -> (
     None
 ):
     analyzer = Verdict()
-    strategy = PauseUserTurnStopStrategy(turn_analyzer=analyzer)
-    over = asyncio.Event()
-
-    @strategy.event_handler("on_user_turn_stopped")
-    async def on_user_turn_stopped(*_):
-        over.set()
-
-    # What a strategy reads of it; a whole pipeline is in test_turns.py.
-    setup = SimpleNamespace(task_manager=TaskManager(), audio_in_sample_rate=16000)
-    await strategy.setup(cast(FrameProcessorSetup, setup))
-    try:
-        await strategy.process_frame(VADUserStartedSpeakingFrame(start_secs=0.2))
-        await strategy.process_frame(VADUserStoppedSpeakingFrame(stop_secs=0.2))
-        words = TranscriptionFrame(text="Hello.", user_id="", timestamp="", finalized=True)
+    async with watched(analyzer) as call:
+        await call.strategy.process_frame(SPEAKS)
+        await call.strategy.process_frame(IS_SILENT)
         # Comes back at once, though the analyzer has not answered.
-        await asyncio.wait_for(strategy.process_frame(words), 5)
-        await strategy.process_frame(VADUserStartedSpeakingFrame(start_secs=0.2))
+        await asyncio.wait_for(call.strategy.process_frame(words("Hello.")), 5)
+        await call.until("inference_triggered of 'Hello.'")
+        await call.strategy.process_frame(SPEAKS)
         analyzer.answer.set_result(EndOfTurnState.COMPLETE)
         for _ in range(20):
             await asyncio.sleep(0)
-        assert not over.is_set()
-        await strategy.process_frame(VADUserStoppedSpeakingFrame(stop_secs=0.2))
-        await strategy.process_frame(words)
-        await asyncio.wait_for(over.wait(), 5)
-    finally:
-        await strategy.cleanup()
+        assert call.did == []
+        await call.strategy.process_frame(IS_SILENT)
+        await call.strategy.process_frame(words("Are you there?"))
+        again = "inference_triggered of 'Hello. Are you there?'"
+        await call.until("speculation_cancelled", again, "stopped and answered")
+
+
+@pytest.mark.anyio
+async def test_an_answer_to_the_same_words_is_kept_and_one_to_others_withdrawn() -> None:
+    analyzer = Verdict()
+    async with watched(analyzer) as call:
+        await call.strategy.process_frame(SPEAKS)
+        await call.strategy.process_frame(guess("can you hear me"))
+        await call.strategy.process_frame(IS_SILENT)
+        await call.until("inference_triggered of 'can you hear me'")
+        await call.strategy.process_frame(guess("can you hear me now"))
+        await call.until("speculation_cancelled", "inference_triggered of 'can you hear me now'")
+        await call.strategy.process_frame(words("Can you hear me now?"))
+        analyzer.answer.set_result(EndOfTurnState.COMPLETE)
+        await call.until("stopped and answered")
+
+
+@pytest.mark.anyio
+async def test_an_answer_that_wants_a_tool_or_fails_is_asked_for_when_the_turn_is_over() -> None:
+    failed = ErrorFrame("timeout", processor=LLMService())
+    for lost in (EagerEndOfTurnCancelFrame(), failed):
+        analyzer = Verdict()
+        async with watched(analyzer) as call:
+            await call.strategy.process_frame(SPEAKS)
+            await call.strategy.process_frame(words("Cancel it."))
+            await call.strategy.process_frame(IS_SILENT)
+            await call.until("inference_triggered of 'Cancel it.'")
+            await call.strategy.process_frame(lost)
+            analyzer.answer.set_result(EndOfTurnState.COMPLETE)
+            withdrawn = ["speculation_cancelled"] if lost is failed else []
+            await call.until(*withdrawn, "inference_triggered", "stopped")
+
+
+@pytest.mark.anyio
+async def test_an_answer_that_wants_a_tool_as_the_turn_ends_is_asked_for_again() -> None:
+    """The service withdraws it while the word that it stands is on its way."""
+    analyzer = Verdict()
+    analyzer.answer.set_result(EndOfTurnState.COMPLETE)
+    async with watched(analyzer) as call:
+        await call.strategy.process_frame(SPEAKS)
+        await call.strategy.process_frame(guess("cancel it"))
+        await call.strategy.process_frame(IS_SILENT)
+        await call.until("inference_triggered of 'cancel it'")
+        await call.strategy.process_frame(words("Cancel it."))
+        await call.until("stopped and answered")
+        await call.strategy.handle_user_turn_stopped()
+        await call.strategy.process_frame(EagerEndOfTurnCancelFrame())
+        await call.until("push LLMRunFrame")
+        await call.strategy.process_frame(EagerEndOfTurnCancelFrame())
+        assert call.did == []

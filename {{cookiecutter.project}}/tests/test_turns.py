@@ -3,6 +3,7 @@
 import asyncio
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import pytest
 from harness import SECONDS, Harness, run_harness
@@ -20,6 +21,7 @@ from pipecat.frames.frames import (
 )
 
 from conversation.floor import Floor
+from conversation.turn_end import PauseUserTurnStopStrategy
 from conversation.turns import InterruptionUserTurnStartStrategy, is_backchannel
 from rehearsal.callers.twilio import TwilioCaller
 from rehearsal.callers.webrtc import WebRTCCaller
@@ -30,6 +32,7 @@ pytestmark = pytest.mark.anyio
 
 BOTH_TRANSPORTS = pytest.mark.parametrize("transport", ["twilio", "webrtc"])
 STORY = " ".join(["Once upon a time there was a telephone that would not stop ringing."] * 3)
+GOODBYE = {"goodbye": "Goodbye, and thank you."}
 RECORDED = "Welcome, this call is recorded."
 # As long as people's are, and such that the voice activity detector hears it on a phone too:
 # OpenAI is told by it when to recognise what was said.
@@ -324,3 +327,42 @@ async def test_a_sentence_into_the_goodbye_takes_the_turn_unless_nothing_can_ans
     sentence = heard("Wait, what about Tuesday?")
     assert await goodbye().hears(BotStartedSpeakingFrame(), sentence) == 1
     assert await goodbye(is_final=True).hears(BotStartedSpeakingFrame(), sentence) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("speculates", [True, False])
+async def test_an_answer_begun_before_the_turn_has_ended_is_given_once_and_runs_a_tool_once(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, speculates: bool
+) -> None:
+    monkeypatch.setenv("SPECULATE", "" if speculates else "0")
+    ends: list[bool] = []
+    finalize = PauseUserTurnStopStrategy.trigger_user_turn_finalized
+
+    async def note(strategy: PauseUserTurnStopStrategy, **how: Any) -> None:
+        ends.append(how.get("confirms_speculation", False))
+        await finalize(strategy, **how)
+
+    monkeypatch.setattr(PauseUserTurnStopStrategy, "trigger_user_turn_finalized", note)
+    harness.engine.script = Script.parse(
+        {
+            "greeting": "Hello.",
+            "hears": ["Can you hear me?", "Goodbye."],
+            "answers": [
+                {"heard": "hear me", "says": "Yes, I can."},
+                {"heard": "goodbye", "calls": [{"name": "end_call", "arguments": GOODBYE}]},
+            ],
+        }
+    )
+    async with harness.caller("twilio") as caller:
+        await caller.hear(within=SECONDS)
+        await caller.hear_out(quiet=0.4, within=SECONDS)
+        await harness.say(caller, "as long as a question is")
+        await harness.hear_said(caller, "Yes, I can.")
+        await harness.say(caller, "as long as a goodbye is")
+        await asyncio.wait_for(caller.ended.wait(), SECONDS)
+    await harness.over()
+    assert harness.spoken == ["Hello.", "Yes, I can.", GOODBYE["goodbye"]]
+    # A tool is not run before the turn has ended, so that answer is asked for again.
+    assert ends == [speculates, False]
+    assert len(harness.engine.asked) == (4 if speculates else 3)
+    assert harness.record["ending"]["reason"] == "agent-ended"

@@ -198,13 +198,15 @@ _WINDOW_SECONDS = 0.01
 _LOUD_RMS = 300.0
 _SPEECH_WINDOWS = 5
 _SILENCE_WINDOWS = 100
+_INTERIM_WINDOWS = 10
 
 
 class ScriptedRecogniser:
     """Notices that somebody spoke, when and for how long; the words come from the script.
 
-    A stretch of speech is heard as an interim result when it begins and as a final one when the
-    client says that it ended (`finalize`), or after a second of silence.
+    A stretch of speech is heard as an interim result when it begins and, whole, a moment after it
+    has ended; and as a final one when the client says that it ended (`finalize`), or after a second
+    of silence.
     """
 
     def __init__(self, hears: tuple[str, ...], sample_rate: int) -> None:
@@ -228,9 +230,13 @@ class ScriptedRecogniser:
             if rms >= _LOUD_RMS:
                 self._loud.append(self._windows)
                 if len(self._loud) == _SPEECH_WINDOWS:
+                    heard.append(self._heard(is_final=False, words=1))
+            elif self._loud:
+                silent = self._windows - self._loud[-1]
+                if silent == _INTERIM_WINDOWS and len(self._loud) >= _SPEECH_WINDOWS:
                     heard.append(self._heard(is_final=False))
-            elif self._loud and self._windows - self._loud[-1] >= _SILENCE_WINDOWS:
-                heard += await self.finalize()
+                elif silent >= _SILENCE_WINDOWS:
+                    heard += await self.finalize()
             self._windows += 1
         return heard
 
@@ -241,11 +247,11 @@ class ScriptedRecogniser:
         self._loud = []
         return heard
 
-    def _heard(self, *, is_final: bool) -> Heard:
-        words = self._hears[min(self._stretches, len(self._hears) - 1)] if self._hears else ""
+    def _heard(self, *, is_final: bool, words: int | None = None) -> Heard:
+        text = self._hears[min(self._stretches, len(self._hears) - 1)] if self._hears else ""
         first, last = self._loud[0], self._loud[-1] + 1
         return Heard(
-            text=words if is_final else " ".join(words.split()[:1]),
+            text=text if words is None else " ".join(text.split()[:words]),
             is_final=is_final,
             start_s=first * _WINDOW_SECONDS,
             duration_s=(last - first) * _WINDOW_SECONDS,

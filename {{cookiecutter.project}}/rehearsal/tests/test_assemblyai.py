@@ -42,8 +42,8 @@ async def test_assemblyai_leaves_the_turns_to_the_bot_and_asks_for_each_transcri
     assert [frame.finalized for frame in call.of(TranscriptionFrame)] == [True, True]
     assert kinds(ear.connection.received) == ["ForceEndpoint", "ForceEndpoint", "Terminate"]
     turns = [message for message in ear.connection.sent if message["type"] == "Turn"]
-    assert [turn["turn_order"] for turn in turns] == [0, 0, 1, 1]
-    assert [turn["end_of_turn"] for turn in turns] == [False, True, False, True]
+    assert [turn["turn_order"] for turn in turns] == [0, 0, 0, 1, 1, 1]
+    assert [turn["end_of_turn"] for turn in turns] == [False, False, True] * 2
     opening, *_ = kinds(ear.connection.sent)
     assert opening == "Begin"
     assert kinds(ear.connection.sent).count("SpeechStarted") == 2
