@@ -32,7 +32,6 @@ pytestmark = pytest.mark.anyio
 
 BOTH_TRANSPORTS = pytest.mark.parametrize("transport", ["twilio", "webrtc"])
 STORY = " ".join(["Once upon a time there was a telephone that would not stop ringing."] * 3)
-GOODBYE = {"goodbye": "Goodbye, and thank you."}
 RECORDED = "Welcome, this call is recorded."
 # As long as people's are, and such that the voice activity detector hears it on a phone too:
 # OpenAI is told by it when to recognise what was said.
@@ -335,6 +334,7 @@ async def test_an_answer_begun_before_the_turn_has_ended_is_given_once_and_runs_
     harness: Harness, monkeypatch: pytest.MonkeyPatch, speculates: bool
 ) -> None:
     monkeypatch.setenv("SPECULATE", "" if speculates else "0")
+    goodbye = {"goodbye": GOODBYE}
     ends: list[bool] = []
     finalize = PauseUserTurnStopStrategy.trigger_user_turn_finalized
 
@@ -349,7 +349,7 @@ async def test_an_answer_begun_before_the_turn_has_ended_is_given_once_and_runs_
             "hears": ["Can you hear me?", "Goodbye."],
             "answers": [
                 {"heard": "hear me", "says": "Yes, I can."},
-                {"heard": "goodbye", "calls": [{"name": "end_call", "arguments": GOODBYE}]},
+                {"heard": "goodbye", "calls": [{"name": "end_call", "arguments": goodbye}]},
             ],
         }
     )
@@ -361,7 +361,7 @@ async def test_an_answer_begun_before_the_turn_has_ended_is_given_once_and_runs_
         await harness.say(caller, "as long as a goodbye is")
         await asyncio.wait_for(caller.ended.wait(), SECONDS)
     await harness.over()
-    assert harness.spoken == ["Hello.", "Yes, I can.", GOODBYE["goodbye"]]
+    assert harness.spoken == ["Hello.", "Yes, I can.", GOODBYE]
     # A tool is not run before the turn has ended, so that answer is asked for again.
     assert ends == [speculates, False]
     assert len(harness.engine.asked) == (4 if speculates else 3)
