@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from loguru import logger
-from pipecat.frames.frames import EndWorkerFrame, Frame, TTSSpeakFrame
+from pipecat.frames.frames import EndWorkerFrame, Frame
 from pipecat.pipeline.pipeline import Pipeline
 from pipecat.pipeline.worker import PipelineParams, PipelineWorker, ProcessorUnusablePolicy
 from pipecat.processors.aggregators.llm_context import LLMContext
@@ -29,6 +29,7 @@ import tools
 import transports
 from conversation import clock, endings, phrases, recovery, silence, turns, warm_up
 from conversation.caller_words import CallerWords
+from conversation.first_words import FirstWords
 from conversation.floor import Floor
 from host import calls, private_log, shutdown, telemetry
 from roark import RoarkObserver
@@ -38,8 +39,6 @@ private_log.begin()
 
 AGENT = "{{ cookiecutter.project }}"
 PROMPT_FILE = Path(__file__).with_name("prompt.md")
-# For the LLM, where GREETING in .env does not say what to say.
-GREET = "The caller is on the line. Greet them and ask what you can do for them, briefly."
 
 
 async def bot(runner_args: RunnerArguments) -> None:
@@ -108,19 +107,6 @@ def readyz() -> dict[str, object]:
         # The platform sends no caller before this has returned.
         warm_up.once()
     return {"ready": not missing, "missing": sorted(missing)}
-
-
-def first_words(connection: transports.Connection) -> Frame:
-    """How the call begins: with the words of GREETING, or, where it is blank, with the LLM's own.
-
-    Words that are known are spoken at once, and the LLM remembers them as its own. Who comes back
-    from a transfer to which nobody answered is not greeted again.
-    """
-    if connection.note:
-        return endings.instruction(connection.note.instruction)
-    if words := config.setting("GREETING"):
-        return TTSSpeakFrame(words, append_to_context=True)
-    return endings.instruction(GREET)
 
 
 def doubts() -> list[str]:
@@ -202,6 +188,9 @@ async def run_pipeline(
     failed.look(ending.look)
     worker.add_observer(failed)
     silence.watch(caller_side, worker, ending, failed, recogniser=type(stt).__name__)
+    # Who comes back from a transfer to which nobody answered is not greeted again.
+    told = connection.note.instruction if connection.note else ""
+    greeting = FirstWords(worker, ending, caller_side, told=told)
 
     caller: str | None = None
     client_ready = asyncio.Event()
@@ -214,11 +203,10 @@ async def run_pipeline(
         caller = transports.client_id(client)
         logger.info("Caller connected")
         # Before anything that could break.
-        floor.bot_owes(has_text=bool(config.setting("GREETING")))
+        greeting.prepare()
         with suppress(TimeoutError):
             await asyncio.wait_for(client_ready.wait(), connection.client_ready_seconds)
-        if not ending.has_begun:
-            await worker.queue_frame(first_words(connection))
+        await greeting.say()
 
     async def caller_is_gone(reason: str, detail: str, *_event: object) -> None:
         client_ready.set()

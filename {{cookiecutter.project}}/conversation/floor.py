@@ -53,6 +53,7 @@ class Floor:
 
     Attributes:
         caller_turns: How many times the caller has said, typed or pressed something.
+        is_greeting: Whether the bot's first words have not been heard to their end.
         turn_is_open: Whether the caller has the turn, in a pause of theirs too.
         is_saying_goodbye: Whether the call ends once the bot has said what it says.
         is_final: Whether nothing the caller says can take that back.
@@ -61,6 +62,7 @@ class Floor:
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         """Take the time from `clock`, in seconds. Nobody owes anything yet."""
         self.caller_turns = 0
+        self.is_greeting = True
         self.turn_is_open = False
         self.is_saying_goodbye = False
         self.is_final = False
@@ -173,6 +175,7 @@ class Floor:
     def turn_began(self) -> None:
         """The caller has the turn."""
         self.turn_is_open = True
+        self.is_greeting = False
         self.interrupted()
 
     def turn_ended(self) -> None:
@@ -233,6 +236,7 @@ class Floor:
 
     def bot_silent(self) -> None:
         """The bot stopped."""
+        self.is_greeting = False
         self._bot_heard_at = None
         self._change()
 

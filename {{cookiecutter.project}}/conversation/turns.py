@@ -11,6 +11,7 @@ from pipecat.frames.frames import (
     BotStoppedSpeakingFrame,
     Frame,
     InterimTranscriptionFrame,
+    InterruptionFrame,
     LLMMessagesAppendFrame,
     TranscriptionFrame,
     UserBackchannelFrame,
@@ -60,6 +61,13 @@ def is_backchannel(text: str) -> bool:
     return bool(words) and all(word in phrases.spoken().backchannels for word in words)
 
 
+def is_hello(text: str) -> bool:
+    """Whether these words only say that somebody is on the line."""
+    known = phrases.spoken()
+    words = _words(text)
+    return bool(words) and all(word in known.hellos | known.backchannels for word in words)
+
+
 def is_farewell(text: str) -> bool:
     """Whether these words only return a goodbye."""
     known = phrases.spoken()
@@ -76,7 +84,8 @@ class InterruptionUserTurnStartStrategy(BaseUserTurnStartStrategy):
 
     They mean it when a word is recognised that is no backchannel, or when they go on speaking for
     LONGEST_BACKCHANNEL_SECONDS, or until the bot begins. A cough while the LLM thinks does not cost
-    the answer. Into a goodbye only words count, and more than a "bye".
+    the answer. The greeting answers a "hello?", before it or into it. Into a goodbye only words
+    count, and more than a "bye".
     """
 
     def __init__(self, floor: Floor, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -87,11 +96,17 @@ class InterruptionUserTurnStartStrategy(BaseUserTurnStartStrategy):
         self._speaks_since: float | None = None
         self._backchannel = ""
         self._backchannel_at = 0.0
+        self._is_hello_due = False
 
     async def handle_user_turn_started(self) -> None:
         """Forget what was said before: the turn holds it now."""
+        self._floor.turn_began()
         self._speaks_since = None
         self._backchannel = ""
+
+    async def handle_user_turn_stopped(self) -> None:
+        """Tell the floor, whose observer learns of it a moment later, as of a turn that begins."""
+        self._floor.turn_ended()
 
     async def process_frame(self, frame: Frame) -> ProcessFrameResult:
         """Tell from the frames whether the caller takes the turn."""
@@ -100,7 +115,12 @@ class InterruptionUserTurnStartStrategy(BaseUserTurnStartStrategy):
             case BotStartedSpeakingFrame():
                 # Its observer learns of it a moment later.
                 floor.bot_heard()
-                if self._speaks_since is not None and not floor.is_saying_goodbye:
+                if floor.is_saying_goodbye:
+                    pass
+                elif floor.turn_is_open:
+                    # It was on its way when the caller began, behind the interruption.
+                    await self.broadcast_frame(InterruptionFrame)
+                elif self._speaks_since is not None and not floor.is_greeting:
                     return await self._start_turn()
             case BotStoppedSpeakingFrame():
                 floor.bot_silent()
@@ -132,6 +152,12 @@ class InterruptionUserTurnStartStrategy(BaseUserTurnStartStrategy):
         """Whether these words leave the turn where it is."""
         if self._floor.is_saying_goodbye:
             return self._floor.is_final or not text.strip() or is_farewell(text)
+        if self._floor.is_greeting and (self._floor.bot_speaks or self._floor.answer_is_due):
+            self._is_hello_due = is_hello(text)
+            return self._is_hello_due
+        if self._is_hello_due and is_hello(text):
+            # It began before the greeting was over, which has answered it.
+            return True
         return self._floor.bot_speaks and is_backchannel(text)
 
     async def _start_turn(self) -> ProcessFrameResult:
@@ -139,7 +165,9 @@ class InterruptionUserTurnStartStrategy(BaseUserTurnStartStrategy):
         return ProcessFrameResult.STOP
 
     async def _note_backchannel(self, frame: TranscriptionFrame) -> None:
-        self._backchannel, self._backchannel_at = frame.text, self._clock()
+        self._is_hello_due = False
+        if is_backchannel(frame.text):
+            self._backchannel, self._backchannel_at = frame.text, self._clock()
         # It is not the beginning of what they say next.
         await self.trigger_reset_aggregation()
         await self.push_frame(

@@ -1,10 +1,15 @@
-"""What the bot says first: the words of GREETING, and the LLM knows that they were said."""
+"""What the bot says first: the words of GREETING, and the LLM knows that they were said.
 
+A caller may speak at pick-up: a "hello?" is answered by the greeting, and a sentence with it.
+"""
+
+import asyncio
 from pathlib import Path
 
 import pytest
 from harness import SECONDS, Harness, run_harness
 
+from rehearsal.callers.caller import Caller
 from rehearsal.engines.scripted import Answer, Script
 
 pytestmark = pytest.mark.anyio
@@ -53,3 +58,58 @@ async def test_a_voice_that_hangs_at_the_given_greeting_is_named_and_the_call_en
         await harness.over()
     assert harness.record["ending"]["reason"] == "error"
     assert "TTS" in harness.record["ending"]["detail"]
+
+
+# 0.39 s of voice, as long as the word is.
+HELLO = "mh" + "m" * 11
+SENTENCE = "Please, an appointment for Tuesday afternoon."
+LONG_GREETING = "Good morning, this is the clinic. This call is recorded. What can I do for you?"
+
+
+@pytest.mark.slow
+async def test_a_hello_at_pick_up_does_not_cost_the_greeting_and_a_sentence_is_answered_with_it(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LANGUAGE", "en")
+    monkeypatch.setenv("GREETING", LONG_GREETING)
+    harness.engine.script = Script(hears=("Hello?",))
+    async with harness.caller("twilio") as caller:
+        await asyncio.sleep(0.1)
+        hello = await harness.say(caller, HELLO)
+        await asyncio.sleep(1.5 - (hello.end - hello.start))
+        await harness.say(caller, HELLO)
+        await caller.hear_out(quiet=1.0, within=SECONDS)
+        assert both_at_once(caller) < 0.5
+    await harness.over()
+    assert " ".join(text.strip() for text in harness.spoken) == LONG_GREETING
+    assert not harness.engine.asked
+
+    harness.engine.script = Script(
+        greeting=LONG_GREETING, hears=(SENTENCE,), answers=(Answer(says="Good morning. Yes."),)
+    )
+    for number, greeting in enumerate((LONG_GREETING, ""), start=1):
+        monkeypatch.setenv("GREETING", greeting)
+        async with harness.caller("twilio") as caller:
+            await asyncio.sleep(0.1)
+            said = await harness.say(caller, SENTENCE)
+            await caller.hear(since=said.end, within=SECONDS)
+            await caller.hear_out(quiet=0.5, within=SECONDS)
+            assert both_at_once(caller) < 0.5
+        await harness.over(number)
+        messages = harness.engine.asked[-1]
+        assert (messages[-1]["role"], messages[-1]["content"]) == ("user", SENTENCE)
+        about_greeting = greeting or "Greet them"
+        assert any(
+            message["content"].startswith("[") and about_greeting in message["content"]
+            for message in messages
+        )
+
+
+def both_at_once(caller: Caller) -> float:
+    """The longest time for which caller and bot were heard together, seconds."""
+    overlaps = [
+        min(said.end, heard.end) - max(said.start, heard.start)
+        for said in caller.sent
+        for heard in caller.heard.utterances
+    ]
+    return max(0.0, *overlaps)

@@ -12,6 +12,7 @@ from pipecat.frames.frames import (
     BotStoppedSpeakingFrame,
     Frame,
     InterimTranscriptionFrame,
+    InterruptionFrame,
     LLMMessagesAppendFrame,
     TranscriptionFrame,
     UserBackchannelFrame,
@@ -215,10 +216,13 @@ class Line:
         self.now = 100.0
         self.turns = 0
         self.pushed: list[Frame] = []
+        self.broadcast: list[type[Frame]] = []
         self.floor = Floor(clock=lambda: self.now)
+        self.floor.is_greeting = False
         self.strategy = InterruptionUserTurnStartStrategy(self.floor, clock=lambda: self.now)
         self.strategy.add_event_handler("on_user_turn_started", self._on_turn)
         self.strategy.add_event_handler("on_push_frame", self._on_push)
+        self.strategy.add_event_handler("on_broadcast_frame", self._on_broadcast)
 
     async def _on_turn(self, *_: object) -> None:
         self.turns += 1
@@ -226,6 +230,9 @@ class Line:
 
     async def _on_push(self, _strategy: object, frame: Frame, _direction: object) -> None:
         self.pushed.append(frame)
+
+    async def _on_broadcast(self, _strategy: object, kind: type[Frame], **_: object) -> None:
+        self.broadcast.append(kind)
 
     async def hears(self, *frames: Frame, after: float = 0.0) -> int:
         """Let `after` seconds pass, then the frames; return the turns started so far."""
@@ -300,6 +307,37 @@ async def test_a_yeah_just_before_the_bot_falls_silent_is_an_answer(
     await line.hears(BotStoppedSpeakingFrame(), after=seconds_before)
     messages = [frame for frame in line.pushed if isinstance(frame, LLMMessagesAppendFrame)]
     assert len(messages) == answers
+
+
+@pytest.mark.parametrize(
+    ("text", "takes_turn"), [("Hello?", False), ("Is anybody there?", False), ("No.", True)]
+)
+async def test_a_hello_before_or_into_the_greeting_is_answered_by_it(
+    monkeypatch: pytest.MonkeyPatch, text: str, takes_turn: bool
+) -> None:
+    monkeypatch.setenv("LANGUAGE", "en")
+    line = Line()
+    line.floor.is_greeting = True
+    line.floor.bot_owes()
+    assert bool(await line.hears(VAD_STARTED, heard(text))) is takes_turn
+    line = Line()
+    line.floor.is_greeting = True
+    interim = InterimTranscriptionFrame(text=text, user_id="", timestamp="")
+    await line.hears(BotStartedSpeakingFrame(), VAD_STARTED, interim, VADUserStoppedSpeakingFrame())
+    # Its last words may come when the greeting is over.
+    turns = await line.hears(BotStoppedSpeakingFrame(), heard(text), after=0.4)
+    assert bool(turns) is takes_turn
+    assert not any(isinstance(frame, LLMMessagesAppendFrame) for frame in line.pushed)
+
+
+async def test_what_the_bot_begins_to_say_in_the_callers_turn_is_broken_off() -> None:
+    """It was on its way when the caller began."""
+    line = Line()
+    await line.hears(VAD_STARTED, BotStartedSpeakingFrame())
+    assert line.broadcast == [InterruptionFrame]
+    await line.strategy.handle_user_turn_stopped()
+    await line.hears(VADUserStoppedSpeakingFrame(), BotStartedSpeakingFrame())
+    assert line.broadcast == [InterruptionFrame]
 
 
 def goodbye(*, is_final: bool = False) -> Line:

@@ -27,6 +27,7 @@ class Phrases:
         apology: The last words of a call that cannot go on.
         transferring: Before the caller is handed over to a person.
         backchannels: The words, in lower case, of those who only say that they are listening.
+        hellos: The words of those who only say that they are on the line.
         farewells: The words of those who return a goodbye and have nothing more to ask.
     """
 
@@ -35,6 +36,7 @@ class Phrases:
     apology: str
     transferring: str
     backchannels: frozenset[str]
+    hellos: frozenset[str]
     farewells: frozenset[str]
 
 
@@ -70,7 +72,7 @@ def instruction() -> str:
 def _of(code: str) -> Phrases:
     file = _file(code) if _file(code).exists() else FOLDER / f"{FALLBACK}.toml"
     table: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))
-    for kind in ("backchannels", "farewells"):
+    for kind in ("backchannels", "hellos", "farewells"):
         table[kind] = frozenset(table[kind].split())
     return Phrases(**table)
 
