@@ -130,7 +130,7 @@ async def run_pipeline(
     floor = Floor()
     context = LLMContext(tools=tools.offered())
     # Loads two models; in a thread, for the other calls of this process are not to stumble.
-    user_params = await asyncio.to_thread(turns.params, floor)
+    user_params = await asyncio.to_thread(turns.params, floor, stt)
     aggregators = LLMContextAggregatorPair(
         context, user_params=user_params, assistant_params=services.memory_params()
     )

@@ -13,6 +13,8 @@ from pipecat.frames.frames import (
     InterimTranscriptionFrame,
     InterruptionFrame,
     LLMMessagesAppendFrame,
+    ProposedUserStartedSpeakingFrame,
+    ProposedUserStoppedSpeakingFrame,
     TranscriptionFrame,
     UserBackchannelFrame,
     UserSpeakingFrame,
@@ -20,10 +22,11 @@ from pipecat.frames.frames import (
     VADUserStoppedSpeakingFrame,
 )
 from pipecat.processors.aggregators.llm_response_universal import LLMUserAggregatorParams
+from pipecat.services.stt_service import STTService
 from pipecat.turns.types import ProcessFrameResult
 from pipecat.turns.user_mute import MuteUntilFirstBotCompleteUserMuteStrategy
 from pipecat.turns.user_start import BaseUserTurnStartStrategy
-from pipecat.turns.user_turn_strategies import UserTurnStrategies
+from pipecat.turns.user_turn_strategies import ExternalUserTurnStrategies, UserTurnStrategies
 
 import config
 from conversation import phrases
@@ -36,23 +39,37 @@ LONGEST_BACKCHANNEL_SECONDS = 0.6
 ANSWER_SECONDS = 1.0
 
 
-def params(floor: Floor) -> LLMUserAggregatorParams:
-    """How turns are taken in the call whose floor this is. Each call needs its own."""
+def params(floor: Floor, recogniser: STTService | None = None) -> LLMUserAggregatorParams:
+    """How turns are taken in the call whose floor this is. Each call needs its own.
+
+    A recogniser that tells by itself when a turn begins and ends (Deepgram Flux, Cartesia Turns) is
+    believed the end, and the beginning where it is not the bot's turn.
+    """
     protected = config.is_on("PROTECT_GREETING")
-    stop = PauseUserTurnStopStrategy(
-        turn_analyzer=LocalSmartTurnAnalyzerV3(), speculates=config.is_on("SPECULATE", True)
-    )
     return LLMUserAggregatorParams(
         # Silero hears when the caller speaks; Smart Turn, with turn_end.py, whether they are done.
         vad_analyzer=SileroVADAnalyzer(),
-        user_turn_strategies=UserTurnStrategies(
-            start=[InterruptionUserTurnStartStrategy(floor)],
-            stop=[stop],
-        ),
+        user_turn_strategies=_strategies(floor, recogniser),
         user_mute_strategies=[MuteUntilFirstBotCompleteUserMuteStrategy()] if protected else [],
         # silence.py sees to turns without a word.
         empty_user_turn=None,
     )
+
+
+def _strategies(floor: Floor, recogniser: STTService | None) -> UserTurnStrategies:
+    recommended = recogniser and recogniser.service_metadata_frame().user_turn_strategies
+    if isinstance(recommended, ExternalUserTurnStrategies):
+        start = InterruptionUserTurnStartStrategy(
+            floor, is_proposed=True, enable_interruptions=recommended.enable_interruptions
+        )
+        return UserTurnStrategies(start=[start], stop=recommended.stop)
+    if recommended:
+        # Of a kind that is not known here.
+        return recommended
+    stop = PauseUserTurnStopStrategy(
+        turn_analyzer=LocalSmartTurnAnalyzerV3(), speculates=config.is_on("SPECULATE", True)
+    )
+    return UserTurnStrategies(start=[InterruptionUserTurnStartStrategy(floor)], stop=[stop])
 
 
 def is_backchannel(text: str) -> bool:
@@ -88,15 +105,36 @@ class InterruptionUserTurnStartStrategy(BaseUserTurnStartStrategy):
     count, and more than a "bye".
     """
 
-    def __init__(self, floor: Floor, *, clock: Callable[[], float] = time.monotonic) -> None:
-        """Ask `floor` who speaks; take the time from `clock`, in seconds."""
-        super().__init__()
+    def __init__(
+        self,
+        floor: Floor,
+        *,
+        is_proposed: bool = False,
+        enable_interruptions: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Ask `floor` who speaks; take the time from `clock`, in seconds.
+
+        `is_proposed`: the recogniser proposes turns, and the voice activity detector is not asked.
+        """
+        super().__init__(enable_interruptions=enable_interruptions)
+        self._is_proposed = is_proposed
+        self._begins, self._ends = (
+            (ProposedUserStartedSpeakingFrame, ProposedUserStoppedSpeakingFrame)
+            if is_proposed
+            else (VADUserStartedSpeakingFrame, VADUserStoppedSpeakingFrame)
+        )
         self._floor = floor
         self._clock = clock
         self._speaks_since: float | None = None
         self._backchannel = ""
         self._backchannel_at = 0.0
         self._is_hello_due = False
+
+    @property
+    def resolves_proposed_turn_start_frames(self) -> bool:
+        """Whether it is for this strategy to say what becomes of a proposal."""
+        return self._is_proposed
 
     async def handle_user_turn_started(self) -> None:
         """Forget what was said before: the turn holds it now."""
@@ -127,12 +165,13 @@ class InterruptionUserTurnStartStrategy(BaseUserTurnStartStrategy):
                 if self._speaks_since is not None and not floor.is_saying_goodbye:
                     return await self._start_turn()
                 await self._answer_with_backchannel()
-            case VADUserStartedSpeakingFrame():
-                self._speaks_since = self._clock() - frame.start_secs
+            case _ if isinstance(frame, self._begins):
+                lead = getattr(frame, "start_secs", 0.0)
+                self._speaks_since = self._clock() - lead
                 is_bots = floor.bot_speaks or floor.answer_is_due or floor.is_saying_goodbye
                 if not is_bots:
                     return await self._start_turn()
-            case VADUserStoppedSpeakingFrame():
+            case _ if isinstance(frame, self._ends):
                 self._speaks_since = None
             case UserSpeakingFrame() if self._speaks_since is not None:
                 is_long = self._clock() - self._speaks_since >= LONGEST_BACKCHANNEL_SECONDS

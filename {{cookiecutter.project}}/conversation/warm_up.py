@@ -29,11 +29,11 @@ def once() -> None:
     transfer.failover()
     for doubt in phrases.doubts():
         logger.warning(f"{doubt[0].upper()}{doubt[1:]}")
-    services.create_stt()
+    recogniser = services.create_stt()
     services.create_llm("")
     services.create_tts()
     services.memory_params()
-    turns.params(Floor())
+    turns.params(Floor(), recogniser)
     transports.warm_up()
     client.warm_up()
     # All this stays: the collection after each call need not look at it (10 instead of 140 ms).

@@ -13,17 +13,26 @@ from pipecat.frames.frames import (
     Frame,
     InterimTranscriptionFrame,
     InterruptionFrame,
+    LLMContextFrame,
     LLMMessagesAppendFrame,
+    ProposedUserStartedSpeakingFrame,
+    ProposedUserStoppedSpeakingFrame,
     TranscriptionFrame,
     UserBackchannelFrame,
     UserSpeakingFrame,
     VADUserStartedSpeakingFrame,
     VADUserStoppedSpeakingFrame,
 )
+from pipecat.processors.aggregators.llm_context import LLMContext
+from pipecat.processors.aggregators.llm_response_universal import LLMContextAggregatorPair
+from pipecat.services.cartesia.turns.stt import CartesiaTurnsSTTService
+from pipecat.services.deepgram.flux.stt import DeepgramFluxSTTService
+from pipecat.tests.utils import SleepFrame, run_test
+from pipecat.turns.user_stop import EagerUserTurnStopStrategy, ExternalUserTurnStopStrategy
 
 from conversation.floor import Floor
 from conversation.turn_end import PauseUserTurnStopStrategy
-from conversation.turns import InterruptionUserTurnStartStrategy, is_backchannel
+from conversation.turns import InterruptionUserTurnStartStrategy, is_backchannel, params
 from rehearsal.callers.twilio import TwilioCaller
 from rehearsal.callers.webrtc import WebRTCCaller
 from rehearsal.engines.engine import ToolCall
@@ -212,14 +221,16 @@ def test_anything_else_is_none(monkeypatch: pytest.MonkeyPatch, text: str) -> No
 class Line:
     """The strategy under test, what it did, and a clock to set."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_proposed: bool = False) -> None:
         self.now = 100.0
         self.turns = 0
         self.pushed: list[Frame] = []
         self.broadcast: list[type[Frame]] = []
         self.floor = Floor(clock=lambda: self.now)
         self.floor.is_greeting = False
-        self.strategy = InterruptionUserTurnStartStrategy(self.floor, clock=lambda: self.now)
+        self.strategy = InterruptionUserTurnStartStrategy(
+            self.floor, is_proposed=is_proposed, clock=lambda: self.now
+        )
         self.strategy.add_event_handler("on_user_turn_started", self._on_turn)
         self.strategy.add_event_handler("on_push_frame", self._on_push)
         self.strategy.add_event_handler("on_broadcast_frame", self._on_broadcast)
@@ -404,3 +415,34 @@ async def test_an_answer_begun_before_the_turn_has_ended_is_given_once_and_runs_
     assert ends == [speculates, False]
     assert len(harness.engine.asked) == (4 if speculates else 3)
     assert harness.record["ending"]["reason"] == "agent-ended"
+
+
+@pytest.mark.parametrize("service", [DeepgramFluxSTTService, CartesiaTurnsSTTService])
+@pytest.mark.parametrize("is_eager", [False, True])
+async def test_a_recogniser_that_ends_turns_itself_is_believed_and_ours_stands_before_it(
+    monkeypatch: pytest.MonkeyPatch,
+    service: type[DeepgramFluxSTTService | CartesiaTurnsSTTService],
+    is_eager: bool,
+) -> None:
+    monkeypatch.setenv("LANGUAGE", "en")
+    floor = Floor()
+    floor.is_greeting = False
+    own = params(floor, service(api_key="rehearsal", enable_eager_end_of_turn=is_eager))
+    strategies = own.user_turn_strategies
+    assert strategies and strategies.stop
+    kind = EagerUserTurnStopStrategy if is_eager else ExternalUserTurnStopStrategy
+    assert [type(strategy) for strategy in strategies.stop] == [kind]
+
+    context = LLMContext()
+    caller = LLMContextAggregatorPair(context, user_params=own).user()
+    begins, ends = ProposedUserStartedSpeakingFrame(), ProposedUserStoppedSpeakingFrame()
+    sent = [begins, heard("Is it nine?"), ends, SleepFrame(0.1)]
+    down, _ = await run_test(caller, frames_to_send=sent)
+    # No detector of ours was asked, which would have waited for one of its own.
+    assert sum(isinstance(frame, LLMContextFrame) for frame in down) == 1
+    assert context.get_messages() == [{"role": "user", "content": "Is it nine?"}]
+
+    line = Line(is_proposed=True)
+    assert await line.hears(BotStartedSpeakingFrame(), begins, heard("Mhm."), ends) == 0
+    assert await line.hears(begins, heard("Stop."), after=1.0) == 1
+    assert await Line(is_proposed=True).hears(VAD_STARTED) == 0
