@@ -555,7 +555,7 @@ class RoarkObserver(BaseObserver):
         )
 
     def _on_tools_set(self, frame: LLMSetToolsFrame, at: int, source: FrameProcessor) -> None:
-        self._flow = self._flow or flow_manager_of(frame)
+        self._flow = self._flow or flow_manager_of(source)
 
     def _on_reply(self, frame: Frame, at: int, source: FrameProcessor) -> None:
         # Flows names its node after it has handed over the node's tools, and runs the LLM then.
@@ -868,20 +868,20 @@ def service_of(source: Any) -> str:
     return "other"
 
 
-def flow_manager_of(frame: LLMSetToolsFrame) -> Any:
-    """The FlowManager behind a node's tools, None if they are not a flow's.
+def flow_manager_of(source: FrameProcessor) -> Any:
+    """The FlowManager of the worker that `source` runs in, None if it has none.
 
     Flows tells nobody which node it enters. Its manager knows (`current_node`), and is what the
-    handlers it puts into the tools are bound to (pipecat 1.14: a closure over `self`).
+    handler it gives to its worker is bound to; pipecat 1.14 has no public way to ask for either.
     """
-    flows = sys.modules.get("pipecat.flows")
-    if not flows and "pipecat_flows" in sys.modules:
+    if "pipecat_flows" in sys.modules:
         warn_of_other_flows()
-    for tool in getattr(frame.tools, "standard_tools", ()) if flows else ():
-        if callable(handler := getattr(tool, "handler", None)):
-            manager = inspect.getclosurevars(inspect.unwrap(handler)).nonlocals.get("self")
-            if flows and isinstance(manager, flows.FlowManager):
-                return manager
+    flows = sys.modules.get("pipecat.flows")
+    handlers = getattr(source.pipeline_worker, "_event_handlers", {}) if flows else {}
+    for handler in getattr(handlers.get("on_frame_reached_downstream"), "handlers", ()):
+        for value in inspect.getclosurevars(handler).nonlocals.values():
+            if flows and isinstance(value, flows.FlowManager):
+                return value
     return None
 
 

@@ -8,7 +8,7 @@ import base64
 import json
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -223,7 +223,7 @@ class ProviderServer:
         Raises:
             OSError: The port is taken.
         """
-        application = web.Application()
+        application = web.Application(middlewares=[_who_left_is_not_answered])
         application.add_routes(self.routes())
         self._runner = web.AppRunner(
             application,
@@ -365,6 +365,22 @@ class EngineServer(ProviderServer):
         entry.status = 200
         self._log.changed()
         return body
+
+
+@web.middleware
+async def _who_left_is_not_answered(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """End the work for a client that went away, or was cut off, before its answer was through.
+
+    aiohttp cancels a handler whose client is gone; one that writes before it does gets an error of
+    the connection, which is no fault of the server's to be shown with a traceback.
+    """
+    try:
+        return await handler(request)
+    except ConnectionError:
+        # aiohttp takes any answer, and finds by itself that there is nobody to send it to.
+        return web.Response(status=499)
 
 
 def cut(request: web.Request) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -27,6 +27,7 @@ from pipecat.frames.frames import (
     InputTransportMessageFrame,
     InterruptionFrame,
     LLMFullResponseStartFrame,
+    LLMRunFrame,
     LLMSetToolsFrame,
     OutputAudioRawFrame,
     StartFrame,
@@ -109,6 +110,7 @@ async def run(
     *,
     record: bool = True,
     end: bool = True,
+    talk: Callable[[PipelineWorker], Awaitable[None]] | None = None,
 ) -> PipelineWorker:
     """Run frames through a real pipeline, to its end, which they bring about without `end`."""
     processors = [first or FramePasser(), *([observer.audio_processor] if record else [])]
@@ -120,8 +122,13 @@ async def run(
     )
     runner = WorkerRunner(handle_sigint=False)
     await runner.add_workers(worker)
-    await worker.queue_frames([*frames, *([EndFrame()] if end else [])])
-    await asyncio.wait_for(runner.run(), 10)
+
+    async def drive() -> None:
+        if talk:
+            await talk(worker)
+        await worker.queue_frames([*frames, *([EndFrame()] if end else [])])
+
+    await asyncio.wait_for(asyncio.gather(drive(), runner.run()), 10)
     return worker
 
 
@@ -459,26 +466,38 @@ async def test_what_is_redacted_is_neither_written_nor_sent(call):
     assert killed.call_ended()["transcript"][0]["content"] == "My card is [card]."
 
 
-async def test_the_nodes_of_a_flow_are_noticed(call):
-    class NoWorker:
-        def __getattr__(self, name):
-            return lambda *args, **kwargs: lambda handler: handler
+@pytest.mark.parametrize("first", ["with functions", "without"])
+async def test_the_nodes_of_a_flow_are_noticed(call, first, monkeypatch):
+    """A real manager on a real worker; the LLM is a processor that only says it begins."""
 
-    class Frames(NoWorker):
-        async def queue_frames(self, frames):
-            for frame in frames:
-                await observer.on_push_frame(pushed(frame))
+    class Begins(FramePasser):
+        async def process_frame(self, frame: Frame, direction: FrameDirection) -> None:
+            await super().process_frame(frame, direction)
+            if isinstance(frame, LLMRunFrame):
+                await self.push_frame(LLMFullResponseStartFrame())
 
     async def choose(flow_manager: FlowManager) -> tuple[None, NodeConfig]:
         """Go on to the end."""
-        return None, NodeConfig(name="end", task_messages=[], functions=[choose])
+        return None, NodeConfig(name="end", task_messages=[])
 
+    async def talk(worker: PipelineWorker) -> None:
+        manager = FlowManager(worker=worker, llm=None, context_aggregator=None)  # pyright: ignore
+        start = NodeConfig(name="start", task_messages=[])
+        if first == "with functions":
+            start["functions"] = [choose]
+        await manager.initialize(start)
+        await noticed.wait()
+        await manager.set_node_from_config((await choose(manager))[1])
+
+    def journal(event: dict[str, Any]) -> None:
+        KeptCall.journal(call, event)
+        if event["event"] == "node":
+            noticed.set()
+
+    noticed = asyncio.Event()
+    monkeypatch.setattr(call, "journal", journal)
     observer = observer_of(call)
-    manager = FlowManager(worker=Frames(), llm=None, context_aggregator=None)  # pyright: ignore
-    await manager.initialize(NodeConfig(name="start", task_messages=[], functions=[choose]))
-    await observer.on_push_frame(pushed(LLMFullResponseStartFrame(), 1000))
-    await manager.set_node_from_config((await choose(manager))[1])
-    await observer.on_push_frame(pushed(LLMFullResponseStartFrame(), 2000))
+    await run(observer, [], Begins(), talk=talk)
     await observer.aflush()
     assert [node["name"] for node in call.record["nodes"]] == ["start", "end"]
 
