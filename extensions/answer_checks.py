@@ -1,14 +1,17 @@
-"""Says in one sentence which given answer this template cannot take, before anything is asked.
+"""Says in one sentence which answer this template cannot take, as soon as it is given.
 
 cookiecutter 2.7 drops a mistyped question without a word, and takes the default in place of a bad
-choice in a configuration file with a warning only. This extension (`_extensions` in
-cookiecutter.json) refuses both, and hands the hooks what an answer is held against and which files
-belong to others.
+choice in a configuration file with a warning only. It asks everything before a hook may refuse a
+name, and logs a traceback behind that. This extension (`_extensions` in cookiecutter.json) refuses
+all of these itself, and hands the hooks what an answer is held against and which files belong to
+others.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from difflib import SequenceMatcher, get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +29,15 @@ except ImportError:
     raise ImportError("this template needs cookiecutter 2.5 or newer") from None
 
 TEMPLATE = Path(__file__).parents[1]
+HOOK_OPENING = '"""A hook of this template:'
 YES_OR_NO = {*YesNoPrompt.yes_choices, *YesNoPrompt.no_choices}
 
 
 class AnswerChecks(Extension):
     """Checks what the command line brings, and gives hooks `choices()` and `taken_names()`."""
+
+    # After VerbatimAnswers, which would take what is added here for an answer.
+    priority = 200
 
     def __init__(self, environment: Environment) -> None:
         super().__init__(environment)
@@ -38,8 +45,40 @@ class AnswerChecks(Extension):
         environment.globals["choices"] = lambda: choices(questions(Path()))
         environment.globals["taken_names"] = lambda: taken_names(Path())
         environment.globals["others"] = others
+        environment.globals["check_text"] = check_text
         if sentence := mistake(given_answers(), questions(TEMPLATE)):
             raise FailedHookException(sentence)
+
+    def preprocess(self, source: str, name: str | None, filename: str | None = None) -> str:
+        """Have the text answers looked at whenever cookiecutter renders the next question."""
+        if name is not None or source.startswith(HOOK_OPENING):
+            return source
+        return "{{ check_text(cookiecutter) }}" + source
+
+
+def check_text(answers: Any) -> str:
+    """Return nothing. Raises FailedHookException for a project or purpose that no bot can have."""
+    if answers and "project" in answers and is_the_command():
+        project, purpose = answers["project"], answers.get("purpose", "not asked yet")
+        if sentence := pre_gen_refusal()(project, purpose):
+            raise FailedHookException(sentence)
+    return ""
+
+
+@cache
+def pre_gen_refusal() -> Callable[[str, str], str | None]:
+    """Return the rules of hooks/pre_gen_project.py, where alone they stand."""
+    hook = (TEMPLATE / "hooks" / "pre_gen_project.py").read_text(encoding="utf-8")
+    knows = json.dumps([{}, {}, taken_names(TEMPLATE)])
+    namespace: dict[str, Any] = {"__name__": "pre_gen_project"}
+    exec(re.sub(r"^\{\{.*\}\}$", lambda _: knows, hook, flags=re.MULTILINE), namespace)
+    return namespace["refusal"]
+
+
+def is_the_command() -> bool:
+    """Whether the cookiecutter command is what runs, and not cruft, say."""
+    context = click.get_current_context(silent=True)
+    return context is not None and context.command is cookiecutter_command
 
 
 def questions(template: Path) -> dict[str, Any]:
@@ -70,10 +109,9 @@ def given_answers() -> list[tuple[str, Any]]:
 
     ~/.cookiecutterrc is left alone: it may hold answers to other templates.
     """
-    context = click.get_current_context(silent=True)
-    if context is None or context.command is not cookiecutter_command:
+    if not is_the_command():
         return []
-    options = context.params
+    options = click.get_current_context().params
     given = [*(options["extra_context"] or {}).items()]
     if options["config_file"]:
         config = get_user_config(options["config_file"], options["default_config"])

@@ -158,16 +158,33 @@ def test_a_bad_answer_is_refused_in_a_sentence_and_leaves_nothing(
     assert [path for path in tmp_path.rglob("*")] == [output.parent, output]
 
 
-def test_the_command_line_refuses_with_the_sentence_first_and_a_failing_exit_code(
+TAKEN = "project: 'daily' is already a module, package or device; try 'daily-bot'."
+
+
+def test_the_command_line_refuses_with_the_sentence_alone_and_a_failing_exit_code(
     command_line: CommandLine, template: Path, tmp_path: Path
 ) -> None:
     done = command_line("--no-input", template, "project=daily", "--output-dir", tmp_path)
 
     assert done.returncode == 1
-    assert done.stderr.splitlines()[0] == (
-        "project: 'daily' is already a module, package or device; try 'daily-bot'."
-    )
+    assert (done.stdout, done.stderr) == (f"{TAKEN}\n", "")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_bad_answer_at_the_prompt_is_refused_before_the_next_question(
+    command_line: CommandLine, template: Path, tmp_path: Path
+) -> None:
+    for lines, sentence in (
+        (["daily"], TAKEN),
+        (["my-bot", "x" * 4001], "purpose: 4001 characters are too many; at most 4000."),
+    ):
+        done = command_line(template, "--output-dir", tmp_path, lines=lines)
+
+        assert done.returncode == 1
+        assert done.stdout.endswith(f"{sentence}\n")
+        assert f"[{len(lines) + 1}/" not in done.stdout
+        assert "Traceback" not in done.stdout + done.stderr
+        assert not list(tmp_path.iterdir())
 
 
 UNKNOWN = "'trasport' is no question of this template (project, purpose, "
