@@ -50,8 +50,8 @@ DAILY_ID = re.compile(r"[\w.@:+-]{1,200}")
 DAILY_API = "https://api.daily.co/v1"
 
 
-# What Daily says of a line that is lost, and how the call ends then: in a room to which no telephone
-# comes, nothing else would happen.
+# What Daily says of a line that is lost, and how the call ends then: in a room to which no
+# telephone comes, nothing else would happen.
 DAILY_LOSSES = {
     "on_error": ("error", "Daily: the room could not be joined or was lost"),
     "on_dialin_error": ("error", "Daily: the caller's telephone could not be connected"),

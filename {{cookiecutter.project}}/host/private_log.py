@@ -1,26 +1,24 @@
 """Keeps what callers say, keys and tokens out of the log, at every level.
 
 Pipecat logs transcripts, prompts, tool arguments and request bodies, and Python logs exceptions
-with whatever text is in them. So the line of a library loses the values that were filled into it
-and keeps its own words, as they stand in its source:
+with whatever text is in them. So of a library's line stay its level and its place, the processors
+it names and the type of the exception it is about; its words only where nothing was filled in:
 
-    CartesiaTTSService#0: Generating TTS [Your code is 4711.]      as Pipecat writes it
-    CartesiaTTSService#0: Generating TTS […]                       as it is logged
+    …cartesia.tts:run_tts:712 - CartesiaTTSService#0: Generating TTS [Your code is 4711.]
+    …cartesia.tts:run_tts:712 - CartesiaTTSService#0 …
 
-Names of processors and measured times stay. Of an exception its type and its place stay, not its
-text. The lines of this project are logged as they are written: write none that says too much.
+Of an exception its type and its places stay, not its text. The lines of this project are logged as
+they are written: write none that says too much.
 
 `LOG_EVERYTHING=1` switches this off, on a machine of your own. What was said in a call is in its
 folder, see README.md.
 """
 
-import ast
 import linecache
 import logging
 import re
-import textwrap
+import sys
 import traceback
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,12 +32,10 @@ if TYPE_CHECKING:
 
 HIDDEN = "…"
 PROJECT = Path(__file__).resolve().parents[1]
-# What Pipecat calls its objects, such as "DeepgramSTTService#0".
-NAME = re.compile(r"[A-Za-z_]\w*#\d+(::[\w#]+)*")
+# What Pipecat calls its objects, such as "DeepgramSTTService#0", and the place of an error.
+NAME = re.compile(r"\b[A-Z]\w*[A-Z]\w*#\d+\b|\([^()\s]+\.py:\d+\)")
 # Tokens that Pipecat's server takes as part of an address, and queries, in uvicorn's lines.
 ADDRESS = re.compile(r"(/ws(?:-client)?/|\?)[^\s\"']+")
-# No statement that logs is longer.
-STATEMENT_LINES = 20
 
 
 def begin() -> None:
@@ -63,7 +59,7 @@ def _hush(record: "Record") -> None:
         return
     path = record["file"].path
     if not is_ours(path):
-        record["message"] = _words_of(path, record["line"], record["message"])
+        record["message"] = _what_stays(path, record["line"], record["message"])
     if (error := record["exception"]) and error.value:
         record["message"] += "\n" + _places(error.value)
         record["exception"] = None
@@ -77,10 +73,10 @@ class _QuietRecord(logging.LogRecord):
         if _is_off():
             return
         if self.name.startswith("uvicorn"):
-            self.args = _each(self.args, _without_tokens)
+            # Its formatter takes the arguments one by one.
+            self.args = tuple(map(_without_tokens, self.args)) if self.args else ()
         elif not is_ours(self.pathname):
-            self.msg = _words_of(self.pathname, self.lineno, str(self.msg))
-            self.args = () if self.msg == HIDDEN else _each(self.args, _only_numbers)
+            self.msg, self.args = _what_stays(self.pathname, self.lineno, self.getMessage()), ()
         if self.exc_info and (error := self.exc_info[1]):
             self.exc_text, self.exc_info = _places(error), None
 
@@ -90,47 +86,17 @@ def _is_off() -> bool:
     return setting("LOG_EVERYTHING") == "1"
 
 
-def _words_of(path: str, line: int, message: str) -> str:
-    """Return the words that the source puts into this message, and … for the rest."""
-    template = _template(path, line)
-    found = template.fullmatch(message) if template else None
-    if not found:
-        return HIDDEN
-    text, at = "", 0
-    for name, value in found.groupdict().items():
-        stays = name.startswith("number") or NAME.fullmatch(value)
-        text += message[at : found.start(name)] + (value if stays else HIDDEN)
-        at = found.end(name)
-    return text + message[at:]
+def _what_stays(path: str, line: int, message: str) -> str:
+    """Return of a library's message what nobody has said: see above."""
+    # The statement begins at this line; a text that stands there in quotes has nothing filled in.
+    if f'"{message}"' in "".join(linecache.getlines(path)[line - 1 : line + 1]):
+        return message
+    about = sys.exc_info()[0]
+    return " ".join([*NAME.findall(message), HIDDEN, *([about.__name__] if about else [])])
 
 
-@cache
-def _template(path: str, line: int) -> re.Pattern[str] | None:
-    """Return the form of the messages that the statement at this line logs, values as groups."""
-    source = linecache.getlines(path)[line - 1 : line - 1 + STATEMENT_LINES]
-    for end in range(1, len(source) + 1):
-        try:
-            tree = ast.parse(textwrap.dedent("".join(source[:end])))
-        except SyntaxError:
-            continue
-        match tree.body:
-            case [ast.Expr(ast.Call(args=[ast.JoinedStr(values=parts), *_]))]:
-                pattern = "".join(_pattern(part, index) for index, part in enumerate(parts))
-                return re.compile(pattern, re.DOTALL)
-            case [ast.Expr(ast.Call(args=[ast.Constant(value=str(text)), *_]))]:
-                return re.compile(re.escape(text))
-        break
-    return None
-
-
-def _pattern(part: ast.expr, index: int) -> str:
-    match part:
-        case ast.Constant(value=str(text)):
-            return re.escape(text)
-        # Only of a measured number are the digits counted: {seconds:.3f}.
-        case ast.FormattedValue(format_spec=ast.JoinedStr(values=[ast.Constant(value=str(spec))])):
-            return rf"(?P<number{index}>-?[\d.]+)" if spec.endswith("f") else f"(?P<v{index}>.*?)"
-    return f"(?P<v{index}>.*?)"
+def _without_tokens(value: Any) -> Any:
+    return ADDRESS.sub(rf"\1{HIDDEN}", value) if isinstance(value, str) else value
 
 
 def _places(error: BaseException) -> str:
@@ -139,17 +105,3 @@ def _places(error: BaseException) -> str:
     frames = "".join(traceback.format_tb(error.__traceback__))
     last = f"Traceback (most recent call last):\n{frames}{type(error).__name__}"
     return f"{_places(earlier)}\n\nwhich led to\n\n{last}" if earlier else last
-
-
-def _each(arguments: Any, quiet: Any) -> Any:
-    if isinstance(arguments, Mapping):
-        return {name: quiet(value) for name, value in arguments.items()}
-    return tuple(map(quiet, arguments or ()))
-
-
-def _only_numbers(value: Any) -> Any:
-    return value if isinstance(value, int | float) else HIDDEN
-
-
-def _without_tokens(value: Any) -> Any:
-    return ADDRESS.sub(rf"\1{HIDDEN}", value) if isinstance(value, str) else value

@@ -94,19 +94,25 @@ def library(tmp_path: Path) -> Callable[[str], None]:
     "statement, logged",
     [
         ('logger.debug("Nothing to hide")', "Nothing to hide"),
-        ('logger.debug(f"{name}: saying [{text}] now")', "SomeService#3: saying [\u2026] now"),
-        ('logger.error(f"{name} failed: {text}")', "SomeService#3 failed: \u2026"),
-        ('logger.trace(\n    f"{text} took "\n    f"{seconds:.3f}s"\n)', "\u2026 took 0.250s"),
+        ('logger.debug(\n    "Nothing to hide"\n)', "Nothing to hide"),
+        ('logger.debug(f"{name}: saying [{text}] now")', "SomeService#3 \u2026"),
+        (
+            'logger.error(f"{name} (/a/b.py:7): {text}")',
+            "SomeService#3 (/a/b.py:7) \u2026",
+        ),
+        ('logger.trace(\n    f"{text} took "\n    f"{seconds:.3f}s"\n)', "\u2026"),
+        ('logger.error(f"{name}: order#4711 {text}")', "SomeService#3 \u2026"),
         ("logger.info(text)", "\u2026"),
         ('logger.info("said " + text)', "\u2026"),
         ('logger.info("said {}", text)', "\u2026"),
         ('if text: logger.info(f"said {text}")', "\u2026"),
-        ('logging.error("%s took %d ms: %s", name, 12, text)', "\u2026 took 12 ms: \u2026"),
-        ('logging.error(f"{name}: {text}")', "SomeService#3: \u2026"),
+        ('logging.error("%s took %d ms: %s", name, 12, text)', "SomeService#3 \u2026"),
+        ('logging.error(f"{name}: {text}")', "SomeService#3 \u2026"),
+        ('logging.error("Nothing to hide")', "Nothing to hide"),
         ("logging.error(text)", "\u2026"),
     ],
 )
-def test_a_librarys_line_keeps_its_own_words_only(
+def test_a_librarys_line_keeps_names_and_words_with_nothing_filled_in(
     statement: str, logged: str, lines: list[str], library: Callable[[str], None]
 ) -> None:
     library(statement)
@@ -133,6 +139,15 @@ def test_an_exception_is_logged_with_its_place_and_without_its_text(
     assert line.startswith("It broke\nTraceback")
     assert "ValueError\n" in line and line.rstrip().endswith("RuntimeError")
     assert 'library.py", line 5, in fail' in line
+
+
+@pytest.mark.parametrize("log", ["logger.error", "logging.error"])
+def test_a_line_about_an_exception_says_of_which_type(
+    log: str, lines: list[str], library: Callable[[str], None]
+) -> None:
+    broken = f"{log}(f'{{name}}: broken ({{error}})')"
+    library(f"try:\n    int(text)\nexcept ValueError as error:\n    {broken}\n")
+    assert [line.rstrip() for line in lines] == ["SomeService#3 \u2026 ValueError"]
 
 
 def test_the_projects_own_lines_are_logged_as_they_are_written(lines: list[str]) -> None:
