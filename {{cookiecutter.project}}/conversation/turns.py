@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from pipecat.audio.turn.smart_turn.local_smart_turn_v3 import LocalSmartTurnAnalyzerV3
 from pipecat.audio.vad.silero import SileroVADAnalyzer
+from pipecat.audio.vad.vad_analyzer import VAD_STOP_SECS
 from pipecat.frames.frames import (
     BotStartedSpeakingFrame,
     BotStoppedSpeakingFrame,
@@ -174,7 +175,11 @@ class InterruptionUserTurnStartStrategy(BaseUserTurnStartStrategy):
             case _ if isinstance(frame, self._ends):
                 self._speaks_since = None
             case UserSpeakingFrame() if self._speaks_since is not None:
-                is_long = self._clock() - self._speaks_since >= LONGEST_BACKCHANNEL_SECONDS
+                # Until the bot is to be heard there is no hurry: a cough may be over by then, of
+                # which the detector tells so much later.
+                patience = 0.0 if floor.bot_speaks else VAD_STOP_SECS
+                spoken = self._clock() - self._speaks_since
+                is_long = spoken >= LONGEST_BACKCHANNEL_SECONDS + patience
                 if is_long and not floor.is_saying_goodbye:
                     return await self._start_turn()
             case InterimTranscriptionFrame() if not self._is_aside(frame.text):

@@ -47,8 +47,8 @@ RECORDED = "Welcome, this call is recorded."
 # OpenAI is told by it when to recognise what was said.
 MHM = "mh" + "m" * 11
 
-# 0.45 s of voice without a word, such that the voice activity detector hears it on any line.
-COUGH = "w" + "o" * 14
+# 0.45 s of voice without a word, such that the voice activity detector hears it every time.
+COUGH = "d" + "a" * 14
 GOODBYE = "Goodbye, and thank you."
 PERSON = Script(
     greeting="Hello.",
@@ -287,7 +287,9 @@ async def test_speech_that_goes_on_takes_the_turn_without_a_word_recognised() ->
     ("frame", "after", "turns"),
     [
         (VADUserStoppedSpeakingFrame(), 0.3, 0),
-        (UserSpeakingFrame(), 0.4, 1),
+        # The detector goes on for 0.2 s after a cough of 0.5.
+        (UserSpeakingFrame(), 0.5, 0),
+        (UserSpeakingFrame(), 0.65, 1),
         (InterimTranscriptionFrame(text="Oh", user_id="", timestamp=""), 0.1, 1),
         # Never both at once.
         (BotStartedSpeakingFrame(), 0.1, 1),
