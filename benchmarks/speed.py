@@ -24,7 +24,7 @@ from rehearsal.callers.caller import Caller
 from rehearsal.callers.twilio import TwilioCaller
 from rehearsal.callers.webrtc import WebRTCCaller
 from rehearsal.engines.scripted import Answer, Script, ScriptedEngine
-from rehearsal.providers.all import serve
+from rehearsal.providers.all import Providers, serve
 from rehearsal.providers.roark import RoarkReceiver
 from rehearsal.providers.server import free_port
 
@@ -142,29 +142,38 @@ class Speech:
 async def world(folder: Path, script: Script = SCRIPT) -> AsyncIterator[dict[str, str]]:
     """Run providers and a Roark; yields the environment of a bot that uses them."""
     async with serve(ScriptedEngine(script)) as providers, RoarkReceiver() as roark:
-        kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
-        yield {
-            **kept,
-            **providers.environment,
-            # How many calls are too many is what crowd.py measures.
-            "MAX_CALLS": "0",
-            "MAX_CALLS_PER_CALLER": "0",
-            "ROARK_BASE_URL": roark.url,
-            "ROARK_API_KEY": "key",
-            "CALLS_DIR": str(folder / "calls"),
-            # The scaffold's bot takes no phone call without them.
-            "TWILIO_ACCOUNT_SID": "AC1",
-            "TWILIO_AUTH_TOKEN": "token",
-            "TWILIO_BASE_URL": f"http://127.0.0.1:{providers.twilio.port}",
-        }
+        yield environment_of(providers, roark, folder)
+
+
+def environment_of(providers: Providers, roark: RoarkReceiver, folder: Path) -> dict[str, str]:
+    """Return the environment of a bot, either one, that uses these; calls are kept in `folder`."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    return {
+        **kept,
+        **providers.environment,
+        # How many calls are too many is what crowd.py measures.
+        "MAX_CALLS": "0",
+        "MAX_CALLS_PER_CALLER": "0",
+        "ROARK_BASE_URL": roark.url,
+        "ROARK_API_KEY": "key",
+        "CALLS_DIR": str(folder / "calls"),
+        # The scaffold's bot takes no phone call without them.
+        "TWILIO_ACCOUNT_SID": "AC1",
+        "TWILIO_AUTH_TOKEN": "token",
+        "TWILIO_BASE_URL": f"http://127.0.0.1:{providers.twilio.port}",
+    }
 
 
 def bots(folder: Path, environment: dict[str, str]) -> tuple[Bot, Bot]:
     """Lay out both bots in `folder`, each as its image would hold it."""
-    scaffold = generate(folder / "scaffold", environment["TWILIO_BASE_URL"])
-    return our_bot(folder), Bot(
+    return our_bot(folder), scaffolds_bot(folder, environment)
+
+
+def scaffolds_bot(folder: Path, environment: dict[str, str]) -> Bot:
+    """Let `pipecat init` write its bot in `folder`."""
+    return Bot(
         SCAFFOLD,
-        scaffold,
+        generate(folder / "scaffold", environment["TWILIO_BASE_URL"]),
         ("-m", "benchmarks.scaffold", "bot"),
         ("-m", "benchmarks.scaffold", "image"),
     )

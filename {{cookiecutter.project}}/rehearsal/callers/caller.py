@@ -10,7 +10,7 @@ import asyncio
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -58,6 +58,11 @@ class Track:
         self._pieces: list[tuple[float, bytes]] = []
 
     @property
+    def start(self) -> float:
+        """When the first sample was played; 0.0 if there is none."""
+        return self._pieces[0][0] if self._pieces else 0.0
+
+    @property
     def end(self) -> float:
         """When the last sample received so far is (or will be) played; 0.0 if there is none."""
         if not self._pieces:
@@ -89,6 +94,19 @@ class Track:
             if spoken.start < at
         ]
 
+    def sound_at(self, start: float, count: int) -> NDArray[np.float32]:
+        """Return `count` samples as they were played from `start` on; silence where none were."""
+        sound = np.zeros(count, np.float32)
+        for at, piece in reversed(self._pieces):
+            first = round((at - start) * self.sample_rate)
+            samples = np.frombuffer(piece, dtype="<i2")
+            if first + len(samples) <= 0:
+                break
+            begin, end = max(0, first), min(count, first + len(samples))
+            if begin < end:
+                sound[begin:end] = samples[begin - first : end - first]
+        return sound
+
     def pcm(self) -> bytes:
         """Return everything played, from the first sample on, gaps as silence."""
         if not self._pieces:
@@ -109,17 +127,21 @@ class Caller(ABC):
         heard: What the bot said, when the caller could hear it.
         sent: What the caller said, in order.
         ended: Set once the line is gone, whoever closed it.
+        sample_rate: Of the line, Hz.
+        surroundings: What the microphone picks up besides the caller: given the caller, a time on
+            the clock and a number of samples, the samples. See person.py.
         slowness: How much longer than real time the caller's sound takes: 1, or more for a bot
             that has to share its machine. What counts samples does not notice.
     """
 
     slowness = 1.0
+    surroundings: Callable[["Caller", float, int], NDArray[np.float32]] | None = None
 
     def __init__(self, *, sample_rate: int, lose_packets: bool) -> None:
         self.heard = Track(sample_rate)
         self.sent: list[Utterance] = []
         self.ended = asyncio.Event()
-        self._sample_rate = sample_rate
+        self.sample_rate = sample_rate
         self._lose_packets = lose_packets
         self._began = 0.0
         self._next_frame = 0
@@ -158,10 +180,10 @@ class Caller(ABC):
             ConnectionError: The bot ended the call meanwhile.
         """
         samples = np.frombuffer(pcm, dtype="<i2")
-        if sample_rate != self._sample_rate:
-            samples = soxr.resample(samples, sample_rate, self._sample_rate)
+        if sample_rate != self.sample_rate:
+            samples = soxr.resample(samples, sample_rate, self.sample_rate)
         speech = samples.tobytes()
-        frame_bytes = 2 * round(self._sample_rate * FRAME_SECONDS)
+        frame_bytes = 2 * round(self.sample_rate * FRAME_SECONDS)
         first = self._next_frame + len(self._to_say)
         for start in range(0, len(speech), frame_bytes):
             self._to_say.append(speech[start : start + frame_bytes].ljust(frame_bytes, b"\0"))
@@ -169,7 +191,7 @@ class Caller(ABC):
         self._said.append((self._next_frame + len(self._to_say), sent))
         await self._unless_ended(sent)
         began = self._began + first * FRAME_SECONDS * self.slowness
-        loud = _loud_windows(speech, self._sample_rate, of_loudest=_OF_LOUDEST) or [0.0]
+        loud = _loud_windows(speech, self.sample_rate, of_loudest=_OF_LOUDEST) or [0.0]
         start, end = loud[0] * self.slowness, (loud[-1] + _WINDOW_SECONDS) * self.slowness
         utterance = Utterance(began + start, began + end)
         self.sent.append(utterance)
@@ -249,19 +271,27 @@ class Caller(ABC):
         Frame n holds the sound of the 20 ms that begin at n * 20 ms and can leave when they are
         over. Late frames follow at once: the pace is the clock's, not the loop's.
         """
-        silence = bytes(2 * round(self._sample_rate * FRAME_SECONDS))
+        silence = bytes(2 * round(self.sample_rate * FRAME_SECONDS))
         self._began = time.monotonic()
         while True:
             due = self._began + (self._next_frame + 1) * FRAME_SECONDS * self.slowness
             await asyncio.sleep(max(0.0, due - time.monotonic()))
             lost = self._lose_packets and self._next_frame % _FRAMES_PER_LOSS < _LOST_FRAMES
             frame = self._to_say.popleft() if self._to_say else silence
+            if self.surroundings:
+                begin = self._began + self._next_frame * FRAME_SECONDS * self.slowness
+                frame = _mixed(frame, self.surroundings(self, begin, len(frame) // 2))
             self._next_frame += 1
             yield None if lost else frame
             while self._said and self._said[0][0] <= self._next_frame:
                 sent = self._said.popleft()[1]
                 if not sent.done():
                     sent.set_result(None)
+
+
+def _mixed(pcm: bytes, sound: NDArray[np.float32]) -> bytes:
+    samples = np.frombuffer(pcm, dtype="<i2") + sound
+    return np.clip(samples, -32768, 32767).astype("<i2").tobytes()
 
 
 def is_loud(pcm: bytes, rms: float = LOUD_RMS) -> bool:

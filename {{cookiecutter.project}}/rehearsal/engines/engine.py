@@ -19,12 +19,14 @@ class Heard:
         is_final: False for a guess that a later `Heard` replaces.
         start_s: Where the speech began, seconds from the first sample fed to this ear.
         duration_s: How long it lasted, seconds.
+        known_after_s: How much later than it is returned it is to be told, seconds.
     """
 
     text: str
     is_final: bool
     start_s: float
     duration_s: float
+    known_after_s: float = 0.0
 
     def words(self) -> list["Word"]:
         """Spread the words over the time that was really spoken, by their length."""

@@ -5,7 +5,9 @@ the server sends `Results`, first interim, then final ones. What Pipecat waits f
 went quiet is a final result with `from_finalize`; an empty one is legal.
 """
 
-from collections.abc import Iterable, Mapping
+import asyncio
+from collections.abc import Coroutine, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from string import punctuation
 from typing import Any
@@ -59,14 +61,18 @@ class DeepgramServer(EngineServer):
         if not is_pcm or not sample_rate.isdecimal():
             raise web.HTTPBadRequest(reason="the rehearsal hears linear16 on one channel")
         ear = self.engine.listen(int(sample_rate))
-        async with self.websocket(request, entry) as connection:
+        async with self.websocket(request, entry) as connection, asyncio.TaskGroup() as later:
             async for message in connection:
                 match message:
                     case bytes():
                         await self._answer(connection, await ear.feed(message))
                     case {"type": "Finalize"}:
                         heard = await ear.finalize() or [Heard("", True, 0.0, 0.0)]
-                        await self._answer(connection, heard, from_finalize=True)
+                        answer = self._answer(connection, heard, from_finalize=True)
+                        if delay_s := heard[-1].known_after_s:
+                            later.create_task(_after(delay_s, answer))
+                        else:
+                            await answer
                     case {"type": "CloseStream"}:
                         await self._answer(connection, await ear.finalize())
                         break
@@ -88,6 +94,17 @@ class DeepgramServer(EngineServer):
                 connection.cut()
                 return
             await connection.send(_results(item, from_finalize=from_finalize and item.is_final))
+
+
+async def _after(seconds: float, answer: Coroutine[None, None, None]) -> None:
+    """Answer later, while the server goes on listening; a client that is gone misses nothing."""
+    try:
+        await asyncio.sleep(seconds)
+    except asyncio.CancelledError:
+        answer.close()
+        raise
+    with suppress(ConnectionError):
+        await answer
 
 
 def error_object(status: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pipecat.frames.frames import (
 )
 from pipecat.services.deepgram.stt import DeepgramSTTService
 
+from rehearsal.engines.known_words import KnownWordsEngine, joined
 from rehearsal.engines.scripted import Script, ScriptedEngine
 from rehearsal.providers.all import Providers, serve
 from rehearsal.providers.deepgram import DeepgramServer
@@ -60,6 +61,26 @@ async def test_deepgram_says_when_the_speech_was() -> None:
     assert result.duration == pytest.approx(8 * 0.03, abs=0.021)
     assert words[0].start == result.start
     assert words[-1].end == pytest.approx(result.start + result.duration)
+
+
+async def test_deepgram_goes_on_listening_until_its_last_words_are_known() -> None:
+    """The ear that knows the words takes its time; what is said meanwhile is not part of them."""
+    engine = KnownWordsEngine((), final_s=0.4)
+    for text in ("first", "second"):
+        speech = [piece async for piece in engine.speak(f"{text} things", SAMPLE_RATE)]
+        engine.phrases.append(joined(speech, SAMPLE_RATE))
+    async with serve(engine) as providers, line(deepgram(providers)) as call:
+        await call.send(*await spoken("first things"))
+        await providers.log.until(lambda: finalized(providers))
+        before = time.monotonic()
+        await call.send(*await spoken("second things"))
+        await call.until(lambda: call.of(TranscriptionFrame))
+        assert time.monotonic() - before >= 0.35
+        await call.until(lambda: len(call.of(TranscriptionFrame)) == 2)
+    assert [frame.text for frame in call.of(TranscriptionFrame)] == [
+        "first things",
+        "second things",
+    ]
 
 
 async def test_silence_is_finalized_without_a_transcript() -> None:

@@ -1,0 +1,447 @@
+"""How the two bots take turns with people: with pauses, numbers, coughs, noise and echo.
+
+    python -m benchmarks.conversation --subject ours --transport twilio --rows "no pause,0.6 s"
+
+A person-like caller says human recordings, whose words and times are known, to our bot and to the
+one that `pipecat init` writes, at the same time and on the same providers. The recogniser is one
+that knows the words and is as late as it is told to be; the LLM names in each answer the request
+that it answers, so that from what was audible at the caller's end it can be told what of the
+caller's words the bot had when it spoke.
+"""
+
+import argparse
+import asyncio
+import statistics
+import sys
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import soxr
+from loguru import logger
+from rehearsal.callers.caller import Caller
+from rehearsal.callers.person import Person, Said, Saying
+from rehearsal.engines.engine import Speech, TextDelta, ToolCall, Word
+from rehearsal.engines.known_words import EAR_HZ, KnownWordsEar, KnownWordsEngine, Phrase, joined
+from rehearsal.providers.all import Providers, serve
+from rehearsal.providers.cartesia import CartesiaServer
+from rehearsal.providers.roark import RoarkReceiver
+
+from benchmarks.material import recordings
+from benchmarks.speed import (
+    OURS,
+    SCAFFOLD,
+    TRANSPORTS,
+    Bot,
+    Running,
+    environment_of,
+    our_bot,
+    p95,
+    running,
+    scaffolds_bot,
+)
+
+SUBJECTS = {"ours": OURS, "scaffold": SCAFFOLD}
+
+FINAL_SECONDS, LLM_SECONDS, VOICE_SECONDS = 0.1, 0.45, 0.15
+"""What the providers take: the last words, the first token and the first sound."""
+LATE_SECONDS = 2.0
+"""An answer that comes later than this, without what the providers take, is late."""
+
+SECONDS = 30.0
+"""What a greeting may take on a busy machine."""
+AT_ONCE = 2
+"""Calls at a time: more of them, with the bots, are too many for two cores."""
+
+NAME, NAME_SECONDS, NAME_RMS = "Answer-", 0.45, 3000.0
+REST_OF_ANSWER = "that has been noted and will be taken care of."
+LAST_WORD = REST_OF_ANSWER.split()[-1]
+VOICE_HZ = 16000
+
+
+@dataclass(frozen=True)
+class Request:
+    """One time that the LLM was asked.
+
+    Attributes:
+        at: When, seconds on `time.monotonic`.
+        asked: What the caller said since the bot's last answer, as the LLM was told.
+        name: The first word of the answer, which tells it from all others.
+    """
+
+    at: float
+    asked: str
+    name: str
+
+
+class Witness(KnownWordsEngine):
+    """Hears known words, answers with a name, and remembers what it was asked.
+
+    Attributes:
+        requests: Of the call that is up.
+    """
+
+    def __init__(self, phrases: Sequence[Phrase]) -> None:
+        super().__init__(phrases)
+        self.requests: list[Request] = []
+
+    async def think(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]
+    ) -> AsyncIterator[TextDelta | ToolCall]:
+        """Answer with a name of its own whatever is asked."""
+        name = f"{NAME}{len(self.requests)},"
+        request = Request(time.monotonic(), _asked(messages), name)
+        self.requests.append(request)
+        await asyncio.sleep(LLM_SECONDS)
+        for word in (name, *REST_OF_ANSWER.split()):
+            yield TextDelta(word if word == name else f" {word}")
+
+    async def speak(self, text: str, sample_rate: int) -> AsyncGenerator[Speech]:
+        """Say `text` as the scripted engine does, but for the names: each has its own noise."""
+        begin = 0.0
+        for word in text.split():
+            if not word.startswith(NAME):
+                async for piece in super().speak(word, sample_rate):
+                    (spoken,) = piece.words
+                    yield Speech(
+                        piece.pcm, (Word(word, begin + spoken.start_s, begin + spoken.end_s),)
+                    )
+                    begin += len(piece.pcm) / 2 / sample_rate
+                continue
+            # Made at one rate, so that it is the same sound at any other.
+            noise = np.random.default_rng(crc32(word.encode())).normal(
+                0.0, NAME_RMS, round(NAME_SECONDS * EAR_HZ)
+            )
+            pcm = soxr.resample(noise, EAR_HZ, sample_rate).astype("<i2").tobytes()
+            yield Speech(pcm, (Word(word, begin, begin + NAME_SECONDS),))
+            begin += NAME_SECONDS
+
+    async def answer(self, request: Request) -> Phrase:
+        """Return how the answer to a request sounds."""
+        text = f"{request.name} {REST_OF_ANSWER}"
+        return joined([piece async for piece in self.speak(text, VOICE_HZ)], VOICE_HZ)
+
+
+def _asked(messages: list[dict[str, Any]]) -> str:
+    """Return what the caller said since the bot spoke last."""
+    said: list[str] = []
+    for message in reversed(messages):
+        if message["role"] == "assistant":
+            break
+        if message["role"] == "user":
+            said.insert(0, message["content"])
+    return " ".join(" ".join(said).split())
+
+
+@dataclass(frozen=True)
+class Audible:
+    """Something that the caller heard the bot say.
+
+    Attributes:
+        start: When it began, seconds on `time.monotonic`.
+        request: What it answers.
+        is_whole: Whether its last word was heard.
+    """
+
+    start: float
+    request: Request
+    is_whole: bool
+
+
+@dataclass
+class Call:
+    """What is known of a call when it is over.
+
+    Attributes:
+        said: What the person said.
+        audible: What they heard of answers, in order.
+        requests: Every time the LLM was asked.
+        providers_s: What the providers take of the time to an answer, seconds.
+    """
+
+    said: list[Said]
+    audible: list[Audible]
+    requests: list[Request]
+    providers_s: float
+
+
+@dataclass
+class Verdict:
+    """What became of one utterance; times in seconds, None where there was no answer."""
+
+    cut_in: bool = False
+    half: bool = False
+    lost: bool = False
+    doubled: bool = False
+    late: bool = False
+    interrupted: bool = False
+    answered_after: float | None = None
+    requests: int = 0
+    story: str = ""
+
+
+async def heard_answers(engine: Witness, caller: Caller) -> list[Audible]:
+    """Tell by their sound which answers the caller heard."""
+    answers = [(await engine.answer(request), request) for request in engine.requests]
+    ear = KnownWordsEar(
+        [phrase for phrase, _ in answers], caller.sample_rate, final_s=0.0, pause_s=0.5
+    )
+    names = {request.name: request for request in engine.requests}
+    found: list[Audible] = []
+    heard: list[Word] = []
+    second = 2 * caller.sample_rate
+    pcm = caller.heard.pcm() + bytes(second)
+    for at in range(0, len(pcm), second // 10):
+        for result in await ear.feed(pcm[at : at + second // 10]):
+            heard += result.words() if result.is_final else []
+    for result in await ear.finalize():
+        heard += result.words()
+    for word in heard:
+        if word.text in names:
+            start = caller.heard.start + word.start_s
+            found.append(Audible(start, names[word.text], is_whole=False))
+        elif found and word.text == LAST_WORD:
+            found[-1] = replace(found[-1], is_whole=True)
+    # Sound that was cut off before it could be told is the answer to the request before it.
+    for spoken in caller.heard.utterances:
+        is_told = any(spoken.start - 0.1 <= a.start <= spoken.end + 0.1 for a in found)
+        before = [request for request in engine.requests if request.at < spoken.start]
+        if not is_told and before:
+            found.append(Audible(spoken.start, before[-1], is_whole=False))
+    return sorted(found, key=lambda audible: audible.start)
+
+
+def judge(call: Call) -> list[Verdict]:
+    """Say what became of each utterance."""
+    ends = [said.start for said in call.said[1:]] + [float("inf")]
+    return [_judge(call, said, end) for said, end in zip(call.said, ends, strict=True)]
+
+
+def _judge(call: Call, said: Said, end: float) -> Verdict:
+    words, last = said.saying.text, said.saying.phrases[-1].text
+    here = [audible for audible in call.audible if said.start < audible.start < end]
+    answers = [a for a in here if a.request.asked.endswith(last)]
+    half = [a for a in here if a.request.asked and not a.request.asked.endswith(words)]
+    first = answers[0].start - said.end if answers else None
+    verdict = Verdict(
+        cut_in=any(audible.start < said.end for audible in here),
+        half=bool(half),
+        lost=not answers,
+        doubled=len(answers) > 1,
+        late=first is not None and first > LATE_SECONDS + call.providers_s,
+        interrupted=any(a.start > said.end and not a.is_whole for a in here),
+        answered_after=first,
+        requests=sum(said.start < request.at < end for request in call.requests),
+    )
+    verdict.story = "; ".join(
+        [f"{words!r} {said.saying.pause_s:g} s, ends {said.end - said.start:.2f}"]
+        + [
+            f"asked at {r.at - said.end:+.2f} {r.asked!r}"
+            for r in call.requests
+            if said.start < r.at < end
+        ]
+        + [
+            f"heard at {a.start - said.end:+.2f} {a.request.name}{'' if a.is_whole else ' CUT'}"
+            for a in here
+        ]
+    )
+    return verdict
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of conversation.
+
+    Attributes:
+        name: For the table.
+        sayings: What the person says in one call.
+        final_s: How late the recogniser's last words are, seconds.
+    """
+
+    name: str
+    sayings: tuple[Saying, ...]
+    final_s: float = FINAL_SECONDS
+
+    async def hold(self, person: Person) -> None:
+        """Have the conversation, after the greeting."""
+        for saying in self.sayings:
+            await person.ask(saying)
+
+
+SENTENCES = (
+    "john-dashwood",
+    "not-ill-disposed",
+    "cold-hearted",
+    "more-respectable",
+    "made-amiable",
+    "go-forward",
+    "do-something",
+    "three-cards",
+    "queen-of-clubs",
+)
+
+
+def rows() -> dict[str, Row]:
+    """Return all rows by name."""
+    human = [recordings()[name] for name in SENTENCES]
+
+    def paused(seconds: float) -> tuple[Saying, ...]:
+        return tuple(Saying(phrases, seconds) for phrases in human)
+
+    made = [Row("no pause", paused(0.0))]
+    made += [Row(f"{seconds:g} s", paused(seconds)) for seconds in (0.3, 0.6, 1.0, 1.5)]
+    return {row.name: row for row in made}
+
+
+@dataclass
+class Lane:
+    """A bot with providers of its own, which holds one call at a time."""
+
+    name: str
+    engine: Witness
+    providers: Providers
+    host: Running
+
+    async def call(self, transport: str, row: Row) -> list[Verdict]:
+        """Hold one call of a row and judge it."""
+        self.engine.requests = []
+        self.engine.final_s = row.final_s
+        self.providers[CartesiaServer].faults.slow_s = VOICE_SECONDS
+        async with self.host.caller(transport) as caller:
+            person = Person(caller)
+            await caller.hear(within=SECONDS)
+            await caller.hear_out(quiet=1.0, within=SECONDS)
+            with suppress(ConnectionError):
+                await row.hold(person)
+        audible = await heard_answers(self.engine, caller)
+        providers_s = row.final_s + LLM_SECONDS + VOICE_SECONDS
+        return judge(Call(person.said, audible, self.engine.requests, providers_s))
+
+
+@asynccontextmanager
+async def lane(name: str, folder: Path, phrases: Sequence[Phrase]) -> AsyncIterator[Lane]:
+    """Run a bot and what it needs."""
+    engine = Witness(phrases)
+    folder.mkdir()
+    async with AsyncExitStack() as stack:
+        providers = await stack.enter_async_context(serve(engine))
+        roark = await stack.enter_async_context(RoarkReceiver())
+        environment = environment_of(providers, roark, folder)
+        bot: Bot = our_bot(folder) if name == OURS else scaffolds_bot(folder, environment)
+        yield Lane(
+            name, engine, providers, await stack.enter_async_context(running(bot, environment))
+        )
+
+
+Found = dict[tuple[str, str, str], list[Verdict]]
+"""Row, transport, bot -> what became of each utterance."""
+
+
+async def measure(
+    subjects: Sequence[str],
+    transports: Sequence[str],
+    chosen: Sequence[Row],
+    calls: int,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Found:
+    """Hold `calls` calls of every row over every transport with every bot."""
+    phrases = list(
+        {phrase: None for row in rows().values() for s in row.sayings for phrase in s.phrases}
+    )
+    found: Found = {}
+    with TemporaryDirectory(prefix="conversation-") as temporary:
+        async with AsyncExitStack() as stack:
+            lanes: list[Lane] = []
+            for number in range(max(AT_ONCE, len(subjects))):
+                name = subjects[number % len(subjects)]
+                folder = Path(temporary) / f"{number}"
+                lanes.append(await stack.enter_async_context(lane(name, folder, phrases)))
+            jobs = {
+                name: [(row, t) for row in chosen for t in transports for _ in range(calls)]
+                for name in subjects
+            }
+
+            async def work(lane: Lane) -> None:
+                while jobs[lane.name]:
+                    row, transport = jobs[lane.name].pop(0)
+                    verdicts = await lane.call(transport, row)
+                    found.setdefault((row.name, transport, lane.name), []).extend(verdicts)
+                    for verdict in verdicts:
+                        tell(f"{lane.name} {transport} {row.name}: {verdict.story}")
+
+            await asyncio.gather(*(work(lane) for lane in lanes))
+    return found
+
+
+HEADER = (
+    "| row | line | bot | n | cut-ins | half | lost | doubled | late | interrupted "
+    "| median | p95 | requests |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def table(found: Found) -> str:
+    """Return the table of what was found: per hundred utterances, and milliseconds."""
+    lines = [HEADER]
+    for (row, transport, bot), verdicts in found.items():
+        count = len(verdicts)
+
+        def share(name: str, verdicts: list[Verdict] = verdicts, count: int = count) -> str:
+            return f"{100 * sum(getattr(v, name) for v in verdicts) / count:.0f}"
+
+        kinds = ("cut_in", "half", "lost", "doubled", "late", "interrupted")
+        times = [v.answered_after for v in verdicts if v.answered_after is not None]
+        median = f"{statistics.median(times) * 1000:.0f}" if times else "-"
+        worst = f"{p95(times) * 1000:.0f}" if len(times) > 1 else "-"
+        requests = sum(v.requests for v in verdicts) / count
+        lines.append(
+            f"| {row} | {transport} | {bot} | {count} | "
+            + " | ".join(share(kind) for kind in kinds)
+            + f" | {median} | {worst} | {requests:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def report() -> str:
+    """Measure everything, and return the section for README.md."""
+    return table(
+        asyncio.run(measure(list(SUBJECTS.values()), TRANSPORTS, list(rows().values()), 1))
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure what the command line asks for and print the table; returns the exit status."""
+    known = rows()
+    parser = argparse.ArgumentParser(prog="python -m benchmarks conversation")
+    parser.add_argument("--subject", choices=(*SUBJECTS, "both"), default="both")
+    parser.add_argument("--transport", choices=(*TRANSPORTS, "both"), default="both")
+    parser.add_argument("--rows", default=",".join(known), help="names, with commas between")
+    parser.add_argument("--calls", type=int, default=1, help="per row, transport and bot")
+    parser.add_argument("--stories", action="store_true", help="tell what became of each utterance")
+    options = parser.parse_args(arguments)
+    names = [name.strip() for name in options.rows.split(",")]
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"no such row: {', '.join(unknown)}; there is {', '.join(known)}")
+    subjects = list(SUBJECTS) if options.subject == "both" else [options.subject]
+    transports = TRANSPORTS if options.transport == "both" else (options.transport,)
+    logger.remove()
+    found = asyncio.run(
+        measure(
+            [SUBJECTS[name] for name in subjects],
+            transports,
+            [known[name] for name in names],
+            options.calls,
+            print if options.stories else lambda line: None,
+        )
+    )
+    print(table(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
