@@ -29,7 +29,7 @@ Every event has `event` (its name) and `at` (epoch nanoseconds of the moment it 
     metric        kind, service, model?, value
     error         processor, message, category?, unusable
     node          name (Pipecat Flows)
-    phone         from_number?, to_number?, call_id?, stream_id?, call_domain?
+    phone         from_number?, to_number?, call_id?, stream_id?, call_domain?, sip_headers?
     annotation    values: what the bot attaches to the call
     prices        values: by which its cost is computed (`prices.py`)
     turn-text     turn, text: what a redaction made of a turn
@@ -197,7 +197,7 @@ class CallRecord:
         self._models: dict[str, list[str]] = {}
         self._errors: list[Event] = []
         self._nodes: list[tuple[int, str]] = []
-        self._phone: dict[str, str] = {}
+        self._phone: dict[str, Any] = {}
         self._metadata: dict[str, Any] = {}
         self._prices: dict[str, Any] | None = None
 
@@ -444,7 +444,7 @@ class CallRecord:
 
     def _on_transcript(self, at: int, event: Event) -> None:
         user = self._turn_of_transcript(at, event.get("service") == "llm")
-        user.pieces.append((event["text"], bool(event.get("spaced"))))
+        user.pieces.append(Piece(event["text"], bool(event.get("spaced"))))
         user.user_id = user.user_id or event.get("user_id") or None
         user.language = user.language or event.get("language") or None
         if user.released_at is None:
@@ -526,7 +526,7 @@ class CallRecord:
         else:
             user = self._open_user_turn(since)
         user.via, user.end_at, user.transcribed_at = event["via"], at, None
-        user.pieces.append((event["text"], False))
+        user.pieces.append(Piece(event["text"]))
         user.user_id = user.user_id or event.get("user_id") or None
         self._unanswered, self._waits = user, {}
 
@@ -605,7 +605,7 @@ class CallRecord:
         """Without an output transport nobody says what is heard: the words as generated."""
         if words := self._speech.take_all():
             turn = self._append(Turn("assistant", words[0].at, words[-1].at))
-            turn.pieces = [(word.text, word.spaced) for word in words]
+            turn.pieces = [Piece(word.text, word.spaced) for word in words]
 
     def _append(self, turn: Turn) -> Turn:
         turn.node = self._nodes[-1][1] if self._nodes else None
@@ -639,11 +639,15 @@ class CallRecord:
             tool.error = tool.content = tool.status.replace("-", " ")
 
     def _tool_dict(self, tool: Tool) -> Event:
+        status, detail = tool.status, None
+        if self.ended and tool.ended_at is None:
+            status, detail = "unfinished", f"the call ended first ({self.ending[0]})"
         return {
             "id": tool.id,
             "name": tool.name,
             "arguments": tool.arguments,
-            "status": tool.status,
+            "status": status,
+            "status_detail": detail,
             "result": tool.content,
             "error": tool.error,
             "at_ms": self._ms(tool.at),
@@ -741,6 +745,7 @@ class CallRecord:
                     "role": turn.role,
                     "via": turn.via,
                     "text": text,
+                    "words": self._timed_words(turn, start, end),
                     "start_ms": start,
                     "end_ms": end,
                     "started_at": iso(start_at),
@@ -761,6 +766,16 @@ class CallRecord:
                 }
             )
         return shown
+
+    def _timed_words(self, turn: Turn, start: float, end: float) -> list[Event]:
+        """When each word was heard, where the voice told; none of a redacted record's."""
+        if self._redact or turn.redacted is not None:
+            return []
+        return [
+            {"text": piece.text.strip(), "at_ms": min(max(start, self._ms(piece.heard_at)), end)}
+            for piece in turn.pieces
+            if piece.heard_at is not None
+        ]
 
     def _latency(self, turn: Turn, start: float, asked: float) -> dict[str, float]:
         """How long the caller waited for `turn`, in ms from their last sound, and for what."""

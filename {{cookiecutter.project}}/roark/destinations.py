@@ -277,6 +277,7 @@ def tuner_payload(record: dict[str, Any]) -> dict[str, Any]:
     seconds = max(0, int(ended_at) - int(started_at))
     tokens = usage.get("prompt_tokens", 0) + usage.get("completion_tokens", 0)
     phone = record.get("phone") or {}
+    cost = record.get("cost") or {}
     return _present(
         call_id=record["call_id"],
         call_type="phone_call" if phone else "web_call",
@@ -301,6 +302,10 @@ def tuner_payload(record: dict[str, Any]) -> dict[str, Any]:
         },
         disconnection_reason=TUNER_REASONS.get(record["ending"]["reason"], "unknown"),
         sip_call_id=phone.get("call_id"),
+        sip_headers=phone.get("sip_headers"),
+        agent_version=_build_number((record.get("metadata") or {}).get("version")),
+        # Tuner's is in cents of a dollar; nobody here knows another currency's rate.
+        call_cost=round(100 * cost["total"], 4) if cost.get("currency") == "USD" else None,
         recipient=phone.get("to_number"),
     )
 
@@ -392,6 +397,12 @@ def _parsed(text: Any) -> Any:
 
 def _whole(value: float | None) -> int | None:
     return None if value is None else round(value)
+
+
+def _build_number(version: Any) -> int | None:
+    """A version that is a number, as Tuner wants it; the 12 digits of a git commit are none."""
+    text = str(version or "")
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 12 else None
 
 
 def _segment_id(record: dict[str, Any], what: str) -> str:

@@ -750,11 +750,15 @@ class RoarkObserver(BaseObserver):
         # holds an API key besides: only these fields are taken from it.
         call_data = field_of(self._runner_args, "call_data")
         dialin = field_of(field_of(self._runner_args, "body"), "dialin_settings")
-        found = {
+        found: dict[str, Any] = {
             name: self._shown(str(value))
             for name, daily in PHONE_FIELDS.items()
             if (value := field_of(call_data, name) or field_of(dialin, daily))
         }
+        if isinstance(headers := field_of(dialin, "sip_headers"), Mapping):
+            found["sip_headers"] = {
+                str(name): self._shown(str(value)) for name, value in headers.items()
+            }
         if found:
             self._emit("phone", self._now(), **found)
 

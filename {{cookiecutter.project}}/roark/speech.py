@@ -10,9 +10,16 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-Piece = tuple[str, bool]
+
+class Piece(NamedTuple):
+    """A piece of a turn's text, whether it carries its own spacing, and when it is heard."""
+
+    text: str
+    spaced: bool = False
+    heard_at: int | None = None
+
 
 # By so much less than a sentence's audio the bot may be told to have spoken.
 EARLY_SECONDS = 0.1
@@ -22,10 +29,10 @@ CHARACTERS_PER_SECOND = 15.0
 
 
 def join(pieces: Iterable[Piece]) -> str:
-    """Join (text, carries its own spacing) pieces the way they are spoken."""
+    """Join pieces the way they are spoken."""
     text = ""
     after_spaced = True
-    for piece, spaced in pieces:
+    for piece, spaced, _ in pieces:
         if spaced:
             # A speech that carries its spacing may follow one that does not, right behind its end.
             meets = text[-1:].strip() and piece[:1].isalnum() and not is_spaceless(piece[0])
@@ -88,8 +95,8 @@ class Sentence:
     def pieces(self) -> list[Piece]:
         """Its words, or its text if the voice spoke but told no words."""
         if self.words:
-            return [(word.text, word.spaced) for word in self.words]
-        return [(self.text, False)] if self.text and self.seconds else []
+            return [Piece(word.text, word.spaced) for word in self.words]
+        return [Piece(self.text)] if self.text and self.seconds else []
 
     @property
     def is_timed(self) -> bool:
@@ -102,7 +109,7 @@ class Sentence:
         limit = int(len(text) * share)
         if limit < len(text):
             limit = next((i for i in range(limit, 0, -1) if ends_word(text[i - 1], text[i])), 0)
-        return [(text[:limit], False)] if text[:limit].strip() else []
+        return [Piece(text[:limit])] if text[:limit].strip() else []
 
 
 def _shared(sentences: list[Sentence]) -> list[float]:
@@ -191,7 +198,7 @@ class Speech:
             return pieces
         count = len(self._sentences) if done is None else done + 1
         heard, self._sentences = self._sentences[:count], self._sentences[count:]
-        return [piece for sentence in heard for piece in sentence.pieces]
+        return [piece for s in heard for piece in self._timed(s) or s.pieces]
 
     def heard_until(self, began: int, at: int) -> tuple[list[Piece], bool]:
         """The words heard of the speech that began at `began`, and whether that is an estimate."""
@@ -202,7 +209,7 @@ class Speech:
             if sentence.is_timed:
                 pieces += self._heard(sentence, at)
             elif seconds_left >= seconds:
-                pieces += sentence.pieces or [(sentence.text, False)]
+                pieces += sentence.pieces or [Piece(sentence.text)]
             elif seconds_left > 0:
                 pieces += sentence.share(seconds_left / seconds)
                 estimated = True
@@ -272,4 +279,13 @@ class Speech:
         return word.due is None or word.due + self._behind.get(sentence.context, 0) <= at
 
     def _heard(self, sentence: Sentence, at: int) -> list[Piece]:
-        return [(w.text, w.spaced) for w in sentence.words if self._is_heard(sentence, w, at)]
+        pieces = self._timed(sentence)
+        return [piece for piece in pieces if piece.heard_at is None or piece.heard_at <= at]
+
+    def _timed(self, sentence: Sentence) -> list[Piece]:
+        """Its words, each with the time at which it is heard where the voice told that."""
+        behind = self._behind.get(sentence.context, 0)
+        return [
+            Piece(word.text, word.spaced, None if word.due is None else word.due + behind)
+            for word in sentence.words
+        ]

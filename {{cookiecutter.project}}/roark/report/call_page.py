@@ -247,6 +247,11 @@ def _turn(call: Call, turn: Row, several_speakers: bool) -> str:
     if turn.get("estimated_cut"):
         classes.append("estimated")
         about.append("<span>text estimated: the voice does not say when its words are heard</span>")
+    if known := "".join(f"<dt>{h(name)}</dt><dd>{value}</dd>" for name, value in _known(turn)):
+        about.append(
+            f'<details class="known"><summary>details</summary><dl class="pairs">{known}</dl>'
+            "</details>"
+        )
     lang = f' lang="{language(turn)}"' if language(turn) else ""
     name = NAMES[role]
     return f"""<li class="{" ".join(classes)}">
@@ -254,6 +259,30 @@ def _turn(call: Call, turn: Row, several_speakers: bool) -> str:
 <div class="about"><button data-ms="{start:.0f}" aria-label="{name}, play from {clock(start)}">\
 <span class="who">{name}</span> {clock(start)}</button>{"".join(about)}</div>
 </li>"""
+
+
+VIA = {"keys": "pressed on the telephone", "text": "typed"}
+TURN_ENDS = {"turn-model": "decided by the turn model", "timeout": "decided by time"}
+
+
+def _known(turn: Row) -> Iterator[tuple[str, str]]:
+    """(name, value) of what else is known of a turn."""
+    index = number_of(turn, "index")
+    if index is not None:
+        yield "Turn", f"{index:.0f}"
+    if via := VIA.get(text_of(turn, "via")):
+        yield "Came as", via
+    if cause := text_of(turn, "end_cause"):
+        yield "Its end", h(TURN_ENDS.get(cause, cause))
+    if (probability := number_of(turn, "end_probability")) is not None:
+        yield "Turn model", f"{probability:.0%} sure of the end"
+    if (ms := number_of(turn, "stt_ttfb_ms")) is not None:
+        yield "Recogniser's first byte", seconds(ms)
+    for name, label in (("language", "Language"), ("node", "Flow node"), ("user_id", "Speaker")):
+        if value := text_of(turn, name):
+            yield label, text_span(value)
+    if words := rows_of(turn, "words"):
+        yield "Words with a time", str(len(words))
 
 
 def _breakdown(parts: list[tuple[str, float]]) -> str:
@@ -264,6 +293,7 @@ def _breakdown(parts: list[tuple[str, float]]) -> str:
 def _tool(tool: Row) -> str:
     error, duration = text_of(tool, "error"), number_of(tool, "duration_ms")
     took = f", {seconds(duration)}" if duration is not None else ""
+    status = ": ".join(filter(None, (text_of(tool, "status"), text_of(tool, "status_detail"))))
     look = "wrong" if error else "muted"
     result = text_of(tool, "result")
     parts = [("Arguments", pretty(text_of(tool, "arguments")))]
@@ -275,7 +305,7 @@ def _tool(tool: Row) -> str:
     return f"""<li class="aside tool"><details class="{"failed" if error else ""}">
 <summary><code>{h(text_of(tool, "name"))}</code>\
 <code class="muted">{h(brief(text_of(tool, "arguments")))}</code>
-<span class="{look}">{h(text_of(tool, "status"))}{took}</span>{failure}</summary>
+<span class="{look}">{h(status)}{took}</span>{failure}</summary>
 {shown}
 </details></li>"""
 
@@ -357,11 +387,16 @@ def _details_card(call: Call) -> str:
         "to_number": "To",
         "call_id": "Carrier's call id",
         "stream_id": "Carrier's stream id",
+        "call_domain": "Daily domain",
     }
     pairs = [
         (label, text_span(text_of(phone, name)))
         for name, label in labels.items()
         if phone.get(name)
+    ]
+    pairs += [
+        (f"SIP {name}", text_span(str(value)))
+        for name, value in row_of(phone, "sip_headers").items()
     ]
     agent = row_of(call.record, "agent")
     pairs += [
@@ -390,22 +425,36 @@ SHOWN = {
 
 
 def _further(record: Row) -> list[tuple[str, str]]:
-    """(name, value) of all that is neither a list nor an object."""
-    return [
-        (name.replace("_", " ").capitalize(), text_span(text_of(record, name)))
-        for name, value in record.items()
-        if name not in SHOWN and isinstance(value, str | int | float) and value != ""
-    ]
+    """(name, value) of what a record of a later version tells beyond that."""
+    known = {name: value for name, value in record.items() if name not in SHOWN}
+    return _values({name: value for name, value in known.items() if not isinstance(value, dict)})
 
 
 def _further_cards(call: Call) -> str:
     """Further objects of the record, such as values that the bot has attached to the call."""
     cards = [
-        _pairs_card(h(name.replace("_", " ").capitalize()), _further(row_of(call.record, name)))
-        for name in call.record
-        if name not in SHOWN
+        _pairs_card(h(_label(name)), _values(value))
+        for name, value in call.record.items()
+        if name not in SHOWN and isinstance(value, dict)
     ]
     return "\n".join(cards)
+
+
+def _values(record: Row, above: str = "") -> list[tuple[str, str]]:
+    """(name, value) of everything in an object; what lies deeper has the names above in front."""
+    pairs = []
+    for name, value in record.items():
+        label = _label(f"{above} {name}".strip())
+        if isinstance(value, dict):
+            pairs += _values(value, label)
+        elif value not in (None, "", []):
+            pairs.append((label, text_span(text_of(record, name))))
+    return pairs
+
+
+def _label(name: str) -> str:
+    name = name.replace("_", " ")
+    return name[:1].upper() + name[1:]
 
 
 def _pairs_card(title: str, pairs: list[tuple[str, str]], more: str = "") -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from roark.call import CallRecord, Rank
-from roark.speech import join
+from roark.speech import Piece, join
 
 START = 1_790_000_000_000_000_000
 
@@ -161,11 +161,11 @@ def test_finals_of_one_turn_are_joined_with_single_spaces():
 
 def test_a_speech_with_its_own_spacing_is_parted_from_the_one_before():
     words = [("Okay.", False), ("Your plan", True), (" is", True), (", well,", True), ("here.", 0)]
-    assert join([(text, bool(spaced)) for text, spaced in words]) == (
+    assert join([Piece(text, bool(spaced)) for text, spaced in words]) == (
         "Okay. Your plan is, well, here."
     )
-    assert join([("はい。", False), ("予約", True)]) == "はい。予約"
-    assert join([("Hel", True), ("lo", True)]) == "Hello"
+    assert join([Piece("はい。"), Piece("予約", True)]) == "はい。予約"
+    assert join([Piece("Hel", True), Piece("lo", True)]) == "Hello"
 
 
 @pytest.mark.parametrize(
@@ -656,6 +656,36 @@ def test_an_intermediate_result_does_not_pass_for_the_final_one():
     )
     assert [tool["kind"] for tool in record.call_ended()["toolCalls"]] == ["tool_call"]
     assert record.as_dict()["tools"][0]["updates"] == [{"content": "half way", "at_ms": 1200.0}]
+
+
+def test_a_tool_that_was_still_running_when_the_call_ended_is_unfinished_and_says_why():
+    """The wire has no result of it; while the call goes on it is running."""
+    tool = event("tool", 1000, id="t1", name="search", arguments="{}")
+    record = record_of(tool)
+    [shown] = record.as_dict()["tools"]
+    assert (shown["status"], shown["error"]) == ("unfinished", None)
+    assert shown["status_detail"] == "the call ended first (client-disconnected)"
+    assert [tool["kind"] for tool in record.call_ended()["toolCalls"]] == ["tool_call"]
+    [going_on] = CallRecord.replay([*OPENING, tool]).as_dict()["tools"]
+    assert (going_on["status"], going_on["status_detail"]) == ("running", None)
+
+
+def test_a_voice_with_word_times_has_them_in_the_record_as_far_as_they_were_heard():
+    words = ("Your", 0), ("table", 400), ("is", 900), ("free.", 1200)
+    heard = (event("interruption", 1600), event("bot", 1650, edge="stop"))
+    [turn] = record_of(*spoken(500, *words), *heard).as_dict()["turns"]
+    assert turn["words"] == [
+        {"text": "Your", "at_ms": 500.0},
+        {"text": "table", "at_ms": 900.0},
+        {"text": "is", "at_ms": 1400.0},
+    ]
+    # The words of a redacted record would tell what was taken out of its text.
+    redacting = CallRecord.replay(
+        [*OPENING, CHUNK, *spoken(500, *words), *heard], redact=lambda text: "[gone]"
+    )
+    assert [(turn["text"], turn["words"]) for turn in redacting.as_dict()["turns"]] == [
+        ("[gone]", [])
+    ]
 
 
 def test_latency_runs_from_the_callers_last_sound_to_the_bots_first_and_has_parts():

@@ -17,7 +17,14 @@ from loguru import logger
 from rehearsal.providers.roark import RoarkReceiver
 from roark.__main__ import main
 from roark.client import Backoff, RoarkClient
-from roark.destinations import Destination, Tuner, Webhook, from_environment, public_address
+from roark.destinations import (
+    Destination,
+    Tuner,
+    Webhook,
+    from_environment,
+    public_address,
+    tuner_payload,
+)
 from roark.folder import Folder, call_folders
 from roark.outbox import Flushed, Outbox
 from roark.tests.test_folder import leave_dead
@@ -174,6 +181,30 @@ async def test_tuner_gets_its_payload_where_its_sdk_sends_it(receiver, open_outb
     assert request.headers["Authorization"] == "Bearer tk_1"
     assert request.query == "workspace_id=7&agent_remote_identifier=front desk"
     assert json.loads(request.body)["disconnection_reason"] == "user_hangup"
+
+
+@pytest.mark.parametrize(
+    ("version", "currency", "expected"),
+    [
+        ("41", "USD", {"agent_version": 41, "call_cost": 12.5}),
+        # A commit, be it of digits alone, is no build number; a euro is no hundred cents.
+        ("123456789012", "EUR", {}),
+        ("v1.2", "USD", {"call_cost": 12.5}),
+    ],
+)
+def test_tuner_gets_build_number_cost_and_sip_headers_where_the_call_has_them(
+    version, currency, expected
+):
+    headers = {"X-Customer": "7"}
+    more = {
+        "metadata": {"version": version},
+        "cost": {"currency": currency, "total": 0.125},
+        "phone": {"call_id": "d", "sip_headers": headers},
+    }
+    payload = tuner_payload(RECORD | more)
+    names = ("agent_version", "call_cost")
+    assert {name: payload[name] for name in names if name in payload} == expected
+    assert (payload["sip_call_id"], payload["sip_headers"]) == ("d", headers)
 
 
 PASSING: dict[str, list[int | str]] = {

@@ -431,12 +431,15 @@ async def test_phone_numbers_are_read_when_the_call_starts(call):
 
 
 async def test_a_dial_in_is_kept_without_the_key_that_comes_with_it(call):
+    headers = {"X-Customer": "7"}
     settings = {"From": "+1", "To": "+2", "call_id": "d", "call_domain": "x"}
+    settings |= {"sip_headers": headers, "token": "secret"}
     body = {"dialin_settings": settings, "daily_api_key": "secret"}
     observer = observer_of(call, runner_args=SimpleNamespace(session_id="s", body=body))
     await observer.aflush()
     assert call.record["phone"] == {
         "call_id": "d",
+        "sip_headers": headers,
         "from_number": "+1",
         "to_number": "+2",
         "call_domain": "x",

@@ -297,12 +297,37 @@ def test_what_the_record_has_beyond_that_is_shown_under_its_own_name(call: Path)
     record = json.loads((call / "call.json").read_text())
     record["direction"] = "outbound"
     record["phone"] = {"from_number": "+1 555 0199", "to_number": "+1 555 0142"}
-    record["my_values"] = {"ticket": "<b>T-17</b>", "vip": True, "score": 0.5, "deep": [1]}
+    record["my_values"] = {"ticket": "<b>T-17</b>", "vip": True, "score": 0.5, "seen": ["a", "b"]}
+    record["metadata"] = {"version": "41", "outcome": {"status": "booked", "by": None}}
     (call / "call.json").write_text(json.dumps(record))
     page = Page(report.write_report(call))
     assert "Direction outbound" in page.text
-    assert "My values Ticket <b>T-17</b> Vip true Score 0.5" in page.text
+    assert 'My values Ticket <b>T-17</b> Vip true Score 0.5 Seen ["a", "b"]' in page.text
+    assert "Metadata Version 41 Outcome status booked" in page.text
     assert "21 November 2026, 14:05 UTC +1 555 0142" in page.text
+
+
+def test_what_is_known_of_a_turn_besides_its_text_is_behind_its_details(folder: Path):
+    more = (
+        event("typed", 6800, text="DTMF: 12#", via="keys"),
+        event("tool", 6900, id="a", name="find", arguments="{}"),
+        event("phone", 0, call_id="CA1", sip_headers={"X-Customer": "<7>"}),
+    )
+    write_record(folder, events(CONVERSATION, *more, *ENDED))
+    record = json.loads((folder / "call.json").read_text())
+    asked = next(turn for turn in record["turns"] if turn["role"] == "user")
+    asked |= {"end_cause": "turn-model", "end_probability": 0.93, "stt_ttfb_ms": 120.0}
+    asked |= {"language": "en-US", "words": [{"text": "Hello", "at_ms": 1.0}]}
+    (folder / "call.json").write_text(json.dumps(record))
+    page = Page(report.write_report(folder))
+    for expected in (
+        "Its end decided by the turn model Turn model 93% sure of the end",
+        "Recogniser's first byte 120 ms Language en-US Words with a time 1",
+        "Came as pressed on the telephone",
+        "find () unfinished: the call ended first (client-disconnected)",
+        "Carrier's call id CA1 SIP X-Customer <7>",
+    ):
+        assert expected in page.text, page.text
 
 
 def test_hostile_text_stays_text_wherever_it_stands(folder: Path):
