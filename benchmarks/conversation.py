@@ -17,6 +17,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
+from enum import Enum
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,15 +26,25 @@ from zlib import crc32
 import numpy as np
 import soxr
 from loguru import logger
+from numpy.typing import NDArray
 from rehearsal.callers.caller import Caller
-from rehearsal.callers.person import Person, Said, Saying
+from rehearsal.callers.person import (
+    Echo,
+    Person,
+    Said,
+    Saying,
+    babble,
+    rms,
+    white_noise,
+    without_words,
+)
 from rehearsal.engines.engine import Speech, TextDelta, ToolCall, Word
 from rehearsal.engines.known_words import EAR_HZ, KnownWordsEar, KnownWordsEngine, Phrase, joined
 from rehearsal.providers.all import Providers, serve
 from rehearsal.providers.cartesia import CartesiaServer
 from rehearsal.providers.roark import RoarkReceiver
 
-from benchmarks.material import recordings
+from benchmarks.material import DIGITS, SPELLED, in_groups, recordings, synthetic
 from benchmarks.speed import (
     OURS,
     SCAFFOLD,
@@ -160,12 +171,14 @@ class Call:
 
     Attributes:
         said: What the person said.
+        sounds: What else they let be heard, beside it.
         audible: What they heard of answers, in order.
         requests: Every time the LLM was asked.
         providers_s: What the providers take of the time to an answer, seconds.
     """
 
     said: list[Said]
+    sounds: list[Said]
     audible: list[Audible]
     requests: list[Request]
     providers_s: float
@@ -181,7 +194,9 @@ class Verdict:
     doubled: bool = False
     late: bool = False
     interrupted: bool = False
+    unasked: bool = False
     answered_after: float | None = None
+    reacted_after: float | None = None
     requests: int = 0
     story: str = ""
 
@@ -226,9 +241,21 @@ def judge(call: Call) -> list[Verdict]:
 def _judge(call: Call, said: Said, end: float) -> Verdict:
     words, last = said.saying.text, said.saying.phrases[-1].text
     here = [audible for audible in call.audible if said.start < audible.start < end]
-    answers = [a for a in here if a.request.asked.endswith(last)]
-    half = [a for a in here if a.request.asked and not a.request.asked.endswith(words)]
+    asked = [request for request in call.requests if said.start < request.at < end]
+    answers = [audible for audible in here if audible.request.asked.endswith(last)]
+    half = [
+        audible
+        for audible in here
+        if any(phrase.text in audible.request.asked for phrase in said.saying.phrases)
+        and not audible.request.asked.endswith(words)
+    ]
     first = answers[0].start - said.end if answers else None
+    sounds = [sound for sound in call.sounds if said.end < sound.end < end]
+    reacted = [
+        audible.start - sounds[0].end
+        for audible in here
+        if sounds and audible.start > sounds[0].end
+    ]
     verdict = Verdict(
         cut_in=any(audible.start < said.end for audible in here),
         half=bool(half),
@@ -236,22 +263,29 @@ def _judge(call: Call, said: Said, end: float) -> Verdict:
         doubled=len(answers) > 1,
         late=first is not None and first > LATE_SECONDS + call.providers_s,
         interrupted=any(a.start > said.end and not a.is_whole for a in here),
+        unasked=any(audible not in answers and audible not in half for audible in here),
         answered_after=first,
-        requests=sum(said.start < request.at < end for request in call.requests),
+        reacted_after=reacted[0] if reacted else None,
+        requests=len(asked),
     )
-    verdict.story = "; ".join(
-        [f"{words!r} {said.saying.pause_s:g} s, ends {said.end - said.start:.2f}"]
-        + [
-            f"asked at {r.at - said.end:+.2f} {r.asked!r}"
-            for r in call.requests
-            if said.start < r.at < end
-        ]
-        + [
-            f"heard at {a.start - said.end:+.2f} {a.request.name}{'' if a.is_whole else ' CUT'}"
-            for a in here
-        ]
-    )
+    story = [f"{words!r} {said.saying.pause_s:g} s, lasts {said.end - said.start:.2f}"]
+    story += [f"asked at {r.at - said.end:+.2f} {r.asked!r}" for r in asked]
+    story += [f"a sound ends at {sound.end - said.end:+.2f}" for sound in sounds]
+    story += [
+        f"heard at {a.start - said.end:+.2f} {a.request.name}{'' if a.is_whole else ' CUT'}"
+        for a in here
+    ]
+    verdict.story = "; ".join(story)
     return verdict
+
+
+class When(Enum):
+    """When the person makes a sound beside what they say."""
+
+    SILENCE = "while all are silent"
+    THINKING = "while the bot thinks"
+    SPEAKING = "while it speaks"
+    PICK_UP = "at pick-up"
 
 
 @dataclass(frozen=True)
@@ -262,16 +296,40 @@ class Row:
         name: For the table.
         sayings: What the person says in one call.
         final_s: How late the recogniser's last words are, seconds.
+        sounds: What else they say: the first beside the first saying, and so on.
+        when: When they do.
+        after_s: So long after that moment began, seconds.
+        surroundings: What the microphone picks up besides them.
     """
 
     name: str
     sayings: tuple[Saying, ...]
     final_s: float = FINAL_SECONDS
+    sounds: tuple[Saying, ...] = ()
+    when: When = When.SILENCE
+    after_s: float = 0.0
+    surroundings: Callable[[Caller, float, int], NDArray[np.float32]] | None = None
 
     async def hold(self, person: Person) -> None:
-        """Have the conversation, after the greeting."""
-        for saying in self.sayings:
-            await person.ask(saying)
+        """Have the conversation, after the greeting unless they speak into it."""
+        if self.when is When.PICK_UP:
+            await person.wait(self.after_s)
+            await person.ask(self.sounds[0])
+        else:
+            await person.hear_answer()
+        for number, saying in enumerate(self.sayings):
+            said = await person.say(saying)
+            if not self.sounds or self.when is When.PICK_UP:
+                await person.hear_answer()
+                continue
+            sound = self.sounds[number % len(self.sounds)]
+            if self.when is When.SILENCE:
+                await person.hear_answer()
+            if self.when is When.SPEAKING:
+                with suppress(TimeoutError):
+                    await person.caller.hear(since=said.end, within=person.patience_s)
+            await person.wait(self.after_s)
+            await person.ask(sound)
 
 
 SENTENCES = (
@@ -287,15 +345,50 @@ SENTENCES = (
 )
 
 
+PAUSES_SECONDS = (0.3, 0.6, 1.0, 1.5)
+GROUPS_SECONDS = (0.6, 1.0)
+FINALS_SECONDS = (0.02, 0.4, 0.7)
+
+
 def rows() -> dict[str, Row]:
     """Return all rows by name."""
     human = [recordings()[name] for name in SENTENCES]
+    every = [phrase for phrases in human for phrase in phrases]
+    loudness = rms(every)
 
-    def paused(seconds: float) -> tuple[Saying, ...]:
-        return tuple(Saying(phrases, seconds) for phrases in human)
+    def paused(seconds: float, phrases: Sequence[tuple[Phrase, ...]] = human) -> tuple[Saying, ...]:
+        return tuple(Saying(said, seconds) for said in phrases)
 
+    def cough(seconds: float) -> Saying:
+        return Saying((without_words(recordings()["more-respectable"][1], seconds),))
+
+    few = paused(0.0, human[1:7])
+    coughs = (cough(0.45), cough(0.6), cough(0.9))
+    hello, mhm = Saying(synthetic("Hello?")), Saying(synthetic("Mhm."))
+    digits = [recordings()["numbers"], recordings()["three-cards"], *map(in_groups, DIGITS)]
+    spelled = [in_groups(letters) for letters in SPELLED]
     made = [Row("no pause", paused(0.0))]
-    made += [Row(f"{seconds:g} s", paused(seconds)) for seconds in (0.3, 0.6, 1.0, 1.5)]
+    made += [Row(f"{seconds:g} s", paused(seconds)) for seconds in PAUSES_SECONDS]
+    made += [
+        Row(f"0.6 s, final {seconds:g} s", paused(0.6), final_s=seconds)
+        for seconds in FINALS_SECONDS
+    ]
+    made += [Row(f"digits {seconds:g} s", paused(seconds, digits)) for seconds in GROUPS_SECONDS]
+    made += [Row(f"spelled {seconds:g} s", paused(seconds, spelled)) for seconds in GROUPS_SECONDS]
+    made += [
+        Row("cough in silence", few, when=When.SILENCE, after_s=1.0, sounds=coughs),
+        Row("cough, it thinks", few, when=When.THINKING, after_s=0.7, sounds=coughs[:1]),
+        Row("cough, it speaks", few, when=When.SPEAKING, after_s=0.5, sounds=coughs[:1]),
+        Row("mhm, it speaks", few, when=When.SPEAKING, after_s=0.5, sounds=(mhm,)),
+        Row("hello at 0.1 s", few[:1], when=When.PICK_UP, after_s=0.1, sounds=(hello,)),
+        Row("hello at 1.6 s", few[:1], when=When.PICK_UP, after_s=1.6, sounds=(hello,)),
+        Row("white noise -20 dB", few, surroundings=white_noise(loudness / 10)),
+        Row("white noise -10 dB", few, surroundings=white_noise(loudness / 10**0.5)),
+        Row("babble -20 dB", few, surroundings=babble(every, loudness / 10)),
+        Row("babble -10 dB", few, surroundings=babble(every, loudness / 10**0.5)),
+        Row("echo -30 dB", few, surroundings=Echo(30.0)),
+        Row("echo -20 dB", few, surroundings=Echo(20.0)),
+    ]
     return {row.name: row for row in made}
 
 
@@ -307,21 +400,25 @@ class Lane:
     engine: Witness
     providers: Providers
     host: Running
+    known: list[Phrase]
 
     async def call(self, transport: str, row: Row) -> list[Verdict]:
         """Hold one call of a row and judge it."""
         self.engine.requests = []
         self.engine.final_s = row.final_s
+        self.engine.phrases = self.known[:]
+        self.engine.hears_itself = isinstance(row.surroundings, Echo)
         self.providers[CartesiaServer].faults.slow_s = VOICE_SECONDS
         async with self.host.caller(transport) as caller:
+            caller.surroundings = row.surroundings
             person = Person(caller)
-            await caller.hear(within=SECONDS)
-            await caller.hear_out(quiet=1.0, within=SECONDS)
             with suppress(ConnectionError):
                 await row.hold(person)
         audible = await heard_answers(self.engine, caller)
         providers_s = row.final_s + LLM_SECONDS + VOICE_SECONDS
-        return judge(Call(person.said, audible, self.engine.requests, providers_s))
+        sounds = [said for said in person.said if said.saying in row.sounds]
+        said = [said for said in person.said if said not in sounds]
+        return judge(Call(said, sounds, audible, self.engine.requests, providers_s))
 
 
 @asynccontextmanager
@@ -334,9 +431,8 @@ async def lane(name: str, folder: Path, phrases: Sequence[Phrase]) -> AsyncItera
         roark = await stack.enter_async_context(RoarkReceiver())
         environment = environment_of(providers, roark, folder)
         bot: Bot = our_bot(folder) if name == OURS else scaffolds_bot(folder, environment)
-        yield Lane(
-            name, engine, providers, await stack.enter_async_context(running(bot, environment))
-        )
+        host = await stack.enter_async_context(running(bot, environment))
+        yield Lane(name, engine, providers, host, list(phrases))
 
 
 Found = dict[tuple[str, str, str], list[Verdict]]
@@ -351,9 +447,8 @@ async def measure(
     tell: Callable[[str], None] = lambda line: None,
 ) -> Found:
     """Hold `calls` calls of every row over every transport with every bot."""
-    phrases = list(
-        {phrase: None for row in rows().values() for s in row.sayings for phrase in s.phrases}
-    )
+    said = [saying for row in chosen for saying in (*row.sayings, *row.sounds)]
+    phrases = list({phrase: None for saying in said for phrase in saying.phrases if phrase.words})
     found: Found = {}
     with TemporaryDirectory(prefix="conversation-") as temporary:
         async with AsyncExitStack() as stack:
@@ -380,8 +475,8 @@ async def measure(
 
 
 HEADER = (
-    "| row | line | bot | n | cut-ins | half | lost | doubled | late | interrupted "
-    "| median | p95 | requests |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|"
+    "| row | line | bot | n | cut-ins | half | lost | doubled | late | interrupted | unasked "
+    "| median | p95 | requests |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -394,7 +489,7 @@ def table(found: Found) -> str:
         def share(name: str, verdicts: list[Verdict] = verdicts, count: int = count) -> str:
             return f"{100 * sum(getattr(v, name) for v in verdicts) / count:.0f}"
 
-        kinds = ("cut_in", "half", "lost", "doubled", "late", "interrupted")
+        kinds = ("cut_in", "half", "lost", "doubled", "late", "interrupted", "unasked")
         times = [v.answered_after for v in verdicts if v.answered_after is not None]
         median = f"{statistics.median(times) * 1000:.0f}" if times else "-"
         worst = f"{p95(times) * 1000:.0f}" if len(times) > 1 else "-"
@@ -409,9 +504,8 @@ def table(found: Found) -> str:
 
 def report() -> str:
     """Measure everything, and return the section for README.md."""
-    return table(
-        asyncio.run(measure(list(SUBJECTS.values()), TRANSPORTS, list(rows().values()), 1))
-    )
+    subjects, chosen = list(SUBJECTS.values()), list(rows().values())
+    return table(asyncio.run(measure(subjects, TRANSPORTS, chosen, calls=1)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from pipecat.evals.scenario import EvalScenarioFile
 
 from rehearsal.engines.scripted import Script, ScriptedEngine
 from rehearsal.host.bot_process import BotProcess, run_bot
@@ -68,6 +69,13 @@ async def test_a_scenario_that_does_not_hold_fails_and_the_bot_waits_for_no_soun
     assert status == 1, printed
     assert "2/3 passed" in printed
     assert "A turn failed" not in log
+
+
+async def test_the_simulated_callers_are_scenarios_that_the_harness_takes() -> None:
+    """They need a model, so they are not run here."""
+    file = EvalScenarioFile.load(EVALS / "simulated" / "callers.yaml")
+    loaded = [scenario.name for scenario in file]
+    assert loaded == ["callers/opening_hours", "callers/changes_their_mind"]
 
 
 @pytest.mark.parametrize("allowed", ["", "0"])
