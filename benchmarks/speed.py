@@ -2,9 +2,10 @@
 
 What is timed is what the two bots' authors decide: the services answer at once, so the time from
 the caller's last sound to the bot's first is the pipeline's, with its voice activity and turn
-detection. Both bots run in this environment, each in a process of its own; turns alternate between
-them, so that whatever else the machine does falls on both. Ours records and reports every call to a
-Roark on this machine; the scaffold's reports nothing.
+detection; and once more with services that take as long as in the cloud (REALISTIC). Both bots run
+in this environment, each in a process of its own; turns alternate between them, so that whatever
+else the machine does falls on both. Ours records and reports every call to a Roark on this machine;
+the scaffold's reports nothing.
 """
 
 import asyncio
@@ -23,6 +24,8 @@ import aiohttp
 from rehearsal.callers.caller import Caller
 from rehearsal.callers.twilio import TwilioCaller
 from rehearsal.callers.webrtc import WebRTCCaller
+from rehearsal.engines.delayed import DelayedEngine, Latencies
+from rehearsal.engines.engine import Engine
 from rehearsal.engines.scripted import Answer, Script, ScriptedEngine
 from rehearsal.providers.all import Providers, serve
 from rehearsal.providers.roark import RoarkReceiver
@@ -43,6 +46,7 @@ SECONDS = 60.0
 """What anything may take on a busy machine before it counts as broken."""
 QUIET_SECONDS = 0.6
 VOICE_HZ = 16000
+REALISTIC = Latencies(llm=0.45, tts=0.15, stt=0.1)
 QUESTIONS = ("Can you hear me?", "What time is it?", "Are you open today?")
 SCRIPT = Script(greeting="Hello there.", hears=QUESTIONS, answers=(Answer(says="Yes, of course."),))
 
@@ -70,6 +74,7 @@ class Times:
 
     Parameters:
         answers: Transport -> from the caller's last sound to the bot's first.
+        realistic: The same, with services that take their time.
         greetings: Transport -> from the open line to the bot's first sound.
         imports: `import bot` in a fresh process.
         ready: From the start of the process until `/readyz` says yes.
@@ -78,6 +83,9 @@ class Times:
     """
 
     answers: dict[str, list[float]] = field(
+        default_factory=lambda: {transport: [] for transport in TRANSPORTS}
+    )
+    realistic: dict[str, list[float]] = field(
         default_factory=lambda: {transport: [] for transport in TRANSPORTS}
     )
     greetings: dict[str, list[float]] = field(
@@ -139,9 +147,14 @@ class Speech:
 
 
 @asynccontextmanager
-async def world(folder: Path, script: Script = SCRIPT) -> AsyncIterator[dict[str, str]]:
+async def world(
+    folder: Path, script: Script = SCRIPT, latencies: Latencies | None = None
+) -> AsyncIterator[dict[str, str]]:
     """Run providers and a Roark; yields the environment of a bot that uses them."""
-    async with serve(ScriptedEngine(script)) as providers, RoarkReceiver() as roark:
+    engine: Engine = ScriptedEngine(script)
+    if latencies:
+        engine = DelayedEngine(engine, latencies)
+    async with serve(engine) as providers, RoarkReceiver() as roark:
         yield environment_of(providers, roark, folder)
 
 
@@ -185,6 +198,8 @@ def our_bot(folder: Path) -> Bot:
     shutil.copytree(PROJECT / "roark", ours / "roark", ignore=shutil.ignore_patterns("__pycache__"))
     for file in (*PROJECT.glob("*.py"), PROJECT / "prompt.md"):
         shutil.copy(file, ours)
+    for room in ("conversation", "telephony", "host"):
+        shutil.copytree(PROJECT / room, ours / room, ignore=shutil.ignore_patterns("__pycache__"))
     return Bot(OURS, ours, ("-m", "rehearsal.host.launch_bot"), ("-m", "rehearsal.host.base_image"))
 
 
@@ -267,7 +282,11 @@ async def greeting_of(caller: Caller) -> float:
 
 
 async def _measure_calls(
-    both: tuple[Bot, Bot], environment: dict[str, str], times: dict[str, Times]
+    both: tuple[Bot, Bot],
+    environment: dict[str, str],
+    times: dict[str, Times],
+    *,
+    is_realistic: bool = False,
 ) -> None:
     speech = await Speech.make()
     async with running(both[0], environment) as ours, running(both[1], environment) as theirs:
@@ -280,12 +299,14 @@ async def _measure_calls(
                         line = await open_lines.enter_async_context(host.caller(transport))
                         greeting = await greeting_of(line)
                         lines.append((times[bot.name] if number else Times(), line))
-                        lines[-1][0].greetings[transport].append(greeting)
+                        if not is_realistic:
+                            lines[-1][0].greetings[transport].append(greeting)
                     # Both calls are up; the callers take turns, each time another one first.
                     for turn in range(TURNS):
                         for measured, line in lines[:: 1 if turn % 2 else -1]:
                             seconds = await speech.answer_to(line, turn)
-                            measured.answers[transport].append(seconds)
+                            answers = measured.realistic if is_realistic else measured.answers
+                            answers[transport].append(seconds)
 
 
 async def _measure_imports(
@@ -341,7 +362,16 @@ async def measure() -> dict[str, Times]:
             await _measure_starts(both, environment, times)
             await _measure_calls(both, environment, times)
             await _measure_memory(both, environment, times)
+    await measure_realistic(times)
     return times
+
+
+async def measure_realistic(times: dict[str, Times]) -> None:
+    """Measure the answers once more, with services that take their time."""
+    with TemporaryDirectory(prefix="speed-") as folder:
+        async with world(Path(folder), latencies=REALISTIC) as environment:
+            both = bots(Path(folder), environment)
+            await _measure_calls(both, environment, times, is_realistic=True)
 
 
 def p95(values: list[float]) -> float:
@@ -363,8 +393,13 @@ def report() -> str:
     for transport in TRANSPORTS:
         mine, other = ours.answers[transport], theirs.answers[transport]
         what = f"answer, {transport}"
-        row(f"{what}, median", statistics.median(mine), statistics.median(other), "ms", "1.0x")
-        row(f"{what}, 95th percentile", p95(mine), p95(other), "ms", "1.0x")
+        row(f"{what}, median", statistics.median(mine), statistics.median(other), "ms", "0.75x")
+        row(f"{what}, 95th percentile", p95(mine), p95(other), "ms")
+    for transport in TRANSPORTS:
+        mine, other = ours.realistic[transport], theirs.realistic[transport]
+        what = f"answer, {transport}, realistic services"
+        row(f"{what}, median", statistics.median(mine), statistics.median(other), "ms", "0.80x")
+        row(f"{what}, 95th percentile", p95(mine), p95(other), "ms", "0.85x")
     for transport in TRANSPORTS:
         mine, other = (statistics.median(each.greetings[transport]) for each in (ours, theirs))
         row(f"greeting, {transport}, median", mine, other, "ms")
@@ -379,7 +414,11 @@ def report() -> str:
     lines += [
         "",
         f"Answers: {CALLS} calls of {TURNS} turns per bot and transport, from the caller's last "
-        "sound to the bot's first; greetings from the open line. "
+        "sound to the bot's first; greetings from the open line. Realistic services: the LLM's "
+        f"first token after {REALISTIC.llm * 1000:.0f} ms, the voice's first byte after "
+        f"{REALISTIC.tts * 1000:.0f}, the final transcript {REALISTIC.stt * 1000:.0f} after "
+        "`Finalize`, medians of a log-normal spread of 0.25; the interim transcript of a sentence "
+        "is whole 100 ms after its end. "
         f"Grown by {growth[0]:.1f} and {growth[1]:.1f} MiB over {MEMORY_CALLS} calls.",
     ]
     return "\n".join(lines)

@@ -36,6 +36,7 @@ FRESH = "tests/test_rendering.py::test_the_rendering_farthest_from_the_default_p
 BOT = "tests/test_development_server.py::test_the_server_has_pipecats_routes"
 PROVIDERS = "rehearsal/tests/test_cli.py::test_the_servers_alone_print_what_points_a_bot_at_them"
 DIALOGUE = "rehearsal/tests/test_cli.py::test_a_dialogue_with_a_tool_of_ones_own_is_rehearsed"
+LATENCIES = "rehearsal/tests/test_delayed.py::test_latencies_are_drawn_around_their_medians"
 TRANSFER = "rehearsal/tests/test_cli.py::test_a_caller_is_handed_to_a_colleague_who_is_busy"
 DELIVER = "roark/tests/test_cli.py::test_deliver_delivers_what_is_left_with_a_line_per_call"
 CHECK = "tests/test_deploy.py::test_a_project_that_can_be_deployed_passes"
@@ -60,6 +61,7 @@ TESTED = {
     "python -m rehearsal call -t twilio": README,
     "python -m rehearsal call --engine scripted --script dialogue.toml": DIALOGUE,
     "python -m rehearsal providers": PROVIDERS,
+    "python -m rehearsal call --latencies llm=450,tts=150,stt=100": LATENCIES,
     "python -m rehearsal call --transfer busy": TRANSFER,
     "LANGUAGE=de uv run python -m rehearsal call --transfer busy": TRANSFER,
     "pip install uv && uv run pytest": "tests/test_readme.py::test_the_readme_has_the_two_commands",

@@ -4,6 +4,7 @@
     python -m rehearsal call -t twilio                           a recorded human calls it
     python -m rehearsal call -t webrtc --say "Good morning."     the engine's voice calls it
     python -m rehearsal call --engine scripted --script a.toml   a whole dialogue, as written down
+    python -m rehearsal call --latencies llm=450,tts=150,stt=100 services as slow as the cloud's
     python -m rehearsal call --transfer busy                     handed over to a colleague
     python -m rehearsal providers --engine scripted              the servers alone
 
@@ -38,6 +39,7 @@ from rehearsal.call import (
     talk,
 )
 from rehearsal.engines import weights
+from rehearsal.engines.delayed import DelayedEngine, Latencies
 from rehearsal.engines.engine import Engine
 from rehearsal.engines.language_model import choose_answerer
 from rehearsal.engines.local import LocalEngine, LocalEngineError
@@ -102,6 +104,12 @@ def _parser() -> argparse.ArgumentParser:
         const="busy",
         help="let the caller be handed over to a colleague, who answers or does not",
     )
+    call.add_argument(
+        "--latencies",
+        metavar="llm=450,tts=150,stt=100",
+        type=_latencies,
+        help="let the services take as long as in the cloud, in milliseconds",
+    )
     providers = commands.add_parser("providers", help="run the loopback servers alone")
     providers.add_argument("--port", type=_port, default=0, help="of the first server; any if 0")
     _add_engine(call, "local")
@@ -112,6 +120,13 @@ def _parser() -> argparse.ArgumentParser:
 def _add_engine(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--engine", choices=("local", "scripted"), default=default)
     parser.add_argument("--script", metavar="FILE", type=Path, help="what the scripted one plays")
+
+
+def _latencies(text: str) -> Latencies:
+    try:
+        return Latencies.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _port(text: str) -> int:
@@ -198,7 +213,8 @@ async def _call_it(options: argparse.Namespace) -> int:
     recorded = [recorded_voice(path) for path in options.wav or ()]
     async with _engine(options) as engine:
         voices = recorded or await _voices(options, engine)
-        async with _world(engine, options.transport, free_port()) as world:
+        served = DelayedEngine(engine, options.latencies) if options.latencies else engine
+        async with _world(served, options.transport, free_port()) as world:
             try:
                 answers = await talk(options.transport, world.bot, voices, _tell)
             except NoAnswer as failure:
@@ -262,7 +278,7 @@ async def _engine(options: argparse.Namespace) -> AsyncIterator[Engine]:
 @asynccontextmanager
 async def _providers(engine: Engine, port: int = 0) -> AsyncIterator[Providers]:
     async with serve(engine, port=port) as providers:
-        if isinstance(engine, LocalEngine):
+        if engine.name == LocalEngine.name:
             for voice in providers.voices:
                 voice.lead_s = LOCAL_LEAD_SECONDS
         yield providers
