@@ -99,9 +99,7 @@ QUIET = "a machine with nothing else to do, and someone who reads what it measur
 # No test has what these need. That the options of `pipecat cloud` exist is a test of the project.
 NEEDS = {
     "sudo systemctl enable --now bot@7861 bot@7862": "a machine with systemd",
-    'python -m benchmarks conversation --transport twilio --rows "no pause,0.6 s" --stories': (
-        "a quiet machine"
-    ),
+    'python -m benchmarks conversation --transport twilio --rows "no pause,0.6 s" --stories': QUIET,
     "uv run python -m pipecat.evals run evals/simulated --verbose --logs-dir /tmp": "an Ollama",
     "uv run python bot.py -t daily": "an account at Daily",
     'curl https://api.daily.co/v1 -H "Authorization: Bearer $DAILY_API_KEY" '
