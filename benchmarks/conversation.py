@@ -11,12 +11,13 @@ caller's words the bot had when it spoke.
 
 import argparse
 import asyncio
+import json
 import statistics
 import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -517,6 +518,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", default=",".join(known), help="names, with commas between")
     parser.add_argument("--calls", type=int, default=1, help="per row, transport and bot")
     parser.add_argument("--stories", action="store_true", help="tell what became of each utterance")
+    parser.add_argument(
+        "--keep", metavar="FILE", type=Path, help="add what is found to FILE; the table is of all"
+    )
     options = parser.parse_args(arguments)
     names = [name.strip() for name in options.rows.split(",")]
     if unknown := [name for name in names if name not in known]:
@@ -533,8 +537,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print if options.stories else lambda line: None,
         )
     )
-    print(table(found))
+    print(table(_kept(options.keep, found) if options.keep else found))
     return 0
+
+
+def _kept(file: Path, found: Found) -> Found:
+    """Add to what is kept in a file, one utterance a line, and return all of it."""
+    with file.open("a", encoding="utf-8") as kept:
+        for (row, transport, bot), verdicts in found.items():
+            for verdict in verdicts:
+                line = {"row": row, "transport": transport, "bot": bot, **asdict(verdict)}
+                kept.write(f"{json.dumps(line)}\n")
+    both: Found = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        key = (entry.pop("row"), entry.pop("transport"), entry.pop("bot"))
+        both.setdefault(key, []).append(Verdict(**entry))
+    order = {name: number for number, name in enumerate(rows())}
+    return dict(sorted(both.items(), key=lambda item: (order[item[0][0]], *item[0][1:])))
 
 
 if __name__ == "__main__":

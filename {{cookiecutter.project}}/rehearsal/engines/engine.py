@@ -20,6 +20,7 @@ class Heard:
         start_s: Where the speech began, seconds from the first sample fed to this ear.
         duration_s: How long it lasted, seconds.
         known_after_s: How much later than it is returned it is to be told, seconds.
+        timed: The words with their times, where the ear knows them.
     """
 
     text: str
@@ -27,9 +28,12 @@ class Heard:
     start_s: float
     duration_s: float
     known_after_s: float = 0.0
+    timed: tuple["Word", ...] = ()
 
     def words(self) -> list["Word"]:
-        """Spread the words over the time that was really spoken, by their length."""
+        """Return the words; unless timed, spread over the time that was really spoken."""
+        if self.timed:
+            return list(self.timed)
         texts = self.text.split()
         per_letter = self.duration_s / max(1, sum(map(len, texts)))
         spread: list[Word] = []

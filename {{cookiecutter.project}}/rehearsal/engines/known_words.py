@@ -306,7 +306,7 @@ class KnownWordsEar:
 def _result(words: Sequence[Word], *, is_final: bool) -> Heard:
     text = " ".join(word.text for word in words)
     start, end = words[0].start_s, words[-1].end_s
-    return Heard(text, is_final=is_final, start_s=start, duration_s=end - start)
+    return Heard(text, is_final, start, end - start, timed=tuple(words))
 
 
 def _size(samples: int) -> int:
