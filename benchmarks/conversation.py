@@ -371,16 +371,16 @@ def rows() -> dict[str, Row]:
     made = [Row("no pause", paused(0.0))]
     made += [Row(f"{seconds:g} s", paused(seconds)) for seconds in PAUSES_SECONDS]
     made += [
-        Row(f"0.6 s, final {seconds:g} s", paused(0.6), final_s=seconds)
+        Row(f"0.6 s (final {seconds:g} s)", paused(0.6), final_s=seconds)
         for seconds in FINALS_SECONDS
     ]
     made += [Row(f"digits {seconds:g} s", paused(seconds, digits)) for seconds in GROUPS_SECONDS]
     made += [Row(f"spelled {seconds:g} s", paused(seconds, spelled)) for seconds in GROUPS_SECONDS]
     made += [
         Row("cough in silence", few, when=When.SILENCE, after_s=1.0, sounds=coughs),
-        Row("cough, it thinks", few, when=When.THINKING, after_s=0.7, sounds=coughs[:1]),
-        Row("cough, it speaks", few, when=When.SPEAKING, after_s=0.5, sounds=coughs[:1]),
-        Row("mhm, it speaks", few, when=When.SPEAKING, after_s=0.5, sounds=(mhm,)),
+        Row("cough while it thinks", few, when=When.THINKING, after_s=0.7, sounds=coughs[:1]),
+        Row("cough while it speaks", few, when=When.SPEAKING, after_s=0.5, sounds=coughs[:1]),
+        Row("mhm while it speaks", few, when=When.SPEAKING, after_s=0.5, sounds=(mhm,)),
         Row("hello at 0.1 s", few[:1], when=When.PICK_UP, after_s=0.1, sounds=(hello,)),
         Row("hello at 1.6 s", few[:1], when=When.PICK_UP, after_s=1.6, sounds=(hello,)),
         Row("white noise -20 dB", few, surroundings=white_noise(loudness / 10)),
