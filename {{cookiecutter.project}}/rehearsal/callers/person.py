@@ -5,7 +5,6 @@ the bot had heard when it spoke, and whether it spoke while they did.
 """
 
 import asyncio
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,9 +13,6 @@ from numpy.typing import NDArray
 
 from rehearsal.callers.caller import Caller, Utterance
 from rehearsal.engines.known_words import Phrase
-
-WIDENED_SECONDS = (0.3, 0.6, 1.0, 1.5)
-"""Pauses that people make while they think or read a number aloud."""
 
 PATIENCE_SECONDS = 8.0
 """After so long without an answer people say the next thing."""
@@ -72,6 +68,8 @@ class Said:
 class Person:
     """Holds a conversation over a caller's line; use after it was dialled.
 
+    When the bot was audible is in `caller.heard.utterances`, on the same clock as `said`.
+
     Attributes:
         caller: The line.
         said: What they said, in order.
@@ -83,12 +81,6 @@ class Person:
     patience_s: float = PATIENCE_SECONDS
     quiet_s: float = QUIET_SECONDS
     said: list[Said] = field(default_factory=list[Said])
-
-    @property
-    def bot_is_audible(self) -> bool:
-        """Whether the bot can be heard right now."""
-        spoken = self.caller.heard.utterances
-        return bool(spoken) and spoken[-1].end >= time.monotonic()
 
     async def say(self, saying: Saying) -> Said:
         """Say something to its end, whatever the bot does meanwhile."""
