@@ -28,7 +28,7 @@ import numpy as np
 import soxr
 from loguru import logger
 from numpy.typing import NDArray
-from rehearsal.callers.caller import Caller
+from rehearsal.callers.caller import Caller, Utterance
 from rehearsal.callers.person import (
     Echo,
     Person,
@@ -63,6 +63,7 @@ SUBJECTS = {"ours": OURS, "scaffold": SCAFFOLD}
 
 FINAL_SECONDS, LLM_SECONDS, VOICE_SECONDS = 0.1, 0.45, 0.15
 """What the providers take: the last words, the first token and the first sound."""
+BOTH_AT_ONCE_SECONDS = 0.5
 LATE_SECONDS = 2.0
 """An answer that comes later than this, without what the providers take, is late."""
 
@@ -176,6 +177,8 @@ class Call:
         audible: What they heard of answers, in order.
         requests: Every time the LLM was asked.
         providers_s: What the providers take of the time to an answer, seconds.
+        hello: What they said into the greeting.
+        spoken: When the bot was audible.
     """
 
     said: list[Said]
@@ -183,6 +186,8 @@ class Call:
     audible: list[Audible]
     requests: list[Request]
     providers_s: float
+    hello: Said | None = None
+    spoken: Sequence[Utterance] = ()
 
 
 @dataclass
@@ -236,7 +241,32 @@ async def heard_answers(engine: Witness, caller: Caller) -> list[Audible]:
 def judge(call: Call) -> list[Verdict]:
     """Say what became of each utterance."""
     ends = [said.start for said in call.said[1:]] + [float("inf")]
-    return [_judge(call, said, end) for said, end in zip(call.said, ends, strict=True)]
+    verdicts = [_judge(call, said, end) for said, end in zip(call.said, ends, strict=True)]
+    return [_judge_hello(call, call.hello), *verdicts] if call.hello else verdicts
+
+
+def _judge_hello(call: Call, said: Said) -> Verdict:
+    """Say whether a "hello?" at pick-up is greeted whole, and not talked over."""
+    end = call.said[0].start if call.said else float("inf")
+    here = [audible for audible in call.audible if audible.start < end]
+    whole = [audible for audible in here if audible.is_whole]
+    both_s = sum(
+        max(0.0, min(said.end, spoken.end) - max(said.start, spoken.start))
+        for spoken in call.spoken
+    )
+    verdict = Verdict(
+        cut_in=both_s > BOTH_AT_ONCE_SECONDS,
+        lost=not whole,
+        doubled=len(whole) > 2,
+        interrupted=len(whole) < len(here),
+        answered_after=whole[0].start - said.end if whole else None,
+        requests=sum(request.at < end for request in call.requests),
+    )
+    verdict.story = f"hello, both at once for {both_s:.2f} s; " + "; ".join(
+        f"heard at {a.start - said.end:+.2f} {a.request.name}{'' if a.is_whole else ' CUT'}"
+        for a in here
+    )
+    return verdict
 
 
 def _judge(call: Call, said: Said, end: float) -> Verdict:
@@ -418,8 +448,17 @@ class Lane:
         audible = await heard_answers(self.engine, caller)
         providers_s = row.final_s + LLM_SECONDS + VOICE_SECONDS
         sounds = [said for said in person.said if said.saying in row.sounds]
-        said = [said for said in person.said if said not in sounds]
-        return judge(Call(said, sounds, audible, self.engine.requests, providers_s))
+        return judge(
+            Call(
+                said=[said for said in person.said if said not in sounds],
+                sounds=sounds,
+                audible=audible,
+                requests=self.engine.requests,
+                providers_s=providers_s,
+                hello=sounds[0] if sounds and row.when is When.PICK_UP else None,
+                spoken=caller.heard.utterances,
+            )
+        )
 
 
 @asynccontextmanager
