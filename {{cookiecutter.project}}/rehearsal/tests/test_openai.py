@@ -1,6 +1,9 @@
 """OpenAI's chat completions, as Pipecat's own class sees them: healthy, then failing."""
 
+import asyncio
+import logging
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
@@ -15,11 +18,12 @@ from pipecat.processors.aggregators.llm_response_universal import LLMContextAggr
 from pipecat.services.llm_service import FunctionCallParams
 from pipecat.services.openai.llm import OpenAILLMService
 
-from rehearsal.engines.engine import ToolCall
+from rehearsal.engines.engine import TextDelta, ToolCall
 from rehearsal.engines.scripted import Answer, Script, ScriptedEngine
 from rehearsal.providers.all import Providers, serve
 from rehearsal.providers.faults import ALWAYS, Faults
 from rehearsal.providers.openai import OpenAIServer
+from rehearsal.providers.server import HOST, WireLog
 from rehearsal.tests.service_pipeline import ask, line, usage
 
 pytestmark = pytest.mark.anyio
@@ -182,3 +186,39 @@ async def test_a_request_without_a_key_is_refused() -> None:
         url = f"{providers.environment['OPENAI_BASE_URL']}/chat/completions"
         async with http.post(url, json={"model": "m", "messages": []}) as response:
             assert response.status == 401
+
+
+@pytest.mark.parametrize("left", ["before the answer", "in the middle of it"])
+async def test_a_client_that_left_is_no_error_of_the_servers(
+    left: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client is gone when the server writes, and aiohttp has not told the handler yet."""
+    log, wakes = WireLog(), asyncio.Event()
+
+    class Held(ScriptedEngine):
+        async def think(
+            self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]
+        ) -> AsyncIterator[TextDelta | ToolCall]:
+            async for piece in super().think(messages, tools):
+                yield piece
+                await wakes.wait()
+
+    server = OpenAIServer(Held(), log)
+    if left == "before the answer":
+        monkeypatch.setattr(server, "before_answer", wakes.wait)
+    body = {"model": "m", "stream": True, "messages": [{"role": "user", "content": "Hello?"}]}
+    headers = {"Authorization": "Bearer k"}
+    await server.start()
+    with caplog.at_level(logging.DEBUG, "aiohttp"):
+        async with aiohttp.ClientSession(f"http://{HOST}:{server.port}", headers=headers) as http:
+            asked = asyncio.create_task(http.post("/v1/chat/completions", json=body))
+            if left == "before the answer":
+                await log.until(lambda: server.requests)
+            else:
+                await (await asked).content.readany()
+            wakes.set()
+            await server.drop()
+            with pytest.raises(aiohttp.ClientError):
+                await (await asked).read()
+        await server.aclose()
+    assert [record.message for record in caplog.records if record.levelno > logging.DEBUG] == []
