@@ -27,7 +27,7 @@ import config
 import services
 import tools
 import transports
-from conversation import clock, endings, phrases, recovery, silence, turns, warm_up
+from conversation import clock, endings, outcome, phrases, recovery, silence, turns, warm_up
 from conversation.caller_words import CallerWords
 from conversation.first_words import FirstWords
 from conversation.floor import Floor
@@ -39,6 +39,11 @@ private_log.begin()
 
 AGENT = "{{ cookiecutter.project }}"
 PROMPT_FILE = Path(__file__).with_name("prompt.md")
+# Many places want the caller to be told. GREETING says it; the LLM does where that is blank.
+RECORDED = ""
+# <% if cookiecutter.record_audio %>
+RECORDED = "Say in a sentence of its own that this call is recorded."
+# <% endif %>
 
 
 async def bot(runner_args: RunnerArguments) -> None:
@@ -83,8 +88,10 @@ async def run_call(
     """Hold the call on `connection` and deliver its record, however it ends."""
     if note := connection.note:
         endings.annotate(roark, transfer_to=note.name, transfer_outcome=note.outcome or "unknown")
+    outcome.prepare(roark)
+    context = LLMContext()
     try:
-        await run_pipeline(connection, instructions, roark, runner_args)
+        await run_pipeline(connection, instructions, context, roark, runner_args)
     except asyncio.CancelledError:
         # Cancelled before the pipeline ran; afterwards endings.py has noted it.
         endings.note(roark, *endings.SESSION_LIMIT)
@@ -96,7 +103,10 @@ async def run_call(
     finally:
         # The one place that runs after every kind of ending. The reason noted first stands.
         await transports.hang_up(runner_args)
-        await roark.aflush(reason="client-disconnected")
+        try:
+            await outcome.tell(roark, context)
+        finally:
+            await roark.aflush(reason="client-disconnected")
         endings.forget_soon()
 
 
@@ -111,12 +121,13 @@ def readyz() -> dict[str, object]:
 
 def doubts() -> list[str]:
     """What of the settings does not go together, for `python -m deploy check`."""
-    return [*phrases.doubts()]
+    return [*phrases.doubts(), *outcome.doubts()]
 
 
 async def run_pipeline(
     connection: transports.Connection,
     instructions: str,
+    context: LLMContext,
     roark: RoarkObserver,
     runner_args: RunnerArguments,
 ) -> None:
@@ -128,7 +139,7 @@ async def run_pipeline(
     tts = services.create_tts()
 
     floor = Floor()
-    context = LLMContext(tools=tools.offered())
+    context.set_tools(tools.offered())
     # Loads two models; in a thread, for the other calls of this process are not to stumble.
     user_params = await asyncio.to_thread(turns.params, floor, stt)
     aggregators = LLMContextAggregatorPair(
@@ -190,7 +201,7 @@ async def run_pipeline(
     silence.watch(caller_side, worker, ending, failed, recogniser=type(stt).__name__)
     # Who comes back from a transfer to which nobody answered is not greeted again.
     told = connection.note.instruction if connection.note else ""
-    greeting = FirstWords(worker, ending, caller_side, told=told)
+    greeting = FirstWords(worker, ending, caller_side, told=told, to_say=RECORDED)
 
     caller: str | None = None
     client_ready = asyncio.Event()

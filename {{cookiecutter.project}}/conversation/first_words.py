@@ -35,14 +35,18 @@ class FirstWords:
         caller: LLMUserAggregator,
         *,
         told: str = "",
+        to_say: str = "",
     ) -> None:
-        """Greet the caller of `worker`'s call; `told`, if not blank, is for the LLM to begin by."""
+        """Greet the caller of `worker`'s call; `told`, if not blank, is for the LLM to begin by.
+
+        `to_say` is what the LLM's own greeting has to hold.
+        """
         self._worker = worker
         self._ending = ending
         self._floor = ending.floor
         self._caller = caller
         self._greeting = "" if told else config.setting("GREETING")
-        self._told = told or GREET
+        self._told = told or f"{GREET} {to_say}".strip()
         self._caller_has_spoken = False
 
         @caller.event_handler("on_user_turn_started")

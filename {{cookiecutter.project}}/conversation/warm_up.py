@@ -11,7 +11,7 @@ from loguru import logger
 
 import services
 import transports
-from conversation import phrases, turns
+from conversation import outcome, phrases, turns
 from conversation.floor import Floor
 from roark import client
 from telephony import transfer
@@ -27,7 +27,7 @@ def once() -> None:
     """
     transfer.people()
     transfer.failover()
-    for doubt in phrases.doubts():
+    for doubt in (*phrases.doubts(), *outcome.doubts()):
         logger.warning(f"{doubt[0].upper()}{doubt[1:]}")
     recogniser = services.create_stt()
     services.create_llm("")

@@ -190,9 +190,13 @@ async def _announce_calls(world: "_World") -> None:
 
 async def _hand_over(options: argparse.Namespace) -> int:
     """Place a call that is handed over, in LANGUAGE; by telephone, whatever -t says."""
-    words = script(_language())
+    language = _language()
+    words = script(language)
     port = free_port()
     async with _engine(options) as voice:
+        if isinstance(voice, LocalEngine) and language.lower().startswith("de"):
+            voice.read_german()
+        _tell("What is heard and thought is by script, rehearsal/transfer.*.toml.")
         engine = Dialogue(words, voice)
         voices = [await spoken_voice(engine, text) for text in words.hears]
         public = ("-x", f"{HOST}:{port}")

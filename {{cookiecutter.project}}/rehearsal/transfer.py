@@ -43,12 +43,17 @@ ENVIRONMENT = {
 
 
 class Dialogue(ScriptedEngine):
-    """A script that is spoken by another engine's voice."""
+    """A script that is spoken by another engine's voice.
+
+    Attributes:
+        voice: The engine that speaks.
+    """
 
     def __init__(self, script: Script, voice: Engine) -> None:
         """Play `script`; takes over `voice`."""
         super().__init__(script)
-        self._voice = voice
+        self.name = voice.name
+        self.voice = voice
         self._ears = 0
 
     def listen(self, sample_rate: int) -> ScriptedRecogniser:
@@ -59,11 +64,11 @@ class Dialogue(ScriptedEngine):
 
     def speak(self, text: str, sample_rate: int) -> AsyncIterator[Speech]:
         """Say `text`."""
-        return self._voice.speak(text, sample_rate)
+        return self.voice.speak(text, sample_rate)
 
     async def aclose(self) -> None:
         """Give back what the voice holds."""
-        await self._voice.aclose()
+        await self.voice.aclose()
 
 
 def script(language: str) -> Script:

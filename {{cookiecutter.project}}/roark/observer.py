@@ -163,6 +163,7 @@ class RoarkObserver(BaseObserver):
         self._ended_at: int | None = None
         self._over = asyncio.Event()
         self._finished = False
+        self._stays_open = False
         self._waits_for_end = False
         self._deadline: float | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -232,6 +233,13 @@ class RoarkObserver(BaseObserver):
                 kept = redacted(kept, self._redact)
             self._emit("annotation", self._now(), values=kept)
 
+    def stay_open(self) -> None:
+        """Let `aflush` finish the call, not the end of its pipeline: for what is annotated then.
+
+        A call that nobody flushes is finished by the next process.
+        """
+        self._stays_open = True
+
     async def aflush(
         self,
         *,
@@ -269,7 +277,10 @@ class RoarkObserver(BaseObserver):
         await super().cleanup()
         self._over.set()
         await self._stop_recorder()
-        self._finish()
+        if self._stays_open:
+            self._ended_at = self._ended_at or self._now()
+        else:
+            self._finish()
         # Not waited for: the outbox goes on by itself, and outlives this loop.
         self._keep(self._folder.flush(self._flush_seconds))
 

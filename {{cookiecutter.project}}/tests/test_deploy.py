@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 from typer.main import get_command
 
 import config
+import services
 from deploy import check as deploy
 from deploy.__main__ import main, twiml
 
@@ -417,15 +418,19 @@ class TestCheck:
 
     @pytest.mark.slow
     def test_a_language_without_phrases_is_minded(
-        self, project: Path, capsys: pytest.CaptureFixture[str]
+        self, project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The bot would apologise in English."""
+        """The bot would apologise in English. So is a model or a voice that cannot speak it."""
         with (project / ".env").open("a") as settings:
             settings.write("LANGUAGE=tr\n")
         assert main(["check"], project) == 0
-        assert "mind: LANGUAGE is tr, but conversation/phrases/ has no tr.toml" in (
-            capsys.readouterr().out
-        )
+        report = capsys.readouterr().out
+        assert "mind: LANGUAGE is tr, but conversation/phrases/ has no tr.toml" in report
+        monkeypatch.setenv("LANGUAGE", "tr")
+        for name in ("WHISPER_MODEL", "PIPER_VOICE", "DEEPGRAM_TTS_VOICE"):
+            monkeypatch.delenv(name, raising=False)
+        for doubt in services.language_doubts():
+            assert f"mind: {doubt}" in report
 
     @pytest.mark.parametrize("breakage", BREAKAGES)
     def test_it_names_what_would_fail_and_the_mend(

@@ -7,7 +7,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from harness import SECONDS, Harness, run_harness
+from harness import RECORDS_AUDIO, SECONDS, Harness, run_harness
 
 from rehearsal.callers.caller import Caller
 from rehearsal.engines.scripted import Answer, Script
@@ -47,6 +47,16 @@ async def test_the_given_greeting_is_spoken_before_the_llm_is_asked_and_remember
     transcript = harness.received.ended["transcript"] if harness.received.ended else []
     assert " ".join(turn["content"] for turn in transcript[:-2]) == GREETING
     assert "The LLM greets." not in harness.spoken
+
+
+async def test_without_a_greeting_the_llm_is_told_to_say_that_the_call_is_recorded_where_it_is(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GREETING")
+    async with harness.caller("twilio") as caller:
+        await caller.hear(within=SECONDS)
+    await harness.over()
+    assert ("this call is recorded" in harness.engine.asked[0][-1]["content"]) == RECORDS_AUDIO
 
 
 async def test_a_voice_that_hangs_at_the_given_greeting_is_named_and_the_call_ends(

@@ -5,9 +5,12 @@ from typing import Any
 
 import pytest
 from harness import SECONDS, Harness, classes, run_harness
+from loguru import logger
 
+import bot
 import config
-from conversation import phrases
+import services
+from conversation import phrases, warm_up
 from conversation.turns import is_backchannel
 from rehearsal.engines.engine import ToolCall
 from rehearsal.engines.scripted import Answer, Script
@@ -123,6 +126,37 @@ def test_a_language_without_phrases_falls_back_and_is_doubted(
     assert phrases.spoken().language == "English"
     assert "no tr.toml" in next(phrases.doubts())
     assert phrases.instruction().startswith("Speak the language with the code tr,")
+
+
+# A service of the form that may not speak LANGUAGE: its factory, its variable, a value, the doubt.
+DOUBTED = {
+    "Whisper": ("_whisper_model", "WHISPER_MODEL", "base.en", "which hears English only"),
+    "Piper": ("_piper_voice", "PIPER_VOICE", "en_US-ljspeech-medium", "does not speak de"),
+    "Aura": ("_deepgram_voice", "DEEPGRAM_TTS_VOICE", "aura-2-andromeda-en", "does not speak de"),
+}
+
+
+@pytest.mark.parametrize("name", DOUBTED)
+def test_a_model_or_voice_that_cannot_speak_it_is_said_when_the_bot_starts(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    function, variable, value, doubt = DOUBTED[name]
+    if not hasattr(services, function):
+        pytest.skip(f"{name} is not among the services")
+    monkeypatch.setenv("LANGUAGE", "de")
+    monkeypatch.setenv(variable, value)
+    for build in ("create_stt", "create_llm", "create_tts", "memory_params"):
+        monkeypatch.setattr(services, build, lambda *_: None)
+    lines: list[str] = []
+    sink = logger.add(lines.append, level="WARNING", format="{message}")
+    try:
+        warm_up.once.__wrapped__()
+    finally:
+        logger.remove(sink)
+    assert any(value in line and doubt in line for line in lines)
+    assert any(value in one for one in bot.doubts()), "python -m deploy check asks for these"
+    monkeypatch.setenv("LANGUAGE", "en")
+    assert not any(value in one for one in bot.doubts())
 
 
 @pytest.mark.parametrize("file", sorted(phrases.FOLDER.glob("*.toml")), ids=lambda file: file.stem)

@@ -50,6 +50,14 @@ VOICE_SHA256 = {
     ),
 }
 
+# German sounds, as espeak writes them, and the nearest that an English voice has learnt.
+_PAIRS = (
+    "aɪ=aɪ aʊ=aʊ ɔø=ɔɪ ɔʏ=ɔɪ ɑː=ɑː aː=ɑː a=ʌ eː=eɪ oː=oʊ o=oʊ ɔ=ɔː øː=ɜː ø=ɜː œ=ɜː "  # noqa: RUF001
+    "ɜ=ɚ yː=uː y=ʊ ʏ=ʊ c\u0327=ʃ x=h r=ɹ ɾ=ɹ ʁ=ɹ"  # noqa: RUF001
+)
+NEAREST_SOUNDS = {sound: near for sound, _, near in (one.partition("=") for one in _PAIRS.split())}
+_SOUNDS = re.compile("|".join(sorted(NEAREST_SOUNDS, key=len, reverse=True)))
+
 HEARING_RATE = 16000
 """What Moonshine was trained on, Hz. Telephone audio is resampled, or it hears nonsense."""
 
@@ -117,6 +125,13 @@ class LocalEngine:
             speech = await self._voice.say(sentence, sample_rate, begin)
             begin += len(speech.pcm) / 2 / sample_rate
             yield speech
+
+    def read_german(self) -> None:
+        """Have an English voice read German: with a strong accent, but not as if it were English.
+
+        A voice of another language stays as it is.
+        """
+        self._voice.read_german()
 
     async def aclose(self) -> None:
         """Let go of the threads and the models."""
@@ -251,6 +266,13 @@ class _Voice(_Worker):
         model, config = (weights / name for name in VOICE_SHA256)
         self._voice = piper.PiperVoice.load(model, config_path=config)
 
+    def read_german(self) -> None:
+        if not self._voice.config.espeak_voice.startswith("en"):
+            return
+        self._voice.config.espeak_voice = "de"
+        phonemize = self._voice.phonemize
+        self._voice.phonemize = lambda text: [nearest(one) for one in phonemize(text)]
+
     async def say(self, sentence: str, sample_rate: int, begin: float) -> Speech:
         """Return a sentence at `sample_rate` Hz, its words timed as if it began at `begin`."""
         return await self.run(self._say, sentence, sample_rate, begin)
@@ -266,6 +288,11 @@ class _Voice(_Worker):
             audio = soxr.resample(audio, self._voice.config.sample_rate, sample_rate)
         pcm = (np.clip(audio, -1.0, 1.0) * 32767).astype("<i2").tobytes()
         return Speech(pcm, tuple(_timed(sentence.split(), phonemes, begin, seconds)))
+
+
+def nearest(sounds: list[str]) -> list[str]:
+    """Return German phonemes as an English voice can say them."""
+    return list(_SOUNDS.sub(lambda found: NEAREST_SOUNDS[found[0]], "".join(sounds)))
 
 
 def _timed(words: list[str], phonemes: list[str], begin: float, seconds: float) -> list[Word]:

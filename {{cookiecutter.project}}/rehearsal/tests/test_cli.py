@@ -486,7 +486,7 @@ async def test_a_caller_is_handed_to_a_colleague_who_is_busy_and_comes_back_in_g
         "bot     Ich verbinde Sie. Einen Moment, bitte.",
         "bot     Bei Anna ist gerade besetzt. Sie möchten Ihren Termin am Dienstag verlegen. "
         "Soll ich ihr das ausrichten?",
-        "caller  Ja, bitte richten Sie ihr das aus.",
+        "caller  Richten Sie ihr das bitte aus.",
         "bot     Das richte ich ihr aus. Einen schönen Tag noch.",
     ]
     records = [json.loads(one.read_bytes()) for one in sorted(tmp_path.glob("*/call.json"))]

@@ -19,7 +19,13 @@ from rehearsal.engines import language_model as language_model
 from rehearsal.engines import weights
 from rehearsal.engines.engine import Engine, Heard, Speech, TextDelta, ToolCall
 from rehearsal.engines.language_model import LanguageModel, ScriptedAnswerer, choose_answerer
-from rehearsal.engines.local import VOICE_SHA256, LocalEngine, LocalEngineError, verify
+from rehearsal.engines.local import (
+    VOICE_SHA256,
+    LocalEngine,
+    LocalEngineError,
+    nearest,
+    verify,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -154,6 +160,11 @@ async def test_a_voice_of_ones_own_speaks_and_what_is_none_is_refused(
     with_own = await LocalEngine.load(ScriptedAnswerer(), own)
     assert [piece async for piece in with_own.speak("Good morning.", 8000)]
     await with_own.aclose()
+
+
+def test_an_english_voice_reads_german_by_the_sounds_it_has() -> None:
+    sounds = "ɪc\u0327 mœc\u0327tə aʊx fyːɾ"  # noqa: RUF001
+    assert "".join(nearest(list(sounds))) == "ɪʃ mɜːʃtə aʊh fuːɹ"  # noqa: RUF001
 
 
 @pytest.mark.slow
