@@ -5,7 +5,7 @@ import pytest
 import soxr
 
 from rehearsal.call import HUMAN_VOICE, recorded_voice
-from rehearsal.callers.person import Saying, babble, rms, white_noise, without_words
+from rehearsal.callers.person import Echo, Saying, babble, rms, white_noise, without_words
 from rehearsal.callers.twilio import SAMPLE_RATE, TwilioCaller, from_mulaw, to_mulaw
 from rehearsal.engines.engine import Heard, Word
 from rehearsal.engines.known_words import KnownWordsEar, Phrase, phrases_of
@@ -74,3 +74,9 @@ def test_surroundings_are_as_loud_as_they_are_told_to_be(human: tuple[Phrase, ..
     for sound in (white_noise(100.0), babble(human, 100.0)):
         heard = np.concatenate([sound(caller, second, SAMPLE_RATE) for second in range(3)])
         assert np.sqrt(np.mean(heard**2)) == pytest.approx(100.0, rel=0.2)
+    bot = np.arange(800, dtype="<i2")
+    caller.heard.add(bot.tobytes(), at=50.0)
+    echo = Echo(below_db=20.0, delay_s=0.25)
+    heard = np.concatenate([echo(caller, 50.24 + n * 0.02, 160) for n in range(7)])
+    assert np.abs(heard[80:880] - bot / 10).max() < 0.01
+    assert not heard[:80].any() and not heard[880:].any()
