@@ -393,7 +393,7 @@ def rows() -> dict[str, Row]:
     def cough(seconds: float) -> Saying:
         return Saying((without_words(recordings()["more-respectable"][1], seconds),))
 
-    few = paused(0.0, human[1:7])
+    few = paused(0.0, human[3:7])
     coughs = (cough(0.45), cough(0.6), cough(0.9))
     hello, mhm = Saying(synthetic("Hello?")), Saying(synthetic("Mhm."))
     digits = [recordings()["numbers"], recordings()["three-cards"], *map(in_groups, DIGITS)]
