@@ -153,6 +153,18 @@ class Harness:
         pieces = [piece.pcm async for piece in ScriptedEngine().speak(words, VOICE_HZ)]
         return await caller.say(b"".join(pieces), VOICE_HZ)
 
+    async def hear_greeting(self, caller: Caller) -> None:
+        """Wait until the bot has greeted and is silent."""
+        await caller.hear(within=SECONDS)
+        await caller.hear_out(quiet=0.5, within=SECONDS)
+
+    async def ask(self, caller: Caller, words: str = "whatever the script hears") -> Utterance:
+        """Let the caller speak, and the bot answer to its end; returns what was said."""
+        said = await self.say(caller, words)
+        await caller.hear(since=said.end, within=SECONDS)
+        await caller.hear_out(quiet=0.5, within=SECONDS)
+        return said
+
     async def hear_said(self, caller: Caller, sentence: str) -> None:
         """Wait until the bot was given `sentence` to say, said it and fell silent."""
         await self.providers.log.until(

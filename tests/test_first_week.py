@@ -1,9 +1,9 @@
-"""Services outside the form, put into a rendering word by word as its README says."""
+"""What an owner does in the first week, word by word as README.md and AGENTS.md say."""
 
 import re
 
 import pytest
-from baking import Bake, succeed
+from baking import Bake, BakedProject, succeed
 from config import required
 from deploy.check import check_secrets
 
@@ -28,6 +28,18 @@ def swapped(readme: str, services: str) -> str:
     return services
 
 
+def add_tool(project: BakedProject) -> None:
+    """Write the tool of AGENTS.md and its test where it says."""
+    section = project.read("AGENTS.md").partition("## A tool and its test")[2]
+    tool, test = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    ((condition, append),) = re.findall(r"`(if setting.*?:) (.*?)` in `offered", section)
+    returns = "    return ToolsSchema(tools)\n"
+    offer = f"    {condition}\n        {append}\n"
+    tools = project.read("tools.py").replace(returns, offer + returns) + f"\n\n{tool}"
+    (project.path / "tools.py").write_text(tools)
+    (project.path / "tests" / "test_opening_hours.py").write_text(test)
+
+
 @pytest.mark.slow
 def test_with_groq_and_rime_swapped_in_calls_and_tests_go_on_and_say_what_stands_in(
     bake: Bake,
@@ -49,7 +61,10 @@ def test_with_groq_and_rime_swapped_in_calls_and_tests_go_on_and_say_what_stands
     assert all(sentence in called.stdout for sentence in STANDS_IN)
     assert "Yes, I can hear you. Is there anything else?" in called.stdout
 
-    tested = project.tool("pytest", "-q", "-n", "0", "tests/test_preflight.py")
+    add_tool(project)
+    succeed(project.tool("ruff", "check", "--no-cache", "."))
+    files = ("tests/test_preflight.py", "tests/test_opening_hours.py")
+    tested = project.tool("pytest", "-q", "-n", "0", *files)
     succeed(tested)
     assert all(sentence in tested.stdout for sentence in STANDS_IN)
     assert "skipped" not in tested.stdout
