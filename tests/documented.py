@@ -33,7 +33,7 @@ README = "tests/test_readme.py::test_followed_from_nothing"
 PIP = "tests/test_readme.py::test_a_project_installs_and_holds_a_call_with_pip_alone"
 CI = "tests/test_root_deploy.py::test_the_workflows_run_everything"
 FRESH = "tests/test_rendering.py::test_the_rendering_farthest_from_the_default_passes_its_own_tests"
-BOT = "tests/test_development_server.py::test_the_server_has_pipecats_routes"
+BOT = "host/tests/test_development_server.py::test_the_server_has_pipecats_routes"
 PROVIDERS = "rehearsal/tests/test_cli.py::test_the_servers_alone_print_what_points_a_bot_at_them"
 DIALOGUE = "rehearsal/tests/test_cli.py::test_a_dialogue_with_a_tool_of_ones_own_is_rehearsed"
 LATENCIES = "rehearsal/tests/test_delayed.py::test_latencies_are_drawn_around_their_medians"
@@ -68,8 +68,9 @@ TESTED = {
     ".ci/run": CI,
     "uv run pytest": CI,
     'uv run pytest -m "not slow"': CI,
-    'uv run pytest -m "" tests roark rehearsal': CI,
-    "uv run pytest roark rehearsal": CI,
+    'uv run pytest -m "" tests host roark rehearsal': CI,
+    "uv run pytest host roark rehearsal": CI,
+    'uv run pytest -m "" tests/test_tools.py': CI,
     "uv sync": FRESH,
     "uv sync && uv run pytest": FRESH,
     "uvx cookiecutter . --no-input stt=assemblyai llm=anthropic": ARGUMENTS,

@@ -229,7 +229,7 @@ def test_the_rendering_farthest_from_the_default_passes_its_own_tests_in_a_fresh
         ("uv", "lock", "--python", "3.11"),
         ("uv", "sync", "--locked"),
         ("uv", "run", "--locked", "pyright"),
-        ("uv", "run", "--locked", "pytest", "-q", "-rs"),
+        ("uv", "run", "--locked", "pytest", "-q", "-rs", "tests", "host"),
     ):
         done = project.run(*command)
         succeed(done)

@@ -1,21 +1,14 @@
 """Fixtures every test may use."""
 
-import re
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from machine import anyio_backend, machine, weights_of_this_machine
+from machine import anyio_backend, machine, weights_of_this_machine, without_rehearsal
 
 __all__ = ["anyio_backend", "machine", "weights_of_this_machine"]
 
-HOLDS_CALLS = re.compile(r"^ *(?:from|import) (?:harness|rehearsal)\b", re.MULTILINE)
-has_rehearsal = find_spec("rehearsal") is not None
-collect_ignore = [
-    path.name
-    for path in Path(__file__).parent.glob("test_*.py")
-    if not has_rehearsal and HOLDS_CALLS.search(path.read_text(encoding="utf-8"))
-]
+collect_ignore = without_rehearsal(Path(__file__).parent)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -24,7 +17,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(
             f"{len(collect_ignore)} test files skipped: they need rehearsal/, which is not here"
         )
-    if has_rehearsal:
+    if find_spec("rehearsal"):
         from rehearsal import stand_ins
 
         try:

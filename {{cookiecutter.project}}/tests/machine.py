@@ -1,8 +1,10 @@
 """What all tests share, those of the parts too: the loop, the machine and its weights."""
 
 import os
+import re
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,17 @@ try:
     import fcntl
 except ImportError:  # Windows: there they share it.
     fcntl = None
+
+
+HOLDS_CALLS = re.compile(r"^ *(?:from|import) (?:harness|rehearsal)\b", re.MULTILINE)
+
+
+def without_rehearsal(folder: Path) -> list[str]:
+    """Return the files of tests in a folder that need rehearsal/; none where that is there."""
+    if find_spec("rehearsal"):
+        return []
+    files = folder.glob("test_*.py")
+    return [file.name for file in files if HOLDS_CALLS.search(file.read_text(encoding="utf-8"))]
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""What the bot says and does about its environment."""
+"""What the bot says and does about its environment, and before its first caller."""
 
 import json
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import bot
 import config
 
 PROJECT = Path(config.__file__).parent
@@ -84,3 +85,43 @@ def test_of_an_error_that_is_not_ours_only_the_type_is_logged() -> None:
     assert config.reason(of_a_parser.value) == "JSONDecodeError"
     assert config.reason(TimeoutError()) == "TimeoutError"
     assert config.reason(ValueError("/ws speaks Twilio")) == "/ws speaks Twilio"
+
+
+BUILD = """
+import sys
+import bot
+quick = set(sys.modules)
+assert bot.readyz()["ready"]
+ready = set(sys.modules)
+import services
+from conversation import turns
+from conversation.floor import Floor
+services.create_stt(), services.create_llm(""), services.create_tts(), turns.params(Floor())
+print(*sorted(set(sys.modules) - ready))
+print(*sorted(ready - quick))
+"""
+
+
+@pytest.mark.slow
+def test_a_ready_bot_has_imported_what_its_first_call_needs(tmp_path: Path) -> None:
+    keys = dict.fromkeys(config.REQUIRED, "key")
+    process = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", BUILD],
+        cwd=tmp_path,
+        env={**os.environ, **keys, "PYTHONPATH": str(Path(bot.__file__).parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    by_the_call, by_readiness = process.stdout.splitlines()
+    assert by_the_call == ""
+    # As against the quick import, which has none of it.
+    assert any(name.startswith("pipecat.services.") for name in by_readiness.split())
+
+
+def test_a_bot_without_keys_is_not_ready_and_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing, *present = config.REQUIRED
+    for key in present:
+        monkeypatch.setenv(key, "key")
+    monkeypatch.setenv(missing, " ")
+    assert bot.readyz() == {"ready": False, "missing": [missing]}

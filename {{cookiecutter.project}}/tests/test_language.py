@@ -1,5 +1,6 @@
-"""The language of calls, LANGUAGE: everything the bot says and hears is in it."""
+"""The language of calls, LANGUAGE, and their clock, TIMEZONE: what the bot hears, says, knows."""
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from loguru import logger
 import bot
 import config
 import services
-from conversation import phrases, warm_up
+from conversation import clock, phrases, warm_up
 from conversation.turns import is_backchannel
 from rehearsal.engines.engine import ToolCall
 from rehearsal.engines.scripted import Answer, Script
@@ -136,15 +137,13 @@ DOUBTED = {
 }
 
 
-@pytest.mark.parametrize("name", DOUBTED)
 def test_a_model_or_voice_that_cannot_speak_it_is_said_when_the_bot_starts(
-    monkeypatch: pytest.MonkeyPatch, name: str
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    function, variable, value, doubt = DOUBTED[name]
-    if not hasattr(services, function):
-        pytest.skip(f"{name} is not among the services")
+    here = [case for case in DOUBTED.values() if hasattr(services, case[0])]
     monkeypatch.setenv("LANGUAGE", "de")
-    monkeypatch.setenv(variable, value)
+    for _, variable, value, _ in here:
+        monkeypatch.setenv(variable, value)
     for build in ("create_stt", "create_llm", "create_tts", "memory_params"):
         monkeypatch.setattr(services, build, lambda *_: None)
     lines: list[str] = []
@@ -153,10 +152,11 @@ def test_a_model_or_voice_that_cannot_speak_it_is_said_when_the_bot_starts(
         warm_up.once.__wrapped__()
     finally:
         logger.remove(sink)
-    assert any(value in line and doubt in line for line in lines)
-    assert any(value in one for one in bot.doubts()), "python -m deploy check asks for these"
+    for _, _, value, doubt in here:
+        assert any(value in line and doubt in line for line in lines)
+        assert any(value in one for one in bot.doubts()), "python -m deploy check asks for these"
     monkeypatch.setenv("LANGUAGE", "en")
-    assert not any(value in one for one in bot.doubts())
+    assert not any(value in one for _, _, value, _ in here for one in bot.doubts())
 
 
 @pytest.mark.parametrize("file", sorted(phrases.FOLDER.glob("*.toml")), ids=lambda file: file.stem)
@@ -179,3 +179,52 @@ def test_listening_noises_are_those_of_the_language(
     assert not is_backchannel(noise)
     monkeypatch.setenv("LANGUAGE", code)
     assert is_backchannel(noise)
+
+
+EVENING = datetime(2026, 11, 25, 23, 40, tzinfo=UTC)
+
+
+def test_the_time_is_told_in_the_zone_of_the_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TIMEZONE", raising=False)
+    assert clock.instruction(EVENING) == (
+        "This call began on Wednesday, 25 November 2026 at 23:40, UTC time."
+    )
+    monkeypatch.setenv("TIMEZONE", "Europe/Berlin")
+    assert clock.instruction(EVENING) == (
+        "This call began on Thursday, 26 November 2026 at 00:40, Europe/Berlin time."
+    )
+
+
+@pytest.mark.parametrize("zone", ["Berlin", "../etc/passwd", "Europe", "UTC+1"])
+def test_what_is_no_zone_is_refused_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, zone: str
+) -> None:
+    monkeypatch.setenv("TIMEZONE", zone)
+    with pytest.raises(RuntimeError, match="TIMEZONE is a zone such as Europe/Berlin, not"):
+        config.timezone()
+
+
+@pytest.mark.slow
+async def test_what_two_calls_are_told_of_the_time_differs_in_the_last_line_alone(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And in a call each request begins with the one before: what a provider can have cached."""
+    monkeypatch.setenv("GREETING", "")
+    for zone in ("Europe/Berlin", "Asia/Tokyo"):
+        monkeypatch.setenv("TIMEZONE", zone)
+        async with harness.caller("twilio") as caller:
+            await caller.hear(within=SECONDS)
+            if zone == "Asia/Tokyo":
+                await caller.hear_out(quiet=0.5, within=SECONDS)
+                await harness.say(caller)
+                await caller.hear(within=SECONDS)
+    await harness.over(1)
+
+    asked_first, asked_then, *_ = harness.engine.asked[1:]
+    assert asked_then[: len(asked_first)] == asked_first
+    (one, *_), (other, *_) = harness.engine.asked[:2]
+    *same, clock_of_one = one["content"].splitlines()
+    assert other["content"].splitlines()[:-1] == same
+    assert "Europe/Berlin" in clock_of_one
+    for call in harness.roark.calls.values():
+        assert "This call began" not in str(call.started)
