@@ -26,7 +26,7 @@ CALLS = 200
 # The first calls of a process load what the others share.
 WARM_UP = 10
 SECONDS = 40.0
-OF_CALLS = ("PipelineWorker", "RoarkObserver", "LLMContext", "Ending", "Failures", "Session")
+OF_CALLS = ("PipelineWorker", "RoarkObserver", "LLMContext", "Ending", "Recovery", "Session")
 
 
 async def host() -> None:

@@ -187,7 +187,7 @@ async def run_pipeline(
     await runner.add_workers(worker)
     caller_side = aggregators.user()
     ending = call.ending = endings.Ending(worker, runner, roark, floor=floor, caller=caller_side)
-    failed = recovery.Failures(
+    failed = recovery.Recovery(
         worker,
         ending,
         floor=floor,

@@ -1,4 +1,4 @@
-"""Ears, brain and voice: the three services a call runs on. Swap one here and nowhere else.
+"""Speech recognition, language model and voice: the services of a call. Swap one here alone.
 
 Each factory imports its service when a call needs it. Every base URL can be pointed elsewhere by
 environment: at a proxy, at a region, or at the rehearsal on this machine.

@@ -53,7 +53,7 @@ SAY_AGAIN = "Your last answer did not reach the caller, or not all of it. Answer
 """For the LLM: goes before every further attempt."""
 
 
-class Failures(FloorObserver):
+class Recovery(FloorObserver):
     """Watches one call for what fails, and sees to it. Add it to the worker before it runs."""
 
     def __init__(

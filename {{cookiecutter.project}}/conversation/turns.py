@@ -37,7 +37,7 @@ from conversation.turn_end import PauseUserTurnStopStrategy
 # Speech that goes on longer than this is an interruption, whatever the recogniser makes of it.
 LONGEST_BACKCHANNEL_SECONDS = 0.6
 # One said this shortly before the bot falls silent is taken for an answer to what it said.
-ANSWER_SECONDS = 1.0
+BACKCHANNEL_ANSWERS_SECONDS = 1.0
 
 
 def params(floor: Floor, recogniser: STTService | None = None) -> LLMUserAggregatorParams:
@@ -220,7 +220,7 @@ class InterruptionUserTurnStartStrategy(BaseUserTurnStartStrategy):
 
     async def _answer_with_backchannel(self) -> None:
         said, self._backchannel = self._backchannel, ""
-        is_recent = self._clock() - self._backchannel_at < ANSWER_SECONDS
+        is_recent = self._clock() - self._backchannel_at < BACKCHANNEL_ANSWERS_SECONDS
         if said and is_recent and not self._floor.is_saying_goodbye:
             message = LLMMessagesAppendFrame([{"role": "user", "content": said}], run_llm=True)
             await self.push_frame(message)

@@ -273,6 +273,8 @@ async def _engine(options: argparse.Namespace) -> AsyncIterator[Engine]:
         voice = user_settings().get("REHEARSAL_VOICE", "").strip()
         engine = await LocalEngine.load(answerer, Path(voice) if voice else None)
         _tell(f"Moonshine hears and Piper speaks for the providers; {answerer.description} thinks.")
+        if not _is_english():
+            _tell("Both know English only: rehearse LANGUAGE with --engine scripted --script FILE.")
     try:
         yield engine
     finally:
@@ -320,9 +322,12 @@ def _installed_weights() -> dict[str, str]:
     What the user has set stays. They are for English only.
     """
     own = {name for name, value in user_settings().items() if value.strip()}
-    is_english = _language().lower().startswith("en")
-    found = weights.environment() if is_english else {}
+    found = weights.environment() if _is_english() else {}
     return {name: value for name, value in found.items() if name not in own}
+
+
+def _is_english() -> bool:
+    return _language().lower().startswith("en")
 
 
 def _language() -> str:

@@ -26,7 +26,7 @@ from rehearsal.host.bot_process import BotProcess
 HUMAN_VOICE = Path(__file__).with_name("made-amiable.wav")
 
 GREETING_SECONDS = 20.0
-ANSWER_SECONDS = 30.0
+ANSWER_WAIT_SECONDS = 30.0
 QUIET_SECONDS = 2.0
 """A bot that is silent for so long has finished; on a busy machine it pauses between sentences."""
 
@@ -132,7 +132,7 @@ async def talk(
                     break
                 tell(f"The caller speaks for {voice.seconds:.1f} s: {voice.source}.")
                 said = await caller.say(voice.pcm, voice.sample_rate)
-                answer = await caller.hear(within=ANSWER_SECONDS)
+                answer = await caller.hear(within=ANSWER_WAIT_SECONDS)
                 tell(f"The bot answers after {answer.start - said.end:.2f} s.")
                 at = time.time() - (time.monotonic() - answer.start)
                 answers.append(Answered(at, answer.start - said.end))

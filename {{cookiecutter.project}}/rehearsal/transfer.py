@@ -2,7 +2,7 @@
 
 Everything goes by Twilio as it plays TwiML (`providers/twilio_rest.py`): the webhook, the stream,
 the bot's new instructions, the call to the colleague, and the way back. Words are by script, for
-whatever the language, no keyless brain hands a caller over.
+whatever the language, no keyless language model hands a caller over.
 """
 
 import asyncio

@@ -21,7 +21,7 @@ OPENAI_MODEL = "gpt-4.1"
 """What Pipecat's own OpenAI service takes by default."""
 
 _LOOK_FOR_OLLAMA_SECONDS = 1.0
-_ANSWER_SECONDS = 60.0
+_LANGUAGE_MODEL_SECONDS = 60.0
 
 _WHAT_I_AM = "I am a scripted answerer, not a language model. I repeat what I understood."
 _GOODBYE = re.compile(r"\b(good[ -]?bye|bye|hang up|that'?s all|that is all)\b", re.IGNORECASE)
@@ -131,7 +131,7 @@ class LanguageModel:
         if tools:
             body["tools"] = tools
         calls: dict[int, dict[str, str]] = {}
-        timeout = aiohttp.ClientTimeout(total=_ANSWER_SECONDS)
+        timeout = aiohttp.ClientTimeout(total=_LANGUAGE_MODEL_SECONDS)
         async with (
             aiohttp.ClientSession(headers=self._headers, timeout=timeout) as http,
             http.post(f"{self._url}/chat/completions", json=body) as response,
