@@ -72,9 +72,8 @@ SECONDS = 30.0
 AT_ONCE = 2
 """Calls at a time: more of them, with the bots, are too many for two cores."""
 
-NAME, NAME_SECONDS, NAME_RMS = "Answer-", 0.45, 3000.0
-REST_OF_ANSWER = "that has been noted and will be taken care of."
-LAST_WORD = REST_OF_ANSWER.split()[-1]
+BEGIN, END, MARK_SECONDS, MARK_RMS = "Answer", "Endof", 0.45, 3000.0
+MIDDLE = "that has been noted and will be taken care of"
 VOICE_HZ = 16000
 
 
@@ -92,6 +91,11 @@ class Request:
     asked: str
     name: str
 
+    @property
+    def end(self) -> str:
+        """The answer's last word, as unique."""
+        return f"{self.name.replace(BEGIN, END)}."
+
 
 class Witness(KnownWordsEngine):
     """Hears known words, answers with a name, and remembers what it was asked.
@@ -100,45 +104,53 @@ class Witness(KnownWordsEngine):
         requests: Of the call that is up.
     """
 
-    def __init__(self, phrases: Sequence[Phrase]) -> None:
+    def __init__(self, phrases: Sequence[Phrase], *, llm_s: float = LLM_SECONDS) -> None:
         super().__init__(phrases)
+        self._llm_s = llm_s
         self.requests: list[Request] = []
 
     async def think(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]
     ) -> AsyncIterator[TextDelta | ToolCall]:
         """Answer with a name of its own whatever is asked."""
-        name = f"{NAME}{len(self.requests)},"
-        request = Request(time.monotonic(), _asked(messages), name)
+        number = len(self.requests)
+        # Letters only: figures may be spoken as words.
+        letters = f"{chr(ord('a') + number // 26)}{chr(ord('a') + number % 26)}"
+        request = Request(time.monotonic(), _asked(messages), f"{BEGIN}{letters}")
         self.requests.append(request)
-        await asyncio.sleep(LLM_SECONDS)
-        for word in (name, *REST_OF_ANSWER.split()):
-            yield TextDelta(word if word == name else f" {word}")
+        await asyncio.sleep(self._llm_s)
+        for index, word in enumerate((request.name, *MIDDLE.split(), request.end)):
+            yield TextDelta(f" {word}" if index else word)
 
     async def speak(self, text: str, sample_rate: int) -> AsyncGenerator[Speech]:
-        """Say `text` as the scripted engine does, but for the names: each has its own noise."""
-        begin = 0.0
+        """Say `text` as the scripted engine does, but for the marks: each has its own noise."""
+        begin, pieces = 0.0, list[Speech]()
         for word in text.split():
-            if not word.startswith(NAME):
+            if is_mark(word):
+                pieces.append(_mark(word, sample_rate, begin))
+            else:
                 async for piece in super().speak(word, sample_rate):
                     (spoken,) = piece.words
-                    yield Speech(
-                        piece.pcm, (Word(word, begin + spoken.start_s, begin + spoken.end_s),)
-                    )
-                    begin += len(piece.pcm) / 2 / sample_rate
-                continue
-            # Made at one rate, so that it is the same sound at any other.
-            noise = np.random.default_rng(crc32(word.encode())).normal(
-                0.0, NAME_RMS, round(NAME_SECONDS * EAR_HZ)
-            )
-            pcm = soxr.resample(noise, EAR_HZ, sample_rate).astype("<i2").tobytes()
-            yield Speech(pcm, (Word(word, begin, begin + NAME_SECONDS),))
-            begin += NAME_SECONDS
+                    timed = Word(word, begin + spoken.start_s, begin + spoken.end_s)
+                    pieces.append(Speech(piece.pcm, (timed,)))
+            begin += len(pieces[-1].pcm) / 2 / sample_rate
+        if self.hears_itself and pieces:
+            self.phrases.append(joined(pieces, sample_rate))
+        for piece in pieces:
+            yield piece
 
-    async def answer(self, request: Request) -> Phrase:
-        """Return how the answer to a request sounds."""
-        text = f"{request.name} {REST_OF_ANSWER}"
-        return joined([piece async for piece in self.speak(text, VOICE_HZ)], VOICE_HZ)
+
+def is_mark(word: str) -> bool:
+    """Whether a word of an answer is its first or its last one."""
+    return word.startswith((BEGIN, END))
+
+
+def _mark(word: str, sample_rate: int, begin: float) -> Speech:
+    """Return the sound of a mark, which is like no other; the same at every rate."""
+    seed = crc32(word.rstrip(".,").encode())
+    noise = np.random.default_rng(seed).normal(0.0, MARK_RMS, round(MARK_SECONDS * EAR_HZ))
+    pcm = soxr.resample(noise, EAR_HZ, sample_rate).astype("<i2").tobytes()
+    return Speech(pcm, (Word(word.rstrip(".,"), begin, begin + MARK_SECONDS),))
 
 
 def _asked(messages: list[dict[str, Any]]) -> str:
@@ -209,10 +221,9 @@ class Verdict:
 
 async def heard_answers(engine: Witness, caller: Caller) -> list[Audible]:
     """Tell by their sound which answers the caller heard."""
-    answers = [(await engine.answer(request), request) for request in engine.requests]
-    ear = KnownWordsEar(
-        [phrase for phrase, _ in answers], caller.sample_rate, final_s=0.0, pause_s=0.5
-    )
+    marks = [mark for request in engine.requests for mark in (request.name, request.end)]
+    phrases = [joined([_mark(mark, VOICE_HZ, 0.0)], VOICE_HZ) for mark in marks]
+    ear = KnownWordsEar(phrases, caller.sample_rate, final_s=0.0, pause_s=0.5)
     names = {request.name: request for request in engine.requests}
     found: list[Audible] = []
     heard: list[Word] = []
@@ -227,13 +238,15 @@ async def heard_answers(engine: Witness, caller: Caller) -> list[Audible]:
         if word.text in names:
             start = caller.heard.start + word.start_s
             found.append(Audible(start, names[word.text], is_whole=False))
-        elif found and word.text == LAST_WORD:
+        elif found and word.text == found[-1].request.end.rstrip("."):
             found[-1] = replace(found[-1], is_whole=True)
     # Sound that was cut off before it could be told is the answer to the request before it.
+    told = {audible.request.name for audible in found}
     for spoken in caller.heard.utterances:
         is_told = any(spoken.start - 0.1 <= a.start <= spoken.end + 0.1 for a in found)
         before = [request for request in engine.requests if request.at < spoken.start]
-        if not is_told and before:
+        # What goes on after a hole is no new answer.
+        if not is_told and before and before[-1].name not in told:
             found.append(Audible(spoken.start, before[-1], is_whole=False))
     return sorted(found, key=lambda audible: audible.start)
 

@@ -1,10 +1,20 @@
 """What benchmarks/conversation.py says of an utterance follows from what was asked and heard."""
 
+import pytest
 from rehearsal.callers.person import Said, Saying
-from rehearsal.engines.engine import Word
+from rehearsal.callers.twilio import TwilioCaller, from_mulaw, to_mulaw
+from rehearsal.engines.engine import TextDelta, Word
 from rehearsal.engines.known_words import Phrase
 
-from benchmarks.conversation import Audible, Call, Request, Verdict, judge
+from benchmarks.conversation import (
+    Audible,
+    Call,
+    Request,
+    Verdict,
+    Witness,
+    heard_answers,
+    judge,
+)
 
 KINDS = ("cut_in", "half", "lost", "doubled", "late", "interrupted", "unasked")
 FIRST, LAST = "thirty three", "ninety two"
@@ -44,3 +54,22 @@ def test_an_utterance_is_judged_by_what_was_asked_when_the_bot_became_audible() 
     assert judged((15.0, BOTH), is_whole=False)[0] == {"interrupted"}
     # Its own words, or nothing at all.
     assert judged((15.0, BOTH), (20.0, "answer one that has been"))[0] == {"unasked"}
+
+
+@pytest.mark.anyio
+async def test_answers_are_told_by_their_sound() -> None:
+    """Whole, cut off after a second, and with a hole as a busy machine makes it."""
+    engine, caller = Witness([], llm_s=0.0), TwilioCaller("ws://127.0.0.1:1/ws")
+    second = 2 * caller.sample_rate
+    for number in range(3):
+        asked = [{"role": "user", "content": "What?"}]
+        deltas = [delta async for delta in engine.think(asked, [])]
+        text = "".join(delta.text for delta in deltas if isinstance(delta, TextDelta))
+        pcm = b"".join([piece.pcm async for piece in engine.speak(text, caller.sample_rate)])
+        pcm = (pcm, pcm[:second], pcm[:second] + bytes(second) + pcm[second:])[number]
+        caller.heard.add(from_mulaw(to_mulaw(pcm)), at=100.0 + 8 * number)
+    heard = await heard_answers(engine, caller)
+    assert [audible.request for audible in heard] == engine.requests
+    assert [audible.is_whole for audible in heard] == [True, False, True]
+    for number, audible in enumerate(heard):
+        assert audible.start == pytest.approx(100.0 + 8 * number, abs=0.03)
