@@ -1,8 +1,10 @@
 """Measures, and writes the tables of README.md anew: python -m benchmarks [SECTION ...]."""
 
+import argparse
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from loguru import logger
@@ -17,8 +19,10 @@ from benchmarks import (
     long_call,
     markers,
     report,
+    soak,
     speed,
     stall,
+    stalls,
 )
 
 README = Path(__file__).with_name("README.md")
@@ -35,15 +39,24 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "generation": generation.report,
     "report": report.report,
     "growth": growth.report,
+    "stalls": stalls.report,
 }
+
+LONG = ("soak", "stalls")
+"""Only when they are named."""
 
 
 def main() -> int:
-    """Run the sections named on the command line, or all; returns the exit status."""
+    """Run the sections named on the command line, or all short ones; returns the exit status."""
     if sys.argv[1:2] == ["conversation"] and sys.argv[2:]:
         # A part of it, to tune by; README.md stays as it is.
         return conversation.main(sys.argv[2:])
-    chosen = sys.argv[1:] or list(SECTIONS)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sections", nargs="*", metavar="SECTION")
+    parser.add_argument("--minutes", type=float, default=soak.MINUTES, help="how long soak lasts")
+    arguments = parser.parse_args()
+    SECTIONS["soak"] = partial(soak.report, arguments.minutes)
+    chosen = arguments.sections or [name for name in SECTIONS if name not in LONG]
     if unknown := sorted(set(chosen) - set(SECTIONS)):
         print(f"There is {', '.join(SECTIONS)}; not {', '.join(unknown)}.", file=sys.stderr)
         return 2

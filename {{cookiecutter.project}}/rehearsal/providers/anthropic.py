@@ -14,9 +14,9 @@ from aiohttp import web
 from loguru import logger
 
 from rehearsal.engines.engine import TextDelta, ToolCall, with_instructions
-from rehearsal.providers.server import HOST, EngineServer, cut
+from rehearsal.providers.server import HOST, EngineServer, break_off
 
-_CUT_AFTER_EVENTS = 5
+_BREAK_AFTER_EVENTS = 5
 _CHARACTERS_PER_TOKEN = 4
 
 _ERRORS = {
@@ -63,7 +63,7 @@ class AnthropicServer(EngineServer):
         pieces = self.engine.think(_conversation(body), _tools(body))
         if not body.get("stream"):
             return web.json_response(await _whole(body, pieces))
-        is_cut = self.faults.cut()
+        breaks = self.faults.breaks()
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         sent = 0
@@ -71,8 +71,8 @@ class AnthropicServer(EngineServer):
             async for event in _events(body, pieces):
                 await _send(response, event)
                 sent += 1
-                if is_cut and sent == _CUT_AFTER_EVENTS:
-                    cut(request)
+                if breaks and sent == _BREAK_AFTER_EVENTS:
+                    await break_off(breaks, response, request)
                     return response
         except ConnectionError:
             raise

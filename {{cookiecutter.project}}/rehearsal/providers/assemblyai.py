@@ -103,9 +103,9 @@ class AssemblyAIServer(EngineServer):
                 began = {"type": "SpeechStarted", "timestamp": _milliseconds(item.start_s)}
                 await self._send(connection, began)
             order = sum(message["end_of_turn"] for message in turns)
-            if item.is_final and self.faults.cut():
+            if item.is_final and (breaks := self.faults.breaks()):
                 await self._send(connection, _turn(item, order, is_over=False))
-                connection.cut()
+                await connection.break_off(breaks, _turn(item, order, is_over=True))
                 return
             await self._send(connection, _turn(item, order, is_over=item.is_final))
 

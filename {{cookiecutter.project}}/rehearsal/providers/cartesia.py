@@ -14,7 +14,7 @@ from aiohttp import web
 from rehearsal.providers.pace import Pace, VoiceServer
 from rehearsal.providers.server import HOST, Connection
 
-_CUT_AFTER_CHUNKS = 3
+_BREAK_AFTER_CHUNKS = 3
 
 _ERRORS = {
     400: ("Invalid request", "invalid_request"),
@@ -150,7 +150,7 @@ class _Context:
         await self._send("done", done=True, status_code=200)
 
     async def _speak(self, text: str) -> None:
-        chunks_until_cut = _CUT_AFTER_CHUNKS if self._server.faults.cut() else -1
+        breaks, chunks = self._server.faults.breaks(), 0
         begin = self._spoken_samples / self._sample_rate
         async for speech in self._server.engine.speak(text, self._sample_rate):
             self._spoken_samples += len(speech.pcm) // 2
@@ -164,9 +164,10 @@ class _Context:
             async for chunk in self._pace.chunks(speech.pcm):
                 message = {"type": "chunk", "status_code": 206, "done": False, "step_time": 1.0}
                 await self._connection.send_audio({**message, "context_id": self._id}, chunk)
-                chunks_until_cut -= 1
-                if chunks_until_cut == 0:
-                    self._connection.cut()
+                chunks += 1
+                if breaks and chunks == _BREAK_AFTER_CHUNKS:
+                    await self._connection.break_off(breaks, {**message, "context_id": self._id})
+                    return
 
     async def _send(self, kind: str, **fields: Any) -> None:
         message = {"type": kind, "status_code": 206, "context_id": self._id, **fields}

@@ -89,9 +89,10 @@ class DeepgramServer(EngineServer):
             if not item.is_final and not with_interim:
                 continue
             await self.before_answer()
-            if item.is_final and item.text and self.faults.cut():
+            breaks = self.faults.breaks() if item.is_final and item.text else None
+            if breaks:
                 await connection.send(_results(replace(item, is_final=False)))
-                connection.cut()
+                await connection.break_off(breaks, _results(item))
                 return
             await connection.send(_results(item, from_finalize=from_finalize and item.is_final))
 

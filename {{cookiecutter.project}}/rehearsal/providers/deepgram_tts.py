@@ -18,7 +18,7 @@ from rehearsal.providers.deepgram import ERRORS, error_object
 from rehearsal.providers.pace import Pace, VoiceServer
 from rehearsal.providers.server import HOST, Connection
 
-_CUT_AFTER_CHUNKS = 3
+_BREAK_AFTER_CHUNKS = 3
 _CLOSE_CODE = 1011
 
 
@@ -151,10 +151,11 @@ class _Voice:
                 await self._connection.send(flushed)
 
     async def _speak(self, text: str) -> None:
-        chunks_until_cut = _CUT_AFTER_CHUNKS if self._server.faults.cut() else -1
+        breaks, chunks = self._server.faults.breaks(), 0
         async for speech in self._server.engine.speak(text, self._sample_rate):
             async for chunk in self._pace.chunks(speech.pcm):
                 await self._connection.send_binary(chunk)
-                chunks_until_cut -= 1
-                if chunks_until_cut == 0:
-                    self._connection.cut()
+                chunks += 1
+                if breaks and chunks == _BREAK_AFTER_CHUNKS:
+                    await self._connection.break_off(breaks, {"type": "Flushed", "sequence_id": 0})
+                    return

@@ -20,7 +20,7 @@ from rehearsal.engines.engine import Word
 from rehearsal.providers.pace import Pace, VoiceServer
 from rehearsal.providers.server import HOST, Connection
 
-_CUT_AFTER_CHUNKS = 3
+_BREAK_AFTER_CHUNKS = 3
 # Without `auto_mode` ElevenLabs gathers about as much before it speaks.
 _GATHERED_CHARACTERS = 120
 _CLOSE_CODE = 1008
@@ -163,7 +163,7 @@ class _Context:
         await self._connection.send({"isFinal": True, "contextId": self._id})
 
     async def _speak(self, text: str) -> None:
-        chunks_until_cut = _CUT_AFTER_CHUNKS if self._server.faults.cut() else -1
+        breaks, chunks = self._server.faults.breaks(), 0
         begin = self._spoken_samples / self._sample_rate
         async for speech in self._server.engine.speak(text, self._sample_rate):
             self._spoken_samples += len(speech.pcm) // 2
@@ -173,9 +173,10 @@ class _Context:
                 message = {"contextId": self._id, **timing}
                 await self._connection.send_audio(message, chunk, field="audio")
                 alignment = None
-                chunks_until_cut -= 1
-                if chunks_until_cut == 0:
-                    self._connection.cut()
+                chunks += 1
+                if breaks and chunks == _BREAK_AFTER_CHUNKS:
+                    await self._connection.break_off(breaks, message)
+                    return
 
     def _align(self, words: Sequence[Word], begin: float) -> dict[str, Any]:
         """Time the characters from the end of the alignment before to the end of the audio."""

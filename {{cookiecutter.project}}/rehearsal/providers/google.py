@@ -17,11 +17,11 @@ from aiohttp import web
 from loguru import logger
 
 from rehearsal.engines.engine import TextDelta, ToolCall, with_instructions
-from rehearsal.providers.server import HOST, EngineServer, cut
+from rehearsal.providers.server import HOST, EngineServer, break_off
 
-_CUT_AFTER_CHUNKS = 2
+_BREAK_AFTER_CHUNKS = 2
 # Google's SDK forgets what it has received and not yet read when the connection breaks.
-_BEFORE_CUT_SECONDS = 0.05
+_BEFORE_BREAK_SECONDS = 0.05
 _CHARACTERS_PER_TOKEN = 4
 _SIGNATURE = b64encode(b"a thought of the rehearsal").decode()
 
@@ -94,7 +94,7 @@ class GoogleServer(EngineServer):
         body = await self.admit_posted(request)
         if isinstance(body, web.Response):
             return body
-        is_cut = self.faults.cut()
+        breaks = self.faults.breaks()
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         count, has_called = 0, False
@@ -105,9 +105,9 @@ class GoogleServer(EngineServer):
                 has_called = has_called or is_first_call
                 parts = [_part(piece, is_signed=is_first_call)]
                 await _send(response, _response(request, body, parts, count))
-                if is_cut and count == _CUT_AFTER_CHUNKS:
-                    await asyncio.sleep(_BEFORE_CUT_SECONDS)
-                    cut(request)
+                if breaks and count == _BREAK_AFTER_CHUNKS:
+                    await asyncio.sleep(_BEFORE_BREAK_SECONDS)
+                    await break_off(breaks, response, request)
                     return response
             last = {"text": ""} if has_called else {"text": "", "thoughtSignature": _SIGNATURE}
             await _send(response, _response(request, body, [last], count, is_last=True))

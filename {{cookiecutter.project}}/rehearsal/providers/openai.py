@@ -14,9 +14,9 @@ from uuid import uuid4
 from aiohttp import web
 
 from rehearsal.engines.engine import TextDelta, with_instructions
-from rehearsal.providers.server import HOST, EngineServer, cut
+from rehearsal.providers.server import HOST, EngineServer, break_off
 
-_CUT_AFTER_CHUNKS = 4
+_BREAK_AFTER_CHUNKS = 4
 _CHARACTERS_PER_TOKEN = 4
 
 _ERRORS = {
@@ -63,15 +63,16 @@ class OpenAIServer(EngineServer):
         deltas = self._deltas(body)
         if not body.get("stream"):
             return web.json_response(await _whole(body, deltas))
-        is_cut = self.faults.cut()
+        breaks = self.faults.breaks()
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         sent = 0
         async for chunk in _chunks(body, deltas):
             await response.write(f"data: {json.dumps(chunk)}\n\n".encode())
             sent += 1
-            if is_cut and sent == _CUT_AFTER_CHUNKS:
-                cut(request)
+            if breaks and sent == _BREAK_AFTER_CHUNKS:
+                await break_off(breaks, response, request)
+                return response
         await response.write(b"data: [DONE]\n\n")
         return response
 

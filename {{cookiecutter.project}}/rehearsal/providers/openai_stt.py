@@ -120,8 +120,9 @@ class _Session:
         await self._send("input_audio_buffer.committed", item_id=self._item["item_id"])
         await self._tell(await self._ear.finalize())
         text = " ".join(self._finals)
-        if text and self._server.faults.cut():
-            self._connection.cut()
+        if text and (breaks := self._server.faults.breaks()):
+            completed = {"type": f"{_TRANSCRIPTION}.completed", **self._item, "transcript": text}
+            await self._connection.break_off(breaks, completed)
             return
         usage = {"type": "duration", "seconds": self._item_bytes / 2 / SAMPLE_RATE}
         await self._send(f"{_TRANSCRIPTION}.completed", **self._item, transcript=text, usage=usage)

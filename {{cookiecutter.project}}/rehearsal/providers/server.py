@@ -17,7 +17,7 @@ from aiohttp import WSMsgType, web
 from loguru import logger
 
 from rehearsal.engines.engine import Engine
-from rehearsal.providers.faults import Faults
+from rehearsal.providers.faults import Break, Faults
 
 HOST = "127.0.0.1"
 
@@ -26,6 +26,7 @@ _SECRET_HEADERS = {"authorization", "x-api-key", "x-goog-api-key", "xi-api-key"}
 _SHUTDOWN_SECONDS = 0.1
 # Who looks keys up behind an open socket takes a moment; a client believes itself connected.
 _LOOKUP_SECONDS = 0.1
+_GARBAGE = "\x00 no message of this protocol {"
 
 
 def free_port(preferred: int = 0) -> int:
@@ -158,9 +159,19 @@ class Connection:
         self._log.changed()
         await self._socket.send_bytes(pcm)
 
-    def cut(self) -> None:
-        """Break off without goodbye."""
-        cut(self._http)
+    async def break_off(self, how: Break, message: dict[str, Any]) -> None:
+        """Break in the middle of an answer, where `message` would have come; stalls for ever."""
+        match how:
+            case Break.CUT:
+                cut(self._http)
+            case Break.STALL:
+                await asyncio.Event().wait()
+            case Break.HALF:
+                text = json.dumps(message)
+                await self._socket.send_str(text[: len(text) // 2])
+                await self._socket.close()
+            case Break.GARBAGE:
+                await self._socket.send_str(_GARBAGE)
 
     async def _send(self, message: dict[str, Any], as_logged: dict[str, Any]) -> None:
         self.sent.append(as_logged)
@@ -284,6 +295,8 @@ class ProviderServer:
         )
         self._log.requests.append(entry)
         self._log.changed()
+        if self.faults.hang_handshake:
+            await asyncio.Event().wait()
         status = self.faults.refusal() or (None if entry.key else 401)
         if status == 401:
             status = self.wrong_key_status
@@ -381,6 +394,20 @@ async def _who_left_is_not_answered(
     except ConnectionError:
         # aiohttp takes any answer, and finds by itself that there is nobody to send it to.
         return web.Response(status=499)
+
+
+async def break_off(how: Break, response: web.StreamResponse, request: web.Request) -> None:
+    """Break in the middle of a streamed answer, of which nothing more is to be sent then."""
+    match how:
+        case Break.CUT:
+            cut(request)
+        case Break.STALL:
+            await asyncio.Event().wait()
+        case Break.HALF:
+            await response.write_eof()
+        case Break.GARBAGE:
+            await response.write(f"data: {_GARBAGE}\n\n".encode())
+            await response.write_eof()
 
 
 def cut(request: web.Request) -> None:
