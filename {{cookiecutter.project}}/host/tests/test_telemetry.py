@@ -11,12 +11,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 from aiohttp import web
-from harness import classes, server_of, skip_unless_scripted
+from harness import classes, run_harness, server_of, skip_unless_scripted
 from loguru import logger
 
-from host import telemetry
+from host import metrics, telemetry
 from rehearsal.callers.twilio import TwilioCaller
 from rehearsal.engines.scripted import Answer, Script, ScriptedEngine
 from rehearsal.host.bot_process import run_bot
@@ -299,3 +300,52 @@ async def test_nothing_is_imported_where_nothing_is_asked_for(
     monkeypatch.setitem(sys.modules, "sentry_sdk", None)
     async with telemetry.of_call("a-call", service="a-bot"):
         pass
+
+
+@pytest.mark.slow
+@pytest.mark.anyio
+async def test_prometheus_is_told_of_calls_endings_and_answers_on_loopback(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("prometheus_client", reason="uv sync --extra metrics")
+    async with run_harness(monkeypatch, tmp_path) as harness, aiohttp.ClientSession() as http:
+        monkeypatch.setenv("METRICS_PORT", port := str(free_port()))
+        stop = metrics.serve()
+        try:
+            async with harness.caller("twilio") as caller:
+                await caller.hear(within=SECONDS)
+                await caller.hear_out(quiet=0.5, within=SECONDS)
+                said = await harness.say(caller)
+                await caller.hear(since=said.end, within=SECONDS)
+            await harness.over()
+            async with http.get(f"http://127.0.0.1:{port}/metrics") as response:
+                numbers = await response.text()
+        finally:
+            await asyncio.to_thread(stop)
+    lines = dict(line.rsplit(" ", 1) for line in numbers.splitlines() if line[0] != "#")
+    assert float(lines["bot_calls"]) == 0
+    assert float(lines['bot_calls_ended_total{reason="client-disconnected"}']) == 1
+    assert float(lines["bot_response_seconds_count"]) == 1
+    assert 0 < float(lines["bot_response_seconds_sum"]) < SECONDS
+    assert {"bot_calls_refused", "bot_calls_undelivered"} <= set(lines)
+
+
+def test_a_port_for_prometheus_that_is_none_is_said_at_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("prometheus_client", reason="uv sync --extra metrics")
+    for wrong in ("here", "70000"):
+        monkeypatch.setenv("METRICS_PORT", wrong)
+        with pytest.raises(SystemExit, match="METRICS_PORT"):
+            metrics.serve()
+
+
+def test_an_undelivered_call_is_counted_at_most_once_a_minute(tmp_path: Path) -> None:
+    now = 0.0
+    waiting = metrics.Undelivered(tmp_path, clock=lambda: now)
+    assert waiting.count() == 0
+    # A folder that cannot be read is one that nobody will have.
+    (tmp_path / "20261126T000000Z-x" / "delivery.jsonl").mkdir(parents=True)
+    assert waiting.count() == 0
+    now = metrics.LOOK_SECONDS
+    assert waiting.count() == 1
