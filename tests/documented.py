@@ -23,6 +23,7 @@ FOLLOWED = {
     "uv run python -m pipecat.evals --help": None,
     "uv sync --extra tracing": None,
     "uv sync --extra sentry": None,
+    "uv sync --extra metrics": None,
     "uv lock": None,
     'uv tool install "pipecat-ai[cli]" --with pipecatcloud': None,
     "cp env.example .env": None,
@@ -34,6 +35,7 @@ PIP = "tests/test_readme.py::test_a_project_installs_and_holds_a_call_with_pip_a
 CI = "tests/test_root_deploy.py::test_the_workflows_run_everything"
 FRESH = "tests/test_rendering.py::test_the_rendering_farthest_from_the_default_passes_its_own_tests"
 BOT = "host/tests/test_development_server.py::test_the_server_has_pipecats_routes"
+RECORDED = "tests/test_recovery.py::test_the_apology_is_recorded_by_the_bots_own_voice"
 PROVIDERS = "rehearsal/tests/test_cli.py::test_the_servers_alone_print_what_points_a_bot_at_them"
 DIALOGUE = "rehearsal/tests/test_cli.py::test_a_dialogue_with_a_tool_of_ones_own_is_rehearsed"
 LATENCIES = "rehearsal/tests/test_delayed.py::test_latencies_are_drawn_around_their_medians"
@@ -117,11 +119,15 @@ NEEDS = {
     "docker buildx build --platform linux/arm64 --tag docker.io/YOU/my-voice-bot:0.1.0 --push .": (
         "Docker, and a registry to push to"
     ),
+    "python -m conversation.recorded": RECORDED,
+    "docker buildx imagetools inspect dailyco/pipecat-base:0.2.3-py3.12": "Docker",
     "uv run python -m piper.download_voices en_US-ljspeech-medium": INTERNET,
     "REHEARSAL_VOICE=en_US-ljspeech-medium.onnx uv run python -m rehearsal": INTERNET,
     "uvx cookiecutter gh:OWNER/REPOSITORY": "this repository at GitHub",
     "uv run python -m benchmarks": QUIET,
     "uv run python -m benchmarks markers": QUIET,
+    "python -m benchmarks stalls": QUIET,
+    "python -m benchmarks soak --minutes 20": QUIET,
     "python -m benchmarks.kept_calls DIRECTORY": QUIET,
 }
 

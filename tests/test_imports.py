@@ -22,6 +22,7 @@ CARRIED = {
     "opentelemetry": "opentelemetry-exporter-otlp-proto-http",
     "packaging": "pytest",
     "piper": "pipecat-ai[piper]",
+    "prometheus_client": "prometheus-client",
     "sentry_sdk": "pipecat-ai[sentry]",
     "starlette": "pipecat-ai[runner]",
     "typer": "pipecatcloud",

@@ -27,11 +27,21 @@ import config
 import services
 import tools
 import transports
-from conversation import clock, endings, outcome, phrases, recovery, silence, turns, warm_up
-from conversation.caller_words import CallerWords
+from conversation import (
+    clock,
+    endings,
+    outcome,
+    phrases,
+    recorded,
+    recovery,
+    silence,
+    turns,
+    warm_up,
+)
+from conversation.caller_words import CallerAudio, CallerWords
 from conversation.first_words import FirstWords
 from conversation.floor import Floor
-from host import calls, private_log, shutdown, telemetry
+from host import calls, metrics, private_log, shutdown, telemetry
 from roark import RoarkObserver
 from telephony import transfer, twilio_auth
 
@@ -48,12 +58,15 @@ RECORDED = "Say in a sentence of its own that this call is recorded."
 
 async def bot(runner_args: RunnerArguments) -> None:
     """Hold one call. Returns when it is over and its record is delivered or safe on disk."""
+    connection: transports.Connection | None = None
     try:
         config.require_keys()
         connection = await transports.answer(runner_args)
         call = calls.of_process.begin(connection.caller, connection.call_id)
     except (transports.Refused, calls.Busy) as refusal:
         logger.warning(f"A call was refused: {refusal}")
+        if connection:
+            await connection.say_busy()
         await transports.hang_up(runner_args)
         return
     except Exception as error:
@@ -107,6 +120,7 @@ async def run_call(
             await outcome.tell(roark, context)
         finally:
             await roark.aflush(reason="client-disconnected")
+        metrics.call_ended(roark)
         endings.forget_soon()
 
 
@@ -147,12 +161,14 @@ async def run_pipeline(
     )
     pipeline = Pipeline(
         [
+            CallerAudio(),
             transport.input(),
             stt,
             CallerWords(),
             aggregators.user(),
             llm,
             tts,
+            recorded.RecordedApology(),
             transport.output(),
             # <% if cookiecutter.record_audio %>
             roark.audio_processor,
@@ -191,6 +207,7 @@ async def run_pipeline(
         worker,
         ending,
         floor=floor,
+        stt=stt,
         llm=llm,
         tts=tts,
         bot_side=aggregators.assistant(),
@@ -270,6 +287,7 @@ if __name__ == "__main__":
 
     twilio_auth.guard(app, sys.argv[1:], reserve=calls.of_process.reserve)
     front_door.guard(app, sys.argv[1:])
+    metrics.serve()
     if not config.missing_keys():
         warm_up.once()
     main()

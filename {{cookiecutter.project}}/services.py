@@ -32,6 +32,11 @@ RECOGNISER_HZ: int | None = None
 # A tool that has not answered by then is reported to the LLM as timed out. Pipecat's own default
 # is to wait for ever, with the caller in silence.
 TOOL_TIMEOUT_SECONDS = 10.0
+# <% if cookiecutter.tts != "local" %>
+# A voice that has made no sound by then, of a sentence or of its rest, is taken for broken. Twice
+# this has to stay below the time after which a caller thinks that the line is dead.
+VOICE_TIMEOUT_SECONDS = 3.2
+# <% endif %>
 # A conversation this long, about a quarter of an hour, is summarised while it goes on; its last
 # messages stay as they are. It keeps the LLM fast and cheap.
 CONTEXT_TOKENS = 8000
@@ -267,6 +272,7 @@ def create_llm(instructions: str) -> "LLMService[Any]":
     )
     # Most of these servers refuse OpenAI's role "developer", or ignore what is said in it.
     llm.supports_developer_role = False
+    notice_early_ends(llm)
     return llm
 
 
@@ -280,7 +286,7 @@ def create_llm(instructions: str) -> "LLMService[Any]":
     """
     from pipecat.services.openai.llm import OpenAILLMService
 
-    return OpenAILLMService(
+    llm = OpenAILLMService(
         api_key=setting("OPENAI_API_KEY"),
         # Given in full, for the SDK takes a blank OPENAI_BASE_URL at its word.
         base_url=setting("OPENAI_BASE_URL", "https://api.openai.com/v1"),
@@ -290,6 +296,8 @@ def create_llm(instructions: str) -> "LLMService[Any]":
             system_instruction=instructions,
         ),
     )
+    notice_early_ends(llm)
+    return llm
 
 
 # <% endif %>
@@ -302,6 +310,7 @@ def create_tts() -> "TTSService":
     return ElevenLabsTTSService(
         api_key=setting("ELEVENLABS_API_KEY"),
         url=setting("ELEVENLABS_BASE_URL", "wss://api.elevenlabs.io"),
+        stop_frame_timeout_s=VOICE_TIMEOUT_SECONDS,
         settings=ElevenLabsTTSService.Settings(
             model=setting("ELEVENLABS_MODEL", "eleven_flash_v2_5"),
             # Required: ElevenLabs has no voice that every account may use.
@@ -323,6 +332,7 @@ def create_tts() -> "TTSService":
     return DeepgramTTSService(
         api_key=setting("DEEPGRAM_API_KEY"),
         base_url=setting("DEEPGRAM_TTS_BASE_URL", "wss://api.deepgram.com"),
+        stop_frame_timeout_s=VOICE_TIMEOUT_SECONDS,
         settings=DeepgramTTSService.Settings(
             # At Deepgram the voice is the model, and speaks one language.
             voice=_deepgram_voice(),
@@ -370,6 +380,7 @@ def create_tts() -> "TTSService":
     return CartesiaTTSService(
         api_key=setting("CARTESIA_API_KEY"),
         url=setting("CARTESIA_BASE_URL", "wss://api.cartesia.ai/tts/websocket"),
+        stop_frame_timeout_s=VOICE_TIMEOUT_SECONDS,
         settings=CartesiaTTSService.Settings(
             model=setting("CARTESIA_MODEL", "sonic-3.6"),
             # Cartesia has no default voice; this is the one Pipecat's own examples use.
@@ -428,6 +439,27 @@ def _piper_voice() -> str:
 # <% if cookiecutter.tts == "deepgram" %>
 def _deepgram_voice() -> str:
     return setting("DEEPGRAM_TTS_VOICE", DEEPGRAM_VOICES.get(_spoken(), DEEPGRAM_VOICES["en"]))
+
+
+# <% endif %>
+# <% if cookiecutter.llm in ("openai", "compatible") %>
+def notice_early_ends(llm: Any) -> None:
+    """Let an answer fail that ends without a finish reason; Pipecat takes it for a whole one."""
+    ask = llm.get_chat_completions
+
+    async def ask_for_all(context: object) -> Any:
+        return whole(await ask(context))
+
+    async def whole(chunks: Any) -> Any:
+        is_whole = False
+        async with chunks:
+            async for chunk in chunks:
+                is_whole = is_whole or any(choice.finish_reason for choice in chunk.choices or ())
+                yield chunk
+        if not is_whole:
+            raise EOFError("the answer ended early")
+
+    llm.get_chat_completions = ask_for_all
 
 
 # <% endif %>

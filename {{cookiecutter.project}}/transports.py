@@ -78,6 +78,8 @@ class Connection:
         is_phone: Whether a telephone is at the other end: no RTVI client, no "ready" to wait for.
         is_alive: Whether the caller's end shows signs of life; None where Pipecat tells if not.
         is_closed: Whether the connection was closed, perhaps before Pipecat listened for that.
+        dropped: How many of the line's messages made no sense so far.
+        say_busy: Lets a caller whose call is not taken hear so; a web client was told by HTTP.
         transfer: Hands the caller over to a person; None where the line cannot.
         note: What is known of a caller who comes back from a transfer.
         losses: Events of the transport after which there is no caller, each with the reason, one of
@@ -92,6 +94,8 @@ class Connection:
     is_phone: bool = False
     is_alive: Callable[[], bool] | None = None
     is_closed: Callable[[], bool] = lambda: False
+    dropped: Callable[[], int] = lambda: 0
+    say_busy: Callable[[], Awaitable[None]] = lambda: asyncio.sleep(0)
     transfer: Transfer | None = None
     note: Note | None = None
     losses: Mapping[str, tuple[str, str]] = field(default_factory=dict[str, tuple[str, str]])
@@ -177,6 +181,8 @@ async def _answer_phone(runner_args: WebSocketRunnerArguments) -> Connection:
         FastAPIWebsocketTransport,
     )
 
+    from telephony.media_stream import play_busy_tone
+
     websocket = runner_args.websocket
     try:
         async with asyncio.timeout(HANDSHAKE_SECONDS):
@@ -238,6 +244,8 @@ async def _answer_phone(runner_args: WebSocketRunnerArguments) -> Connection:
         caller=calls.identity(call.from_number),
         call_id=call_id,
         is_phone=True,
+        dropped=lambda: serializer.dropped,
+        say_busy=lambda: play_busy_tone(websocket.send_text, stream_id),
         transfer=transfer,
         note=note,
     )

@@ -10,13 +10,14 @@ from loguru import logger
 from pipecat.frames.frames import (
     Frame,
     FunctionCallResultFrame,
+    InputAudioRawFrame,
     LLMMessagesAppendFrame,
     TranscriptionFrame,
     UserFileRawFrame,
     UserImageRawFrame,
 )
 from pipecat.processors.aggregators.dtmf_aggregator import DTMFAggregator
-from pipecat.processors.frame_processor import FrameDirection
+from pipecat.processors.frame_processor import FrameDirection, FrameProcessor
 
 # Whatever a reader would take for a square bracket: also the full-width, tortoise shell, lenticular
 # and mathematical ones.
@@ -48,6 +49,20 @@ class CallerWords(DTMFAggregator):
                 case _:
                     pass
         await super().process_frame(frame, direction)
+
+
+class CallerAudio(FrameProcessor):
+    """Stands before the line, which brings the caller's audio at a rate that is known.
+
+    A client that speaks RTVI can send audio in messages as well, at any rate it likes: the models
+    would hear nonsense, and the recording would be as long as the client says.
+    """
+
+    async def process_frame(self, frame: Frame, direction: FrameDirection) -> None:
+        """Pass everything on but audio."""
+        await super().process_frame(frame, direction)
+        if not isinstance(frame, InputAudioRawFrame):
+            await self.push_frame(frame, direction)
 
 
 def _of_caller(message: Any) -> Any:

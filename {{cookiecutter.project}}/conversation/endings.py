@@ -102,6 +102,7 @@ class Ending:
         self._limit_seconds = config.seconds("MAX_CALL_SECONDS", MAX_CALL_SECONDS)
         self._has_begun = False
         self._turns_before = 0
+        self._connection: Connection | None = None
         self._cancelled = asyncio.Event()
 
         @caller.event_handler("on_user_turn_started")
@@ -126,6 +127,8 @@ class Ending:
         self._has_begun = True
         reason, detail = self._wanted or (reason, detail)
         note(self._roark, reason, detail)
+        if self._connection and (dropped := self._connection.dropped()):
+            annotate(self._roark, dropped_messages=dropped)
         await self._cancel(reason)
 
     def after(self, *goodbye: Frame, reason: str, detail: str, is_final: bool = False) -> None:
@@ -154,6 +157,13 @@ class Ending:
         if self._floor.caller_turns > self._turns_before:
             self._take_back()
 
+    def instead(self, *goodbye: Frame) -> None:
+        """Say `goodbye` in place of the one under way, which cannot be said."""
+        if self._wanted and self._goodbye:
+            self._goodbye.cancel()
+            self._floor.is_final = True
+            self._goodbye = asyncio.create_task(self._say_goodbye(goodbye))
+
     def _take_back(self) -> None:
         """Go on with the call: the caller had more to say."""
         if self._wanted is None or self._floor.is_final or self._cancelled.is_set():
@@ -166,6 +176,7 @@ class Ending:
 
     async def run(self, connection: "Connection") -> None:
         """Run the call on `connection` to its end, whoever brings that about."""
+        self._connection = connection
         running = asyncio.create_task(self._runner.run())
         cancelled = asyncio.create_task(self._cancelled.wait())
         watches = [

@@ -39,6 +39,8 @@ from pipecat.processors.frame_processor import FrameDirection
 LOOK_EVERY_SECONDS = 0.1
 # Whoever speaks is heard of several times a second. Not for so long: the end of it got lost.
 LOST_SECONDS = 3.0
+# An LLM that writes at all writes several words a second.
+STUCK_SECONDS = 1.5
 
 
 class Side(StrEnum):
@@ -77,6 +79,7 @@ class Floor:
         self._is_thinking = False
         self._was_cut_off = False
         self._has_text = False
+        self._wrote_at = 0.0
         self._voice_is_asked = False
         self._tools: set[str] = set()
 
@@ -143,8 +146,14 @@ class Floor:
 
     @property
     def waits_for_voice(self) -> bool:
-        """Whether there is text to say, and the voice has it, but nothing is heard."""
-        return self._has_text and (self._voice_is_asked or not self._is_thinking)
+        """Whether there is text to say, and the voice has it, but nothing is heard.
+
+        An LLM that has stopped in the middle of its answer is waited for itself.
+        """
+        if not self._is_thinking:
+            return self._has_text
+        is_stuck = self._clock() - self._wrote_at >= STUCK_SECONDS
+        return self._has_text and self._voice_is_asked and not is_stuck
 
     # What happens.
 
@@ -192,14 +201,17 @@ class Floor:
 
     def llm_began(self) -> None:
         """The LLM is asked."""
+        if not self._is_due:
+            # Otherwise the caller has waited since it was due.
+            self._change()
         self._was_cut_off = False
         self._has_begun = self._is_due = self._is_thinking = True
         self._has_text = self._voice_is_asked = False
-        self._change()
 
     def llm_wrote(self, *, is_spoken: bool = True) -> None:
         """The LLM has written something; if not `is_spoken`, for reading only."""
         self._has_text = self._has_text or is_spoken
+        self._wrote_at = self._clock()
         if not is_spoken:
             self._is_due = False
             self._change()

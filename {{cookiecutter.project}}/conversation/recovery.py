@@ -1,7 +1,7 @@
 """What can fail during a call, and what the caller hears then: anything but silence.
 
 A turn that fails, or brings forth no sound in ANSWER_SECONDS, is tried again after a word to the
-caller. What stays broken ends the call, with an apology if there is still a voice to say it.
+caller. What stays broken ends the call with an apology, a recorded one if it is the voice.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ from loguru import logger
 from pipecat.frames.frames import (
     EndFrame,
     ErrorFrame,
+    Frame,
     InterruptionFrame,
     LLMFullResponseStartFrame,
     TTSSpeakFrame,
@@ -22,7 +23,7 @@ from pipecat.processors.aggregators.llm_response_universal import (
     AssistantTurnStoppedMessage,
     LLMAssistantAggregator,
 )
-from pipecat.processors.frame_processor import FrameProcessor
+from pipecat.processors.frame_processor import FrameProcessor, FrameProcessorSetup
 from pipecat.services.llm_service import LLMService
 from pipecat.services.stt_service import STTService
 from pipecat.services.tts_service import TTSService
@@ -32,14 +33,18 @@ import config
 from conversation import phrases
 from conversation.endings import instruction
 from conversation.floor import Floor, FloorObserver, Side
+from conversation.recorded import RecordedApologyFrame
 
 if TYPE_CHECKING:
     from pipecat.pipeline.worker import PipelineWorker
 
     from conversation.endings import Ending
 
-# The slowest models begin to answer after 3 or 4 s.
-ANSWER_SECONDS = 8.0
+# The slowest models begin to answer after 3 or 4 s. The caller has waited a second longer, and
+# hears what is said then a second later: it makes eight.
+ANSWER_SECONDS = 6.0
+# A service that is not connected by then, when the call begins, is not waited for.
+CONNECT_SECONDS = 5.0
 # A model may be overloaded for a moment; a voice that fails twice cannot say that it is sorry.
 LLM_ATTEMPTS = 3
 TTS_ATTEMPTS = 2
@@ -53,6 +58,27 @@ SAY_AGAIN = "Your last answer did not reach the caller, or not all of it. Answer
 """For the LLM: goes before every further attempt."""
 
 
+def limit_setup(service: FrameProcessor, seconds: float) -> None:
+    """Let `service` be broken, and the call begin, if it is not connected within `seconds`.
+
+    Pipecat starts a call when all services are connected, and waits for each as long as it takes.
+    """
+    set_up = service.setup
+
+    async def set_up_in_time(setup: FrameProcessorSetup) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await set_up(setup)
+        except TimeoutError:
+            await service.push_error(
+                f"no connection within {seconds:g} s",
+                category=ErrorCategory.CONNECTIVITY,
+                force_treat_as_permanent=True,
+            )
+
+    service.setup = set_up_in_time
+
+
 class Recovery(FloorObserver):
     """Watches one call for what fails, and sees to it. Add it to the worker before it runs."""
 
@@ -62,12 +88,13 @@ class Recovery(FloorObserver):
         ending: "Ending",
         *,
         floor: Floor,
+        stt: FrameProcessor,
         llm: FrameProcessor,
         tts: TTSService,
         bot_side: LLMAssistantAggregator,
         fail_over: Callable[[], str | None] = lambda: None,
     ) -> None:
-        """Watch the call of `worker`, which speaks through `llm` and `tts`.
+        """Watch the call of `worker`, which hears with `stt` and speaks through `llm` and `tts`.
 
         Where `fail_over` names a person, they are who the caller gets at the end.
         """
@@ -87,8 +114,13 @@ class Recovery(FloorObserver):
         self._failed_attempt = -1
         self._failed_in_a_row = 0
         self._has_asked_for_patience = False
+        self._plays_recording = False
+        self._voice_is_connected = asyncio.Event()
+        self._voice_is_connected.set()
         self._tasks: set[asyncio.Task[None]] = set()
         self.look(self._look)
+        for service in (stt, llm, tts):
+            limit_setup(service, CONNECT_SECONDS)
 
         @worker.event_handler("on_pipeline_error")
         async def on_pipeline_error(_worker, frame: ErrorFrame):
@@ -97,8 +129,13 @@ class Recovery(FloorObserver):
             elif isinstance(frame.processor, STTService) and not self._has_started:
                 await self._on_no_recogniser(frame.processor)
 
+        @tts.event_handler("on_connected")
+        async def on_connected(_service: TTSService):
+            self._voice_is_connected.set()
+
         @tts.event_handler("on_disconnected")
         async def on_disconnected(service: TTSService):
+            self._voice_is_connected.clear()
             if floor.owed_by is Side.BOT or floor.bot_speaks:
                 self._fail(service, "lost its connection while the bot spoke")
 
@@ -137,10 +174,8 @@ class Recovery(FloorObserver):
         category = frame.category.value if frame.category else "failed"
         detail = f"{type(service).__name__}: {category}"
         logger.error(f"A service is broken for good: {detail}")
-        if isinstance(service, STTService | LLMService):
-            self._apologise(detail, is_final=True)
-        elif isinstance(service, TTSService):
-            await self._ending.now("error", detail)
+        if isinstance(service, STTService | LLMService | TTSService):
+            self._apologise(detail, is_final=True, has_voice=not isinstance(service, TTSService))
         else:
             # A transport: the caller no longer takes what is sent.
             await self._ending.now("client-disconnected", detail)
@@ -160,9 +195,13 @@ class Recovery(FloorObserver):
                 self._has_asked_for_patience = False
             return
         is_late = floor.owed_seconds >= self._answer_seconds > 0
-        if not is_late or not self._has_started or self._ending.has_begun:
+        if not is_late or not self._has_started:
             return
         floor.wait_anew()
+        if self._ending.has_begun:
+            # The goodbye does not come, whatever holds it up.
+            self._apologise("")
+            return
         if floor.waits_for_tool:
             # It has a time limit of its own, and what it does may not be undone.
             if not self._has_asked_for_patience:
@@ -176,19 +215,21 @@ class Recovery(FloorObserver):
 
     def _fail(self, service: FrameProcessor, what: str) -> None:
         """Try the turn again, or give up."""
-        if self._ending.has_begun or self._failed_attempt == self._attempt:
+        has_voice = not isinstance(service, TTSService)
+        if self._ending.has_begun:
+            if not has_voice:
+                self._apologise("", has_voice=False)
+            return
+        if self._failed_attempt == self._attempt:
             return
         self._failed_attempt = self._attempt
         self._failed_in_a_row += 1
         detail = f"{type(service).__name__}: {what}"
         logger.warning(f"A turn failed ({self._failed_in_a_row} in a row): {detail}")
-        has_voice = not isinstance(service, TTSService)
         if self._failed_in_a_row < (LLM_ATTEMPTS if has_voice else TTS_ATTEMPTS):
             self._start(self._try_again())
-        elif has_voice:
-            self._apologise(detail)
         else:
-            self._start(self._ending.now("error", detail))
+            self._apologise(detail, has_voice=has_voice)
 
     async def _try_again(self) -> None:
         """Break the answer off, say a word to the caller, and have the LLM answer again."""
@@ -198,21 +239,36 @@ class Recovery(FloorObserver):
         with suppress(TimeoutError):
             async with asyncio.timeout(SETTLE_SECONDS):
                 await self._worker.flush_pipeline(SETTLE_SECONDS)
+                # What is said into a connection that is being made anew is lost.
+                await self._voice_is_connected.wait()
         if not self._ending.has_begun:
             await self._worker.queue_frames([self._one_moment(), instruction(SAY_AGAIN)])
 
-    def _apologise(self, detail: str, *, is_final: bool = False) -> None:
-        last_words = self._phrases.apology
-        if person := None if self._ending.has_begun else self._fail_over():
-            last_words = self._phrases.transferring
+    def _apologise(self, detail: str, *, is_final: bool = False, has_voice: bool = True) -> None:
+        """End the call with an apology, or hand it over to a person.
+
+        Where it is ending already, what was to be said last is replaced by the recording.
+        """
+        if self._ending.has_begun:
+            if not self._plays_recording:
+                self._plays_recording = True
+                self._ending.instead(InterruptionFrame(), RecordedApologyFrame())
+            return
+        last_words: Frame | None = TTSSpeakFrame(self._phrases.apology)
+        if not has_voice:
+            self._plays_recording = True
+            last_words = RecordedApologyFrame()
+        if person := self._fail_over():
+            # Without a voice they go without a word.
+            last_words = TTSSpeakFrame(self._phrases.transferring) if has_voice else None
             detail += f"; handed over to {person}"
             is_final = True
         self._ending.after(
             InterruptionFrame(),
-            TTSSpeakFrame(last_words),
+            *([last_words] if last_words else []),
             reason="error",
             detail=detail,
-            is_final=is_final,
+            is_final=is_final or not has_voice,
         )
 
     def _one_moment(self) -> TTSSpeakFrame:

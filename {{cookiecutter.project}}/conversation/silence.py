@@ -26,6 +26,9 @@ SILENCE_SECONDS = 8.0
 QUESTIONS = 2
 # How often in a row an answer that a sound without words cut off is begun again.
 RECOVERIES = 3
+# A caller who has said something that nobody recognised is waiting, not silent. Their turn was
+# held open for some seconds already.
+NOT_UNDERSTOOD_SECONDS = 4.0
 # Longer than a turn without words stays open; one that is open longer has got stuck.
 OPEN_TURN_SECONDS = 5.0
 
@@ -87,6 +90,8 @@ def watch(
             turns_answered = floor.caller_turns
             silences = not_understood = 0
         patience = limit_seconds + (OPEN_TURN_SECONDS if floor.turn_is_open else 0.0)
+        if not_understood > silences:
+            patience = min(patience, NOT_UNDERSTOOD_SECONDS)
         if floor.owed_by is Side.CALLER and limit_seconds and floor.owed_seconds >= patience:
             on_silence()
 

@@ -1,14 +1,34 @@
 """Twilio's media stream, as strangers may send it."""
 
 import asyncio
+import base64
 import json
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 from loguru import logger
+from pipecat.audio.utils import create_stream_resampler, pcm_to_ulaw
 from pipecat.frames.frames import Frame
 from pipecat.serializers.twilio import TwilioFrameSerializer
+
+# Heard as "busy" in North America; elsewhere by its rhythm. Twilio's <Reject> needs a webhook.
+BUSY_HZ, BUSY_SECONDS, BUSY_TIMES = (480, 620), 0.5, 4
+TELEPHONE_HZ = 8000
+
+
+async def play_busy_tone(send: Callable[[str], Awaitable[None]], stream_sid: str) -> None:
+    """Let the caller at the other end of a media stream hear that the line is busy."""
+    times = np.arange(round(BUSY_SECONDS * TELEPHONE_HZ)) / TELEPHONE_HZ
+    tone = sum(np.sin(2 * np.pi * hz * times) for hz in BUSY_HZ) * 6000
+    pcm = np.concatenate([tone, np.zeros_like(tone)] * BUSY_TIMES).astype("<i2").tobytes()
+    resampler = create_stream_resampler()
+    mulaw = await pcm_to_ulaw(pcm, TELEPHONE_HZ, TELEPHONE_HZ, resampler)
+    media = {"payload": base64.b64encode(mulaw).decode()}
+    await send(json.dumps({"event": "media", "streamSid": stream_sid, "media": media}))
+    # Twilio plays it while the stream is open.
+    await asyncio.sleep(2 * BUSY_TIMES * BUSY_SECONDS)
 
 
 class MediaStreamSerializer(TwilioFrameSerializer):

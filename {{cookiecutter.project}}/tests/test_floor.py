@@ -111,13 +111,15 @@ def test_an_answer_that_stops_in_its_middle_is_still_owed_by_the_llm() -> None:
     floor, clock = floor_and_clock()
     floor.llm_began()
     floor.llm_wrote()
-    clock.now += 8.0
-    assert not floor.waits_for_voice, "the voice was blamed"
     floor.voice_asked()
     assert floor.waits_for_voice
+    clock.now += 8.0
+    assert not floor.waits_for_voice, "the voice was blamed"
     floor.bot_heard()
     floor.bot_silent()
     assert floor.owed_by is Side.BOT
+    floor.llm_ended()
+    assert floor.waits_for_voice
 
 
 def test_a_caller_of_whose_silence_nobody_is_told_is_taken_for_silent() -> None:

@@ -49,6 +49,19 @@ def spoken() -> Phrases:
     return _of(config.language())
 
 
+def recording_of(code: str) -> Path:
+    """Where the apology in the language with this code is, or would be, recorded."""
+    return FOLDER / f"{_base(code)}.au"
+
+
+def spoken_with_recording() -> tuple[str, Path]:
+    """The apology that is recorded, and its recording: in English where LANGUAGE has none."""
+    code = config.language()
+    if not (_file(code).exists() and recording_of(code).exists()):
+        code = FALLBACK
+    return _of(code).apology, recording_of(code)
+
+
 def doubts() -> Iterator[str]:
     """Yield what does not go with LANGUAGE, in a sentence each; raises as `spoken` does."""
     code = config.language()
@@ -56,6 +69,11 @@ def doubts() -> Iterator[str]:
         yield (
             f"LANGUAGE is {code}, but conversation/phrases/ has no {_base(code)}.toml: what the "
             f"bot says when something fails is in {_of(code).language}"
+        )
+    elif not recording_of(code).exists():
+        yield (
+            f"LANGUAGE is {code}, but the apology for a broken voice is recorded in English: "
+            "record it with python -m conversation.recorded"
         )
     yield from services.language_doubts()
 

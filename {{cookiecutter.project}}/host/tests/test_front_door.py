@@ -216,6 +216,8 @@ async def test_a_full_house_says_so_on_the_web_on_the_phone_and_at_status(tmp_pa
             assert (status["status"], status["max_calls"], status["refused"]) == ("busy", 1, 2)
             async with TwilioCaller(bot.url.replace("http", "ws", 1) + "/ws") as phone:
                 await asyncio.wait_for(phone.ended.wait(), SECONDS)
+            # Tones of half a second.
+            assert [round(tone.end - tone.start, 1) for tone in phone.heard.utterances] == [0.5] * 4
             assert not caller.ended.is_set()
         log = bot.log.read_text()
     assert log.count("all lines are busy") == 3
