@@ -173,7 +173,7 @@ def test_every_choice_is_typed(
     for number, (_, project) in enumerate(projects):
         folder = tmp_path / f"rendering-{number}"
         folder.mkdir()
-        for name in ("config.py", "services.py"):
+        for name in ("config.py", "services.py", "spoken_text.py"):
             (folder / name).write_bytes(project.read_bytes(name))
     environments = [{"root": str(folder)} for folder in sorted(tmp_path.iterdir())]
     settings = {"include": ["rendering-*"], "executionEnvironments": environments}

@@ -10,10 +10,10 @@ environment: at a proxy, at a region, or at the rehearsal on this machine.
 # pyright: reportRedeclaration=false
 
 # <% endif %>
-import re
 from typing import TYPE_CHECKING, Any
 
 from config import language, setting
+from spoken_text import for_voice
 
 if TYPE_CHECKING:
     from pipecat.processors.aggregators.llm_response_universal import LLMAssistantAggregatorParams
@@ -74,8 +74,6 @@ DEEPGRAM_VOICES = {
     "nl": "aura-2-beatrix-nl",
 }
 # <% endif %>
-
-LINK = re.compile(r"(?:https?://|www\.)(?:www\.)?([\w.-]*\w)(?:[/?#:](?:\S*[^\s.,;:!?)])?)?")
 
 
 # <% if cookiecutter.stt == "assemblyai" %>
@@ -305,7 +303,6 @@ def create_llm(instructions: str) -> "LLMService[Any]":
 def create_tts() -> "TTSService":
     """ElevenLabs: text to speech."""
     from pipecat.services.elevenlabs.tts import ElevenLabsTTSService
-    from pipecat.utils.text.transforms import strip_markdown
 
     return ElevenLabsTTSService(
         api_key=setting("ELEVENLABS_API_KEY"),
@@ -317,8 +314,7 @@ def create_tts() -> "TTSService":
             voice=setting("ELEVENLABS_VOICE_ID"),
             language=language(),
         ),
-        # Models write for eyes now and then, whatever the prompt says.
-        text_transforms=[("*", strip_markdown), ("*", name_links)],
+        text_transforms=[("*", as_spoken)],
     )
 
 
@@ -327,7 +323,6 @@ def create_tts() -> "TTSService":
 def create_tts() -> "TTSService":
     """Deepgram: text to speech."""
     from pipecat.services.deepgram.tts import DeepgramTTSService
-    from pipecat.utils.text.transforms import strip_markdown
 
     return DeepgramTTSService(
         api_key=setting("DEEPGRAM_API_KEY"),
@@ -338,8 +333,7 @@ def create_tts() -> "TTSService":
             voice=_deepgram_voice(),
             language=language(),
         ),
-        # Models write for eyes now and then, whatever the prompt says.
-        text_transforms=[("*", strip_markdown), ("*", name_links)],
+        text_transforms=[("*", as_spoken)],
     )
 
 
@@ -351,7 +345,6 @@ def create_tts() -> "TTSService":
     from pathlib import Path
 
     from pipecat.services.piper.tts import PiperTTSService
-    from pipecat.utils.text.transforms import strip_markdown
     from piper import PiperVoice
 
     if not hasattr(PiperVoice.load, "cache_info"):
@@ -365,8 +358,7 @@ def create_tts() -> "TTSService":
         settings=PiperTTSService.Settings(
             voice=voice.name.removesuffix(".onnx"), language=language()
         ),
-        # Models write for eyes now and then, whatever the prompt says.
-        text_transforms=[("*", strip_markdown), ("*", name_links)],
+        text_transforms=[("*", as_spoken)],
     )
 
 
@@ -375,7 +367,6 @@ def create_tts() -> "TTSService":
 def create_tts() -> "TTSService":
     """Cartesia: text to speech."""
     from pipecat.services.cartesia.tts import CartesiaTTSService
-    from pipecat.utils.text.transforms import strip_markdown
 
     return CartesiaTTSService(
         api_key=setting("CARTESIA_API_KEY"),
@@ -387,8 +378,7 @@ def create_tts() -> "TTSService":
             voice=setting("CARTESIA_VOICE_ID", "86e30c1d-714b-4074-a1f2-1cb6b552fb49"),
             language=language(),
         ),
-        # Models write for eyes now and then, whatever the prompt says.
-        text_transforms=[("*", strip_markdown), ("*", name_links)],
+        text_transforms=[("*", as_spoken)],
     )
 
 
@@ -401,7 +391,12 @@ def language_doubts() -> list[str]:
         doubts.append(f"WHISPER_MODEL is {_whisper_model()}, which hears English only")
     # <% endif %>
     # <% if cookiecutter.tts == "local" %>
-    if not re.match(rf"(?:.*[/\\])?{_spoken()}_", voice := _piper_voice()):
+    if (
+        not (voice := _piper_voice())
+        .replace("\\", "/")
+        .rpartition("/")[2]
+        .startswith(f"{_spoken()}_")
+    ):
         doubts.append(f"the voice {voice} does not speak {_spoken()}: set PIPER_VOICE")
     # <% endif %>
     # <% if cookiecutter.tts == "deepgram" %>
@@ -463,9 +458,9 @@ def notice_early_ends(llm: Any) -> None:
 
 
 # <% endif %>
-async def name_links(text: str, _type: object) -> str:
-    """Leave of every web address its site's name: nobody wants to hear the rest."""
-    return LINK.sub(r"\1", text)
+async def as_spoken(text: str, _type: object) -> str:
+    """For the voice: without markup, numbers in words. Models write for eyes now and then."""
+    return for_voice(text, language())
 
 
 def memory_params() -> "LLMAssistantAggregatorParams":

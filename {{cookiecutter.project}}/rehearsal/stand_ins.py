@@ -87,8 +87,6 @@ def factory_for(own: type[EngineServer]) -> Callable[..., Any]:
     kind = own.kind
 
     def create(instructions: str = "") -> Any:
-        from pipecat.utils.text.transforms import strip_markdown
-
         import services
 
         try:
@@ -106,7 +104,7 @@ def factory_for(own: type[EngineServer]) -> Callable[..., Any]:
         options: dict[str, dict[str, Any]] = {
             "stt": {},
             "llm": {"function_call_timeout_secs": services.TOOL_TIMEOUT_SECONDS},
-            "tts": {"text_transforms": [("*", strip_markdown), ("*", services.name_links)]},
+            "tts": {"text_transforms": [("*", services.as_spoken)]},
         }
         if own.url_argument:
             options[kind][own.url_argument] = environ[own.url_variables[0]]
