@@ -12,6 +12,7 @@ from loguru import logger
 from benchmarks import (
     conversation,
     crowd,
+    destinations,
     faults,
     frames,
     generation,
@@ -33,6 +34,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "long_call": long_call.report,
     "markers": markers.report,
     "faults": faults.report,
+    "destinations": destinations.report,
     "speed": speed.report,
     "crowd": crowd.report,
     "conversation": conversation.report,

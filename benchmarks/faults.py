@@ -231,7 +231,7 @@ async def _call(
         async with line:
             await talk(line, world, () if fault.leaves_early else ("What do I owe you?",))
             if fault.ends_by:
-                await _end_process(bot, fault.ends_by)
+                await end_process(bot, fault.ends_by)
         if fault.ends_by:
             return line, None
         # pipecat-roark takes a minute when everything hangs.
@@ -245,7 +245,7 @@ async def _call(
         return line, measured
 
 
-async def _end_process(bot: Host, number: Signals) -> None:
+async def end_process(bot: Host, number: Signals) -> None:
     bot.signal(number)
     try:
         await asyncio.wait_for(bot.process.wait(), GRACE_SECONDS)

@@ -19,7 +19,7 @@ from benchmarks.kept_calls import write_calls
 
 CALLS = (10, 1000, 10_000)
 # A new process looks after old calls 2 s after its start, and keeps the folder's bounds then.
-LIVES_SECONDS = 20.0
+LIVES_SECONDS = 10.0
 
 START = """
 import asyncio, sys, time

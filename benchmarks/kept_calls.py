@@ -92,7 +92,10 @@ class MadeUpCall:
         heard = dice.uniform(180, 420)
         released = heard + dice.uniform(30, 500)
         self.note("transcript", self.now + heard, text=text)
+        sure = dice.uniform(0.5, 0.99)
+        self.note("turn-guess", self.now + released - 1, complete=sure > 0.6, probability=sure)
         self.note("user-turn", self.now + released, edge="stop")
+        self.note("metric", self.now + released, kind="ttfb", service="stt", value=heard / 1000)
         think, voice = dice.lognormvariate(5.9, 0.35), dice.uniform(90, 220)
         at = self.now + released + think
         for kind, service, model, value in (
@@ -114,7 +117,29 @@ class MadeUpCall:
             at += took + think / 2
         self.now = at + voice + dice.uniform(20, 90)
 
+    def tell(self) -> None:
+        """Does what some do: presses keys, types, is looked up, has a booking to show for it."""
+        dice = self._dice
+        self.note("annotation", 0, values={"version": "41", "transport": "twilio"})
+        if dice.random() < 0.3:
+            self.note("typed", self.now, text="DTMF: 4711#", via="keys", since=self.ns(-900))
+            self.now += 900
+            self.bot("Thank you. I have found your appointment.")
+        if dice.random() < 0.1:
+            self.note("typed", self.now, text="elinor.dashwood@example.com", via="text")
+            self.now += 700
+            self.bot("I have written that down.")
+        outcome = {"status": dice.choice(("booked", "answered", "moved")), "by": "the bot"}
+        summary = "A chipped tooth; the caller took eleven forty and asked about the insurance."
+        self.note("annotation", self.now, values={"outcome": outcome, "summary": summary})
+
+    def ns(self, ms: float) -> int:
+        """Epoch ns of so many ms after now."""
+        return self._zero + int((self.now + ms) * 1e6)
+
     def end(self) -> None:
+        if self._dice.random() < 0.05:
+            self.note("tool", self.now, id="last", name="look_up_insurance", arguments="{}")
         reason = self._dice.choices(REASONS, REASON_WEIGHTS)[0]
         if reason == "error":
             self.note("error", self.now, processor="OpenAILLMService", category="quota",
@@ -140,6 +165,7 @@ def write_calls(directory: Path, calls: int, *, with_recording: int = 0, first: 
         for said, tool, answer in dice.sample(EXCHANGES, dice.randint(0, 6)):
             call.caller(said, tool)
             call.bot(answer)
+        call.tell()
         if dice.random() < 0.7:
             call.caller(GOODBYE[0])
             call.bot(GOODBYE[1], may_be_cut=False)

@@ -162,7 +162,7 @@ def _is_due(call: Entry | Folder) -> bool:
 
 
 def _started(path: Path) -> str:
-    return f"{begun_at(path):%Y-%m-%d %H:%M:%S} UTC"
+    return f"{begun_at(path).replace(tzinfo=None).isoformat(' ')} UTC"
 
 
 def _length(seconds: float) -> str:

@@ -27,7 +27,7 @@ import secrets
 import shutil
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -68,10 +68,14 @@ def folder_name(call_id: str, at: datetime) -> str:
 
 def begun_at(path: Path) -> datetime:
     """The time (UTC) that the name of a call's folder begins with; raises Unreadable if none."""
+    text = path.name.split("-")[0]
     try:
-        return datetime.strptime(path.name.split("-")[0] + "+0000", "%Y%m%dT%H%M%S%z")
+        # A tenth of what `strptime` takes: it is asked of every call there is.
+        if len(text) == len("20261121T140509") and text[8] == "T":
+            return datetime.fromisoformat(text).replace(tzinfo=UTC)
     except ValueError:
-        raise Unreadable("its name does not begin with the time of a call") from None
+        pass
+    raise Unreadable("its name does not begin with the time of a call")
 
 
 def call_folders(directory: Path) -> list[Path]:
@@ -224,6 +228,8 @@ class Folder:
         self._unwritten: dict[str, bytes] = {}
         self._journal_backlog = b""
         self._journal_is_dirty = False
+        # Open from the first event until the folder is let go: opening takes longer than writing.
+        self._journal: int | None = None
         header: dict[str, Any] = {"call_id": call_id, "to": destination, "seed": self._seed}
         if self.posts:
             header["posts"] = self.posts
@@ -433,11 +439,12 @@ class Folder:
         else:
             self._unwritten[f"{ENDED}.json"] = body
 
-    def keep_event(self, line: bytes) -> None:
-        """Appends to the journal; `sync_journal` makes it last."""
-        if len(self._journal_backlog) + len(line) <= JOURNAL_BACKLOG_BYTES:
-            self._journal_backlog += line
-            self._journal_is_dirty = True
+    def keep_events(self, lines: Iterable[bytes]) -> None:
+        """Appends to the journal, all at once; `sync_journal` makes it last."""
+        for line in lines:
+            if len(self._journal_backlog) + len(line) <= JOURNAL_BACKLOG_BYTES:
+                self._journal_backlog += line
+                self._journal_is_dirty = True
         self._append_journal()
 
     def sync_journal(self) -> None:
@@ -524,10 +531,12 @@ class Folder:
 
     def release(self) -> None:
         """Lets another process have the folder."""
+        self._close_journal()
         self._try(lambda: self.lock.release(for_good=self.is_finished))
 
     def remove(self) -> None:
         """Deletes the folder; its lock must be held."""
+        self._close_journal()
         shutil.rmtree(self.path, ignore_errors=True)
         self.lock.release(for_good=True)
 
@@ -630,11 +639,20 @@ class Folder:
 
     def _append_journal(self) -> None:
         def append() -> None:
-            append_lines(self.path / JOURNAL, self._journal_backlog)
+            if self._journal is None:
+                self._journal = open_private(self.path / JOURNAL, APPEND)
+            append_whole(self._journal, self._journal_backlog)
             self._journal_backlog = b""
 
-        if self._journal_backlog and self.create():
-            self._try(append)
+        if self._journal_backlog and self.create() and not self._try(append):
+            # What is wrong with the file may be mended by opening it again.
+            self._close_journal()
+
+    def _close_journal(self) -> None:
+        journal, self._journal = self._journal, None
+        if journal is not None:
+            with suppress(OSError):
+                os.close(journal)
 
     def _settle_delivery(self) -> bool:
         """Writes the facts that the disk has not taken yet; whether it has them all now."""
@@ -749,14 +767,24 @@ def replace(path: Path, content: bytes) -> None:
     _sync_directory(path.parent)
 
 
+APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+
+
 def append_lines(path: Path, lines: bytes) -> None:
+    """Appends to a private file all of it or nothing."""
+    file = open_private(path, APPEND)
+    try:
+        append_whole(file, lines)
+    finally:
+        os.close(file)
+
+
+def append_whole(file: int, lines: bytes) -> None:
     """Appends all of it or nothing: half a line would spoil the next one."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-    with os.fdopen(open_private(path, flags), "ab", buffering=0) as file:
-        size = file.seek(0, os.SEEK_END)
-        if file.write(lines) != len(lines):
-            file.truncate(size)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    written = os.write(file, lines)
+    if written != len(lines):
+        os.ftruncate(file, os.lseek(file, 0, os.SEEK_END) - written)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _mend(path: Path) -> None:

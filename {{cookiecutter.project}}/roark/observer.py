@@ -728,9 +728,8 @@ class RoarkObserver(BaseObserver):
         return time.time_ns()
 
     def _emit(self, event_name: str, at: int, /, **fields: Any) -> None:
-        event: Event = {"event": event_name, "at": at}
-        event.update((key, value) for key, value in fields.items() if value is not None)
-        self._publish(event)
+        known = {key: value for key, value in fields.items() if value is not None}
+        self._publish({"event": event_name, "at": at, **known})
 
     def _emit_voiced(self, at: int) -> None:
         if self._voiced:

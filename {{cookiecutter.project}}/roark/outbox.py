@@ -120,7 +120,7 @@ class CallFolder:
         """Accepts an event; from its events a killed call is closed."""
         line = as_json(event) + b"\n"
         if self._reserve(len(line)):
-            self._hand_over(self._folder.keep_event, line, reserved=len(line))
+            self._outbox.hand_over_event(self._folder, line)
 
     def chunk(self, index: int, pcm: bytes, sample_rate: int, num_channels: int) -> None:
         """Accepts a chunk of the recording (PCM16LE, interleaved); indexes count from 0.
@@ -261,6 +261,10 @@ class Outbox:
         """Runs a write in the outbox's thread, after those handed over before."""
         self._post(self._keep, folder, action, args, reserved)
 
+    def hand_over_event(self, folder: Folder, line: bytes) -> None:
+        """Appends to a call's journal in the outbox's thread, after what was handed over before."""
+        self._post(self._keep_events, folder, line)
+
     def flush(self, folder: Folder, deadline: float, waiter: "Future[Flushed]") -> None:
         """Answers `waiter` when the call is settled, or at the deadline (monotonic seconds)."""
         self._post(self._start_flush, folder, deadline, waiter)
@@ -326,7 +330,18 @@ class Outbox:
         self._is_woken = False
         while self._posted:
             action, args = self._posted.popleft()
+            if action == self._keep_events:
+                # Events of one call that come close together share one write.
+                folder, lines = args[0], [args[1]]
+                while self._posted and self._posted[0][0] == action:
+                    if self._posted[0][1][0] is not folder:
+                        break
+                    lines.append(self._posted.popleft()[1][1])
+                args = (folder, lines)
             self._loop.call_soon(action, *args)
+
+    def _keep_events(self, folder: Folder, lines: Sequence[bytes]) -> None:
+        self._keep(folder, folder.keep_events, (lines,), sum(map(len, lines)))
 
     def _keep(
         self, folder: Folder, action: Callable[..., Any], args: tuple[Any, ...], reserved: int

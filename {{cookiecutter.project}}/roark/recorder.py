@@ -100,25 +100,29 @@ class Sounds:
         self._rest = samples[count * self._window :]
         windows = samples[: count * self._window].reshape(count, self._window)
         levels = np.sqrt(np.mean(np.square(windows, dtype=np.float32), axis=1))
+        # Two hundred windows a second: what is looked up for each of them is looked up once.
+        loudest, decay, of_loudest = self._loudest, self._decay, self._of_loudest
         for level in levels.tolist():
-            self._step(level)
+            self._position += 1
+            loudest *= decay
+            if level > loudest:
+                loudest = level
+            if level >= AUDIBLE_LEVEL and level >= of_loudest * loudest:
+                self._quiet = 0
+            elif self._levels:
+                self._quiet += 1
+            else:
+                # The silence goes on.
+                continue
+            self._levels.append(level)
+            if self._quiet == PAUSE_WINDOWS or len(self._levels) == MAX_SOUND_WINDOWS:
+                self._end()
+        self._loudest = loudest
 
     def finish(self) -> None:
         """Tell of the sound that the end of the track cut off."""
         if self._levels:
             self._end()
-
-    def _step(self, level: float) -> None:
-        self._position += 1
-        self._loudest = max(level, self._loudest * self._decay)
-        if level >= max(AUDIBLE_LEVEL, self._of_loudest * self._loudest):
-            self._quiet = 0
-        else:
-            self._quiet += 1
-        if self._levels or not self._quiet:
-            self._levels.append(level)
-            if self._quiet == PAUSE_WINDOWS or len(self._levels) == MAX_SOUND_WINDOWS:
-                self._end()
 
     def _end(self) -> None:
         levels, self._levels = self._levels, []
@@ -209,13 +213,22 @@ class Track:
 
     def was_late(self, arrived: float) -> float:
         """How late, in s, the frames were that arrived at that moment."""
-        return max((late for at, late in self._late if abs(at - arrived) < GAP_SECONDS), default=0)
+        latest = 0.0
+        for at, late in reversed(self._late):
+            if at <= arrived - GAP_SECONDS:
+                break
+            if at < arrived + GAP_SECONDS:
+                latest = max(latest, late)
+        return latest
 
     def silence_until(self, position: float) -> None:
         """Fill up to `position` s, or to where the first waiting frame may begin."""
+        rate = self._native_rate or self._rate
+        # Most often there is nothing to fill, and no need to look through what waits.
+        if round(position * rate) <= self._cursor:
+            return
         if self._pending:
             position = min(position, *(start for _, start, _ in self._pending))
-        rate = self._native_rate or self._rate
         missing = round(position * rate) - self._cursor
         if missing > 0:
             self._cursor += missing
@@ -366,6 +379,8 @@ class CallRecorder(FrameProcessor):
         self._failed = False
         self._bot_began: float | None = None
         self._bot_lag = 0.0
+        # The pipeline's clock, asked for every frame.
+        self._time: Callable[[], int] | None = None
 
     async def setup(self, setup: FrameProcessorSetup) -> None:
         """Adopt the pipeline's output rate."""
@@ -424,6 +439,7 @@ class CallRecorder(FrameProcessor):
             self._bot_began = self._now()
         elif isinstance(frame, StartFrame):
             if self._recording is None and not self._ended:
+                self._time = self.get_clock().get_time
                 self._recording = Recording(self._sample_rate, self._on_chunk, self._on_sound)
                 if self._on_started:
                     self._on_started()
@@ -438,7 +454,7 @@ class CallRecorder(FrameProcessor):
         recording.add("assistant", frame, now, now - self._bot_lag)
 
     def _now(self) -> float:
-        return self.get_clock().get_time() / 1e9
+        return (self._time or self.get_clock().get_time)() / 1e9
 
 
 def seconds(frame: AudioRawFrame) -> float:

@@ -170,6 +170,11 @@ class Speech:
         context, wanted = event.get("context"), event.get("segment")
         if context in self._taken_back:
             return None
+        if self._sentences and wanted is not None:
+            # Most words are of the sentence that goes to the voice now.
+            latest = self._sentences[-1]
+            if latest.id == wanted and latest.context == context and not latest.last:
+                return latest
         mine = [s for s in self._sentences if s.context == context and not s.last]
         named = [s for s in mine if wanted is not None and s.id == wanted]
         if named or mine:

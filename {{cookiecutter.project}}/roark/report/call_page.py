@@ -232,6 +232,8 @@ def _turn(call: Call, turn: Row, several_speakers: bool) -> str:
     about = []
     if several_speakers and text_of(turn, "user_id"):
         about.append(f"<span>{text_span(text_of(turn, 'user_id'))}</span>")
+    if via := VIA.get(text_of(turn, "via")):
+        about.append(f"<span>{via}</span>")
     total = number_of(row_of(turn, "latency"), "total_ms")
     if total is not None and role == "assistant":
         about.append(
@@ -270,8 +272,6 @@ def _known(turn: Row) -> Iterator[tuple[str, str]]:
     index = number_of(turn, "index")
     if index is not None:
         yield "Turn", f"{index:.0f}"
-    if via := VIA.get(text_of(turn, "via")):
-        yield "Came as", via
     if cause := text_of(turn, "end_cause"):
         yield "Its end", h(TURN_ENDS.get(cause, cause))
     if (probability := number_of(turn, "end_probability")) is not None:

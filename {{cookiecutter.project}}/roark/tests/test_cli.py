@@ -21,12 +21,6 @@ MOMENT = "2026-11-21T12:00:00+00:00"
 
 
 @pytest.fixture
-async def roark(anyio_backend):
-    async with RoarkReceiver() as receiver:
-        yield receiver
-
-
-@pytest.fixture
 def key(monkeypatch, roark) -> None:
     """A key, and the loopback Roark as the one it is for."""
     monkeypatch.setenv("ROARK_API_KEY", "k")

@@ -25,12 +25,6 @@ STARTED = (
 
 
 @pytest.fixture
-async def roark(anyio_backend):
-    async with RoarkReceiver() as receiver:
-        yield receiver
-
-
-@pytest.fixture
 async def client(roark):
     client = RoarkClient(api_key=KEY, base_url=roark.url + "/")
     yield client

@@ -12,9 +12,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from loguru import logger
 
-from rehearsal.providers.roark import RoarkReceiver
 from roark.__main__ import main
 from roark.client import Backoff, RoarkClient
 from roark.destinations import (
@@ -99,21 +97,6 @@ class Receiver:
 async def receiver(anyio_backend):
     async for receiver in Receiver().serve():
         yield receiver
-
-
-@pytest.fixture
-async def roark(anyio_backend):
-    async with RoarkReceiver() as receiver:
-        yield receiver
-        assert receiver.problems == []
-
-
-@pytest.fixture
-def log():
-    lines: list[str] = []
-    sink = logger.add(lambda message: lines.append(str(message)), level="TRACE")
-    yield lines
-    logger.remove(sink)
 
 
 @pytest.fixture

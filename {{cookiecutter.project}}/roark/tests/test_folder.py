@@ -9,9 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from loguru import logger
 
-from rehearsal.providers.roark import RoarkReceiver
 from roark.__main__ import main
 from roark.client import RoarkClient
 from roark.folder import Folder, call_folders, folder_name
@@ -28,21 +26,6 @@ from roark.tests.test_outbox import (
     said_by,
     sound,
 )
-
-
-@pytest.fixture
-async def roark(anyio_backend):
-    async with RoarkReceiver() as receiver:
-        yield receiver
-        assert receiver.problems == []
-
-
-@pytest.fixture
-def log():
-    lines: list[str] = []
-    sink = logger.add(lambda message: lines.append(str(message)), level="INFO")
-    yield lines
-    logger.remove(sink)
 
 
 async def next_process(calls_dir: Path, url: str) -> None:
@@ -187,7 +170,7 @@ def leave_dead(
     for event, moment in zip(("call", "started", "llm", "llm"), moments, strict=False):
         at = int(moment.timestamp() * 1e9)
         line = {"event": event, "at": at, "edge": "start", **(call if event == "call" else {})}
-        folder.keep_event(json.dumps(line).encode() + b"\n")
+        folder.keep_events([json.dumps(line).encode() + b"\n"])
     folder.keep_chunk(0, sound(CALL, 0), RATE, 2)
     folder.lock.release()
     return folder

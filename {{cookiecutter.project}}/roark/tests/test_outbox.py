@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from loguru import logger
 
 from rehearsal.providers.roark import RoarkReceiver
+from roark import folder as folders
 from roark.client import Backoff, RoarkClient, warm_up
 from roark.folder import Folder, Lock, call_folders, folder_name
 from roark.outbox import Flushed, Outbox, outbox_for, outbox_from_environment
@@ -31,13 +31,6 @@ CALL = "SmallWebRTCConnection#0-5ee1"
 RATE = 8000
 CHUNK_BYTES = RATE * 4 // 10
 PROJECT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-async def roark(anyio_backend):
-    async with RoarkReceiver() as receiver:
-        yield receiver
-        assert receiver.problems == []
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -82,15 +75,6 @@ def open_outbox(calls_dir, slept):
     yield make
     for outbox in opened:
         outbox.close()
-
-
-@pytest.fixture
-def log():
-    """All lines that were logged."""
-    lines: list[str] = []
-    sink = logger.add(lambda message: lines.append(str(message)), level="TRACE")
-    yield lines
-    logger.remove(sink)
 
 
 def sound(call_id: str, index: int) -> bytes:
@@ -785,10 +769,42 @@ def leave_dead(calls_dir: Path, url: str | None) -> Path:
     folder = Folder(calls_dir / folder_name(CALL, datetime.now(UTC)), call_id=CALL, destination=url)
     folder.keep_started(json.dumps(call_started()).encode())
     for index in range(2):
-        folder.keep_event(b'{"event":"sound"}\n')
+        folder.keep_events([b'{"event":"sound"}\n'])
         folder.keep_chunk(index, sound(CALL, index), RATE, 2)
     folder.lock.release()
     return folder.path
+
+
+@pytest.mark.anyio
+async def test_events_that_come_together_share_one_write_and_each_is_behind_what_it_is_about(
+    open_outbox, monkeypatch
+):
+    """What a burst of words costs the disk; a chunk's event still comes when its audio is there."""
+    written: list[int] = []
+    append = folders.append_whole
+
+    def counted(file: int, lines: bytes) -> None:
+        written.append(lines.count(b"\n"))
+        append(file, lines)
+
+    outbox = open_outbox(None)
+    call, other = outbox.open(CALL), outbox.open("another")
+    await other.flush(10)
+    monkeypatch.setattr(folders, "append_whole", counted)
+    is_busy = threading.Event()
+    outbox.hand_over(other._folder, is_busy.wait)
+    for at in range(50):
+        call.journal({"event": "words", "at": at})
+    call.chunk(0, sound(CALL, 0), RATE, 2)
+    call.journal({"event": "chunk", "at": 50})
+    other.journal({"event": "words", "at": 0})
+    call.journal({"event": "words", "at": 51})
+    is_busy.set()
+    await asyncio.gather(call.flush(10), other.flush(10))
+    # Beside the journal's there are the lines of the delivery log, one by one.
+    assert [count for count in written if count > 1] == [50]
+    assert [event["at"] for event in Folder.load(call.path).journal()] == list(range(52))
+    assert len(Folder.load(other.path).journal()) == 1
 
 
 # One folder, two processes
@@ -916,16 +932,16 @@ def test_a_line_that_does_not_fit_the_disk_does_not_spoil_the_next_one(tmp_path)
     folder = Folder(tmp_path / "20261121T120000-call", call_id=CALL)
     folder.create()
     lines = [json.dumps({"event": "words", "text": "x" * 600, "at": at}) for at in range(3)]
-    folder.keep_event(f"{lines[0]}\n".encode())
+    folder.keep_events([f"{lines[0]}\n".encode()])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
-        folder.keep_event(f"{lines[1]}\n".encode())
+        folder.keep_events([f"{lines[1]}\n".encode()])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert folder.disk_error is not None
     assert (folder.path / "journal.jsonl").read_text() == f"{lines[0]}\n"
-    folder.keep_event(f"{lines[2]}\n".encode())
+    folder.keep_events([f"{lines[2]}\n".encode()])
     assert [event["at"] for event in folder.journal()] == [0, 1, 2]
     folder.release()
 

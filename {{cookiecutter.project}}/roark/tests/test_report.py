@@ -323,7 +323,7 @@ def test_what_is_known_of_a_turn_besides_its_text_is_behind_its_details(folder: 
     for expected in (
         "Its end decided by the turn model Turn model 93% sure of the end",
         "Recogniser's first byte 120 ms Language en-US Words with a time 1",
-        "Came as pressed on the telephone",
+        "DTMF: 12# Caller 0:06 pressed on the telephone",
         "find () unfinished: the call ended first (client-disconnected)",
         "Carrier's call id CA1 SIP X-Customer <7>",
     ):
