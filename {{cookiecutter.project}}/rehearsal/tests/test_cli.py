@@ -481,13 +481,13 @@ async def test_a_caller_is_handed_to_a_colleague_who_is_busy_and_comes_back_in_g
     assert status == 0, output
     said = [line[11:].split("  [")[0].strip() for line in output.splitlines() if " s  " in line]
     assert [line for line in said if line.startswith(("bot", "caller"))] == [
-        "bot     Guten Tag, hier ist der Assistent. Was kann ich für Sie tun?",
+        "bot     Guten Tag, was kann ich für Sie tun?",
         "caller  Ich möchte bitte mit einem Menschen sprechen.",
         "bot     Ich verbinde Sie. Einen Moment, bitte.",
-        "bot     Bei Anna ist gerade besetzt. Sie möchten Ihren Termin am Dienstag verlegen. "
-        "Soll ich ihr das ausrichten?",
+        "bot     Bei Anna ist gerade besetzt. Soll ich ihr sagen, dass Sie den Termin am Dienstag "
+        "verlegen möchten?",
         "caller  Richten Sie ihr das bitte aus.",
-        "bot     Das richte ich ihr aus. Einen schönen Tag noch.",
+        "bot     Das richte ich ihr aus.",
     ]
     records = [json.loads(one.read_bytes()) for one in sorted(tmp_path.glob("*/call.json"))]
     assert [one["ending"]["reason"] for one in records] == ["transferred", "client-disconnected"]
