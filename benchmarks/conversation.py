@@ -41,6 +41,7 @@ from rehearsal.callers.person import (
 )
 from rehearsal.engines.engine import Speech, TextDelta, ToolCall, Word
 from rehearsal.engines.known_words import EAR_HZ, KnownWordsEar, KnownWordsEngine, Phrase, joined
+from rehearsal.engines.scripted import ScriptedEngine
 from rehearsal.providers.all import Providers, serve
 from rehearsal.providers.cartesia import CartesiaServer
 from rehearsal.providers.roark import RoarkReceiver
@@ -129,7 +130,8 @@ class Witness(KnownWordsEngine):
             if is_mark(word):
                 pieces.append(_mark(word, sample_rate, begin))
             else:
-                async for piece in super().speak(word, sample_rate):
+                # Not super(): only whole pieces are to be known to the ears, no single words.
+                async for piece in ScriptedEngine.speak(self, word, sample_rate):
                     (spoken,) = piece.words
                     timed = Word(word, begin + spoken.start_s, begin + spoken.end_s)
                     pieces.append(Speech(piece.pcm, (timed,)))
