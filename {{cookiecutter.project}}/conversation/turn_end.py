@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from pipecat.audio.turn.base_turn_analyzer import BaseTurnAnalyzer, EndOfTurnState
+from pipecat.audio.vad.silero import SileroVADAnalyzer
+from pipecat.audio.vad.vad_analyzer import VADState
 from pipecat.frames.frames import (
     EagerEndOfTurnCancelFrame,
     ErrorFrame,
@@ -51,6 +53,10 @@ TRANSCRIPT_SECONDS = 1.5
 # A turn without a word ends here, so that the bot can ask again.
 NO_WORDS_SECONDS = 2.5
 
+# Shorter than the pause after which the detector says that the caller is silent, longer than the
+# gaps between words: enough to answer what reads like a whole sentence.
+HUSH_SECONDS = 0.1
+SENTENCE_END = re.compile(r"[.!?\u2026\u3002\uff01\uff1f][\"')\u201d]*$")
 # Each costs a request to the LLM. Who pauses oftener in one turn is answered when they are done.
 MOST_SPECULATIONS = 3
 
@@ -89,6 +95,7 @@ class TurnEnd:
     speculates: bool = False
     _is_open: bool = False
     _is_speaking: bool = False
+    _is_hushed: bool = False
     _silent_since: float | None = None
     _words: list[str] = field(default_factory=list[str])
     _guess: str = ""
@@ -120,13 +127,18 @@ class TurnEnd:
     def speech_started(self) -> None:
         """The caller speaks, again perhaps: whatever was concluded from a pause is void."""
         self._is_speaking = True
+        self._is_hushed = False
         self._silent_since = None
         self._forget_pause()
         self._are_words_due = True
 
+    def hushed(self, is_hushed: bool) -> None:
+        """The caller has made no sound for HUSH_SECONDS; or they go on."""
+        self._is_hushed = is_hushed
+
     def speech_stopped(self, silent_for: float) -> None:
         """The caller made their last sound `silent_for` seconds ago."""
-        self._is_speaking = False
+        self._is_speaking = self._is_hushed = False
         self._silent_since = self.clock() - silent_for
 
     def heard(self, text: str, *, is_last: bool) -> None:
@@ -175,7 +187,8 @@ class TurnEnd:
     def step(self) -> Step:
         """What is to be done now."""
         if (pause := self._pause()) is None:
-            return Step.WAIT
+            is_sentence = self._is_hushed and SENTENCE_END.search(self.text)
+            return self._speculate() if is_sentence else Step.WAIT
         if self._is_over(pause):
             if self._words and self._are_words_due and not self._has_last_words:
                 self._confirms = False
@@ -183,12 +196,7 @@ class TurnEnd:
         if not self._is_complete and self._asked < self._times_to_ask(pause):
             self._asked += 1
             return Step.ASK
-        if self._may_speculate():
-            self._speculated = self.text
-            self._speculations += 1
-            self._is_being_answered = True
-            return Step.SPECULATE
-        return Step.WAIT
+        return self._speculate()
 
     def due_in(self) -> float | None:
         """Seconds until `step` may say something else by itself; None: not before something is."""
@@ -214,6 +222,14 @@ class TurnEnd:
         is_group = bool(GROUP.search(self._words[-1]))
         return pause >= LONGEST_PAUSE_SECONDS or (self._is_complete and not is_group)
 
+    def _speculate(self) -> Step:
+        if not self._may_speculate():
+            return Step.WAIT
+        self._speculated = self.text
+        self._speculations += 1
+        self._is_being_answered = True
+        return Step.SPECULATE
+
     def _may_speculate(self) -> bool:
         if not (self.speculates and self._is_open and self.text) or self._is_being_answered:
             return False
@@ -230,6 +246,29 @@ class TurnEnd:
         self._has_last_words = False
         self._is_complete = False
         self._asked = 0
+
+
+class HushVADAnalyzer(SileroVADAnalyzer):
+    """Silero, which also tells of a pause before it is one: after HUSH_SECONDS without a sound."""
+
+    def __init__(self, on_hush: Callable[[bool], None]) -> None:
+        """Call `on_hush` with True when a pause may have begun, with False when it is over."""
+        super().__init__()
+        self._on_hush = on_hush
+        self._quiet_seconds = 0.0
+        self._is_hushed = False
+
+    async def analyze_audio(self, buffer: bytes) -> VADState:
+        """Listen to mono PCM16."""
+        state = await super().analyze_audio(buffer)
+        is_stopping = state is VADState.STOPPING
+        seconds = len(buffer) / 2 / self.sample_rate
+        self._quiet_seconds = self._quiet_seconds + seconds if is_stopping else 0.0
+        is_hushed = self._quiet_seconds >= HUSH_SECONDS
+        if is_hushed != self._is_hushed:
+            self._is_hushed = is_hushed
+            self._on_hush(is_hushed)
+        return state
 
 
 class PauseUserTurnStopStrategy(BaseUserTurnStopStrategy):
@@ -255,6 +294,11 @@ class PauseUserTurnStopStrategy(BaseUserTurnStopStrategy):
         self._changed = asyncio.Event()
         self._watching: asyncio.Task[None] | None = None
         self._asking: asyncio.Task[None] | None = None
+
+    def hushed(self, is_hushed: bool) -> None:
+        """Take from a HushVADAnalyzer that the caller may be done; or that they go on."""
+        self._turn.hushed(is_hushed)
+        self._changed.set()
 
     async def setup(self, setup: FrameProcessorSetup) -> None:
         """Begin to watch the clock."""

@@ -32,7 +32,7 @@ from pipecat.turns.user_turn_strategies import ExternalUserTurnStrategies, UserT
 import config
 from conversation import phrases
 from conversation.floor import Floor
-from conversation.turn_end import PauseUserTurnStopStrategy
+from conversation.turn_end import HushVADAnalyzer, PauseUserTurnStopStrategy
 
 # Speech that goes on longer than this is an interruption, whatever the recogniser makes of it.
 LONGEST_BACKCHANNEL_SECONDS = 0.6
@@ -47,10 +47,12 @@ def params(floor: Floor, recogniser: STTService | None = None) -> LLMUserAggrega
     believed the end, and the beginning where it is not the bot's turn.
     """
     protected = config.is_on("PROTECT_GREETING")
+    strategies = _strategies(floor, recogniser)
+    ours = [stop for stop in strategies.stop or [] if isinstance(stop, PauseUserTurnStopStrategy)]
     return LLMUserAggregatorParams(
         # Silero hears when the caller speaks; Smart Turn, with turn_end.py, whether they are done.
-        vad_analyzer=SileroVADAnalyzer(),
-        user_turn_strategies=_strategies(floor, recogniser),
+        vad_analyzer=HushVADAnalyzer(ours[0].hushed) if ours else SileroVADAnalyzer(),
+        user_turn_strategies=strategies,
         user_mute_strategies=[MuteUntilFirstBotCompleteUserMuteStrategy()] if protected else [],
         # silence.py sees to turns without a word.
         empty_user_turn=None,

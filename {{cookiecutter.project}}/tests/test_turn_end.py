@@ -26,16 +26,20 @@ from pipecat.utils.asyncio.task_manager import TaskManager
 
 from conversation.turn_end import (
     ASK_AGAIN_SECONDS,
+    HUSH_SECONDS,
     LONGEST_PAUSE_SECONDS,
     MOST_SPECULATIONS,
     NO_WORDS_SECONDS,
     TRANSCRIPT_SECONDS,
+    HushVADAnalyzer,
     PauseUserTurnStopStrategy,
     Step,
     TurnEnd,
 )
+from rehearsal.engines.scripted import ScriptedEngine
 
 VAD_SECONDS = 0.2
+VOICE_HZ = 16000
 
 
 class Clock:
@@ -219,6 +223,23 @@ class TestSpeculation:
         assert caller.speculated == ["cancel it"]
         assert not caller.turn.is_being_answered
 
+    def test_of_what_reads_like_a_sentence_begins_before_the_pause_is_one(self) -> None:
+        caller = self.caller()
+        caller.turn.speech_started()
+        caller.turn.hears("Are you")
+        caller.turn.hushed(True)
+        assert caller.turn.step() is Step.WAIT
+        caller.turn.hushed(False)
+        caller.turn.hears("Are you open?")
+        assert caller.turn.step() is Step.WAIT
+        caller.turn.hushed(True)
+        assert caller.turn.step() is Step.SPECULATE
+        assert caller.turn.step() is Step.WAIT
+        caller.turn.speech_stopped(VAD_SECONDS)
+        caller.turn.heard("Are you open?", is_last=True)
+        assert caller.waits(0.0) is not None
+        assert caller.turn.is_being_answered
+
     def test_of_a_number_waits_for_its_end(self) -> None:
         caller = self.caller()
         caller.turn.heard("It is 4 1 5", is_last=True)
@@ -350,6 +371,23 @@ async def watched(analyzer: Verdict) -> AsyncIterator[Watched]:
         yield watched
     finally:
         await watched.strategy.cleanup()
+
+
+@pytest.mark.anyio
+async def test_a_pause_is_told_of_before_it_is_one() -> None:
+    told: list[tuple[bool, float]] = []
+    silent = 0.0
+    analyzer = HushVADAnalyzer(lambda is_hushed: told.append((is_hushed, silent)))
+    analyzer.set_sample_rate(VOICE_HZ)
+    voice = b"".join([p.pcm async for p in ScriptedEngine().speak("as long as a cat is", VOICE_HZ)])
+    sound, size = bytes(VOICE_HZ) + voice, 2 * VOICE_HZ // 50
+    for at in range(0, len(sound) + 2 * VOICE_HZ, size):
+        silent += 0.02 * (at >= len(sound))
+        await analyzer.analyze_audio(sound[at : at + size].ljust(size, b"\0"))
+    (hushed, after), (over, later) = told[-2:]
+    assert (hushed, over) == (True, False)
+    assert HUSH_SECONDS <= after < later
+    await analyzer.cleanup()
 
 
 SPEAKS = VADUserStartedSpeakingFrame(start_secs=0.2)
