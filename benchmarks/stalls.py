@@ -27,6 +27,7 @@ from rehearsal.providers.roark import RoarkReceiver
 from rehearsal.providers.server import ProviderServer
 
 from benchmarks.speed import (
+    OURS,
     SCAFFOLD,
     VOICE_HZ,
     Bot,
@@ -275,7 +276,7 @@ async def measure(
     for case in cases:
         queue.put_nowait(case)
     pieces = [piece.pcm async for piece in ScriptedEngine().speak("Can you hear me?", VOICE_HZ)]
-    wanted = transports or {"ours": ("twilio", "webrtc"), SCAFFOLD: ("twilio",)}
+    wanted = transports or {OURS: ("twilio", "webrtc"), SCAFFOLD: ("twilio",)}
 
     async def work(folder: Path) -> None:
         folder.mkdir()
@@ -284,7 +285,9 @@ async def measure(
             providers = await stack.enter_async_context(serve(engine))
             roark = await stack.enter_async_context(RoarkReceiver())
             environment = environment_of(providers, roark, folder)
-            laid_out: list[Bot] = [our_bot(folder)]
+            laid_out: list[Bot] = []
+            if OURS in wanted:
+                laid_out.append(our_bot(folder))
             if SCAFFOLD in wanted:
                 laid_out.append(scaffolds_bot(folder, environment))
             bots = {
@@ -322,17 +325,14 @@ def table(found: Mapping[tuple[str, str], Mapping[tuple[str, str], Silence]]) ->
     for (kind, name), calls in found.items():
         cells: list[str] = []
         for transport in ("twilio", "webrtc"):
-            call = calls["ours", transport]
+            call = calls[OURS, transport]
             cells += [_seconds(call.first_sound), _seconds(call.longest)]
-        endings = dict.fromkeys(calls["ours", t].ending for t in ("twilio", "webrtc"))
+        endings = dict.fromkeys(calls[OURS, t].ending for t in ("twilio", "webrtc"))
         peer = calls[SCAFFOLD, "twilio"]
         cells += ["; ".join(endings), f"{_seconds(peer.longest)}, {peer.ending}"]
         lines.append(f"| {kind.upper()} | {name} | {' | '.join(cells)} |")
     ours = [
-        call.longest
-        for calls in found.values()
-        for (bot, _), call in calls.items()
-        if bot == "ours"
+        call.longest for calls in found.values() for (bot, _), call in calls.items() if bot == OURS
     ]
     return "\n".join(
         [
