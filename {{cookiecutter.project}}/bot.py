@@ -164,7 +164,7 @@ async def run_pipeline(
             CallerAudio(),
             transport.input(),
             stt,
-            CallerWords(),
+            CallerWords(floor),
             aggregators.user(),
             llm,
             tts,

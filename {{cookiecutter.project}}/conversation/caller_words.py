@@ -8,9 +8,11 @@ from typing import Any
 
 from loguru import logger
 from pipecat.frames.frames import (
+    EagerTranscriptionFrame,
     Frame,
     FunctionCallResultFrame,
     InputAudioRawFrame,
+    InterimTranscriptionFrame,
     LLMMessagesAppendFrame,
     TranscriptionFrame,
     UserFileRawFrame,
@@ -18,6 +20,8 @@ from pipecat.frames.frames import (
 )
 from pipecat.processors.aggregators.dtmf_aggregator import DTMFAggregator
 from pipecat.processors.frame_processor import FrameDirection, FrameProcessor
+
+from conversation.floor import Floor
 
 # Whatever a reader would take for a square bracket: also the full-width, tortoise shell, lenticular
 # and mathematical ones.
@@ -33,12 +37,20 @@ class CallerWords(DTMFAggregator):
     dropped, and so is a file: what is written in it, or behind its address, could say anything.
     """
 
+    def __init__(self, floor: Floor) -> None:
+        """Ask `floor` what the bot has just said: that is not the caller's."""
+        super().__init__()
+        self._floor = floor
+
     async def process_frame(self, frame: Frame, direction: FrameDirection) -> None:
         """Pass on what the caller may say, with round brackets."""
         # Upstream come the LLM's own frames.
         if direction is FrameDirection.DOWNSTREAM:
             match frame:
-                case TranscriptionFrame():
+                # The first words of a turn are asked about too, before it is over.
+                case TranscriptionFrame() | InterimTranscriptionFrame() | EagerTranscriptionFrame():
+                    if self._is_echo(frame.text):
+                        return
                     frame.text = frame.text.translate(ROUND)
                 case LLMMessagesAppendFrame():
                     # Instructions come this way as well; theirs is another role.
@@ -49,6 +61,13 @@ class CallerWords(DTMFAggregator):
                 case _:
                     pass
         await super().process_frame(frame, direction)
+
+    def _is_echo(self, text: str) -> bool:
+        is_own = self._floor.is_own(text)
+        if is_own and not self._floor.hears_itself:
+            logger.warning("The bot hears itself: from now on only words cut it off")
+        self._floor.hears_itself = self._floor.hears_itself or is_own
+        return is_own
 
 
 class CallerAudio(FrameProcessor):

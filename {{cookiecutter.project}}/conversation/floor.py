@@ -6,8 +6,11 @@ those who wait for it look several times a second.
 """
 
 import asyncio
+import re
 import time
+from collections import deque
 from collections.abc import Callable
+from difflib import SequenceMatcher
 from enum import StrEnum
 
 from pipecat.frames.frames import (
@@ -27,6 +30,7 @@ from pipecat.frames.frames import (
     LLMTextFrame,
     TTSSpeakFrame,
     TTSStartedFrame,
+    TTSTextFrame,
     UserSpeakingFrame,
     UserStartedSpeakingFrame,
     UserStoppedSpeakingFrame,
@@ -39,6 +43,12 @@ from pipecat.processors.frame_processor import FrameDirection
 LOOK_EVERY_SECONDS = 0.1
 # Whoever speaks is heard of several times a second. Not for so long: the end of it got lost.
 LOST_SECONDS = 3.0
+# The bot's own sound comes back so long after it, from a loudspeaker and a room.
+ECHO_SECONDS = 0.7
+# So many of the bot's last words are remembered, to know them again.
+OWN_WORDS = 80
+# Of the words heard, so many are its own where it hears itself; recognisers get some wrong.
+OWN_SHARE = 0.8
 # An LLM that writes at all writes several words a second.
 STUCK_SECONDS = 1.5
 
@@ -59,6 +69,7 @@ class Floor:
         turn_is_open: Whether the caller has the turn, in a pause of theirs too.
         is_saying_goodbye: Whether the call ends once the bot has said what it says.
         is_final: Whether nothing the caller says can take that back.
+        hears_itself: Whether the bot's own words have come back in this call.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -68,6 +79,10 @@ class Floor:
         self.turn_is_open = False
         self.is_saying_goodbye = False
         self.is_final = False
+        self.hears_itself = False
+        self._said: deque[str] = deque(maxlen=OWN_WORDS)
+        self._bot_silent_at: float | None = None
+        self._began_under_bot = False
         self._clock = clock
         self._has_begun = False
         self._bot_heard_at: float | None = None
@@ -94,6 +109,23 @@ class Floor:
     def caller_speaks(self) -> bool:
         """Whether the caller makes a sound like speech."""
         return self._is_recent(self._caller_heard_at)
+
+    @property
+    def may_be_echo(self) -> bool:
+        """Whether a sound may be the bot's own, made just now; it has come back before."""
+        return self.hears_itself and self._was_just_heard()
+
+    def is_own(self, text: str) -> bool:
+        """Whether these words, recognised on the caller's side, are what the bot has just said.
+
+        A single word is not enough: people repeat what they choose.
+        """
+        words = _words(text)
+        if len(words) < 2 or not (self._began_under_bot or self._was_just_heard()):
+            return False
+        blocks = SequenceMatcher(None, words, [*self._said], autojunk=False).get_matching_blocks()
+        is_run = max(block.size for block in blocks) >= max(2, len(words) / 2)
+        return is_run and sum(block.size for block in blocks) >= OWN_SHARE * len(words)
 
     @property
     def is_thinking(self) -> bool:
@@ -174,6 +206,8 @@ class Floor:
     def caller_heard(self) -> None:
         """The caller makes a sound."""
         self._has_begun = True
+        if not self.caller_speaks:
+            self._began_under_bot = self._was_just_heard()
         self._caller_heard_at = self._clock()
 
     def caller_silent(self) -> None:
@@ -249,14 +283,28 @@ class Floor:
     def bot_silent(self) -> None:
         """The bot stopped."""
         self.is_greeting = False
+        self._bot_silent_at = self._clock()
         self._bot_heard_at = None
         self._change()
+
+    def bot_said(self, text: str) -> None:
+        """The voice says `text`, or is about to."""
+        self._said.extend(_words(text))
+
+    def _was_just_heard(self) -> bool:
+        silent_at = self._bot_silent_at
+        is_just = silent_at is not None and self._clock() - silent_at < ECHO_SECONDS
+        return self.bot_speaks or is_just
 
     def _change(self) -> None:
         self._changed_at = self._clock()
 
     def _is_recent(self, heard_at: float | None) -> bool:
         return heard_at is not None and self._clock() - heard_at < LOST_SECONDS
+
+
+def _words(text: str) -> list[str]:
+    return re.sub(r"[^\w\s]", "", text.lower()).split()
 
 
 class FloorObserver(BaseObserver):
@@ -316,6 +364,8 @@ def tell(floor: Floor, frame: Frame) -> None:
             floor.llm_wrote(is_spoken=not frame.skip_tts)
         case LLMFullResponseEndFrame():
             floor.llm_ended()
+        case TTSTextFrame():
+            floor.bot_said(frame.text)
         case TTSStartedFrame():
             floor.voice_asked()
         case TTSSpeakFrame():

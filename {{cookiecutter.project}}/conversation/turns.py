@@ -161,18 +161,21 @@ class InterruptionUserTurnStartStrategy(BaseUserTurnStartStrategy):
                 elif floor.turn_is_open:
                     # It was on its way when the caller began, behind the interruption.
                     await self.broadcast_frame(InterruptionFrame)
-                elif self._speaks_since is not None and not floor.is_greeting:
+                elif self._speaks_since is not None and not (
+                    floor.is_greeting or floor.may_be_echo
+                ):
                     return await self._start_turn()
             case BotStoppedSpeakingFrame():
                 floor.bot_silent()
-                if self._speaks_since is not None and not floor.is_saying_goodbye:
+                is_callers = not floor.is_saying_goodbye and not floor.hears_itself
+                if self._speaks_since is not None and is_callers:
                     return await self._start_turn()
                 await self._answer_with_backchannel()
             case _ if isinstance(frame, self._begins):
                 lead = getattr(frame, "start_secs", 0.0)
                 self._speaks_since = self._clock() - lead
                 is_bots = floor.bot_speaks or floor.answer_is_due or floor.is_saying_goodbye
-                if not is_bots:
+                if not is_bots and not floor.may_be_echo:
                     return await self._start_turn()
             case _ if isinstance(frame, self._ends):
                 self._speaks_since = None
@@ -182,7 +185,7 @@ class InterruptionUserTurnStartStrategy(BaseUserTurnStartStrategy):
                 patience = 0.0 if floor.bot_speaks else VAD_STOP_SECS
                 spoken = self._clock() - self._speaks_since
                 is_long = spoken >= LONGEST_BACKCHANNEL_SECONDS + patience
-                if is_long and not floor.is_saying_goodbye:
+                if is_long and not floor.is_saying_goodbye and not floor.may_be_echo:
                     return await self._start_turn()
             case InterimTranscriptionFrame() if not self._is_aside(frame.text):
                 return await self._start_turn()

@@ -163,3 +163,34 @@ def test_an_answer_is_due_until_it_is_heard_also_while_the_caller_makes_a_sound(
     assert floor.answer_is_due and floor.owed_by is None
     floor.bot_heard()
     assert not floor.answer_is_due
+
+
+@pytest.mark.parametrize(
+    ("heard", "is_own"),
+    [
+        ("Open from nine to five.", True),
+        ("from nine to", True),
+        # A recogniser gets a word wrong.
+        ("We are open from mine to five today.", True),
+        # What people say to it.
+        ("Nine.", False),
+        ("No, wait.", False),
+        ("Are you open on Sunday from ten to five?", False),
+    ],
+)
+def test_the_bot_knows_its_own_words_when_they_come_back(heard: str, is_own: bool) -> None:
+    floor, clock = floor_and_clock()
+    floor.bot_said("Good morning.")
+    floor.bot_said("We are open from nine to five today.")
+    assert not floor.is_own(heard), "it has not said them yet"
+    floor.bot_heard()
+    assert floor.is_own(heard) is is_own
+    clock.now += 1.0
+    floor.caller_heard()
+    floor.bot_silent()
+    clock.now += 1.0
+    assert floor.is_own(heard) is is_own, "they began while it spoke"
+    floor.caller_silent()
+    clock.now += 1.0
+    floor.caller_heard()
+    assert not floor.is_own(heard), "the caller repeats them"

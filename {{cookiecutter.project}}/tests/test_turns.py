@@ -30,6 +30,7 @@ from pipecat.services.deepgram.flux.stt import DeepgramFluxSTTService
 from pipecat.tests.utils import SleepFrame, run_test
 from pipecat.turns.user_stop import EagerUserTurnStopStrategy, ExternalUserTurnStopStrategy
 
+from conversation.caller_words import CallerWords
 from conversation.floor import Floor
 from conversation.turn_end import PauseUserTurnStopStrategy
 from conversation.turns import InterruptionUserTurnStartStrategy, is_backchannel, params
@@ -351,6 +352,21 @@ async def test_what_the_bot_begins_to_say_in_the_callers_turn_is_broken_off() ->
     await line.strategy.handle_user_turn_stopped()
     await line.hears(VADUserStoppedSpeakingFrame(), BotStartedSpeakingFrame())
     assert line.broadcast == [InterruptionFrame]
+
+
+async def test_the_bots_own_words_are_dropped_and_then_its_own_sound_does_not_cut_it_off() -> None:
+    line = Line()
+    line.floor.bot_said("We are open from nine to five today.")
+    line.floor.bot_heard()
+    sent = [heard("open from nine to five"), heard("Stop, please.")]
+    down, _ = await run_test(CallerWords(line.floor), frames_to_send=sent)
+    assert [f.text for f in down if isinstance(f, TranscriptionFrame)] == ["Stop, please."]
+    assert line.floor.hears_itself
+
+    await line.hears(BotStartedSpeakingFrame(), VAD_STARTED)
+    assert await line.hears(UserSpeakingFrame(), after=1.0) == 0
+    assert await line.hears(BotStoppedSpeakingFrame(), VAD_STARTED, after=0.1) == 0
+    assert await line.hears(BotStartedSpeakingFrame(), heard("Stop, please.")) == 1
 
 
 def goodbye(*, is_final: bool = False) -> Line:

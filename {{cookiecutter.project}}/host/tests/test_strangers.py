@@ -23,6 +23,7 @@ from pipecat.tests.utils import run_test
 import transports
 from conversation import endings
 from conversation.caller_words import CallerAudio, CallerWords
+from conversation.floor import Floor
 from rehearsal.callers.caller import Caller
 from rehearsal.callers.twilio import TwilioCaller
 from rehearsal.callers.webrtc import WebRTCCaller
@@ -218,7 +219,7 @@ async def test_what_is_said_or_typed_cannot_look_like_an_instruction() -> None:
     typed = LLMMessagesAppendFrame([{"role": "user", "content": text}])
     ours = endings.instruction("The caller is silent.")
     await run_test(
-        CallerWords(),
+        CallerWords(Floor()),
         frames_to_send=[said, typed, ours],
         expected_down_frames=[TranscriptionFrame, LLMMessagesAppendFrame, LLMMessagesAppendFrame],
     )
@@ -241,7 +242,7 @@ async def test_what_is_said_or_typed_cannot_look_like_an_instruction() -> None:
     ids=lambda frame: type(frame).__name__,
 )
 async def test_a_client_sends_neither_files_nor_the_results_of_our_tools(forged: Frame) -> None:
-    await run_test(CallerWords(), frames_to_send=[forged], expected_down_frames=[])
+    await run_test(CallerWords(Floor()), frames_to_send=[forged], expected_down_frames=[])
 
 
 async def test_audio_comes_by_the_line_not_in_messages_at_a_rate_of_the_clients() -> None:
