@@ -96,7 +96,8 @@ def is_farewell(text: str) -> bool:
 
 
 def _words(text: str) -> list[str]:
-    return re.sub(r"[^\w\s]", "", text.lower()).split()
+    # Japanese has no spaces; what stands between its sentences parts the words.
+    return re.sub(r"[^\w\s]", "", re.sub("[\u3001\u3002\uff01\uff1f]", " ", text.lower())).split()
 
 
 class InterruptionUserTurnStartStrategy(BaseUserTurnStartStrategy):

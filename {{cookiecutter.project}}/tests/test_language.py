@@ -12,7 +12,7 @@ import bot
 import config
 import services
 from conversation import clock, phrases, warm_up
-from conversation.turns import is_backchannel
+from conversation.turns import is_backchannel, is_farewell
 from rehearsal.engines.engine import ToolCall
 from rehearsal.engines.scripted import Answer, Script
 
@@ -169,6 +169,27 @@ def test_every_file_of_phrases_has_them_all_in_its_own_language(
     assert not [doubt for doubt in phrases.doubts() if ".toml" in doubt]
     monkeypatch.setenv("LANGUAGE", "en")
     assert file.stem == "en" or of_file.apology != phrases.spoken().apology
+
+
+@pytest.mark.parametrize(
+    ("code", "goodbye", "sentence"),
+    [
+        ("en", "Thanks, you too. Bye!", "Thanks, one more question."),
+        ("de", "Danke, Ihnen auch. Auf Wiederhören!", "Danke, noch eine Frage."),
+        ("es", "Gracias, igualmente. ¡Adiós!", "Gracias, otra pregunta."),
+        ("fr", "Merci, à vous aussi. Au revoir.", "Merci, encore une question."),
+        ("it", "Grazie, altrettanto. Arrivederci!", "Grazie, ancora una domanda."),
+        ("ja", "ありがとうございました。失礼します。", "すみません、もう一つ質問があります。"),
+        ("nl", "Bedankt, hetzelfde. Tot ziens!", "Bedankt, nog een vraag."),
+        ("pt", "Obrigado, igualmente. Tchau!", "Obrigado, mais uma pergunta."),
+    ],
+)
+def test_a_goodbye_returned_is_told_from_a_sentence_in_each_language(
+    monkeypatch: pytest.MonkeyPatch, code: str, goodbye: str, sentence: str
+) -> None:
+    monkeypatch.setenv("LANGUAGE", code)
+    assert is_farewell(goodbye)
+    assert not is_farewell(sentence)
 
 
 @pytest.mark.parametrize(("code", "noise"), [("de", "Ach so, genau."), ("ja", "はい。")])
