@@ -45,7 +45,8 @@ READ = re.compile(
 
 def required(services: Path) -> dict[str, str]:
     """Each variable without which a services.py can build no service, with what it is."""
-    found = READ.findall(services.read_text(encoding="utf-8"))
+    lines = services.read_text(encoding="utf-8").splitlines()
+    found = READ.findall("\n".join(line for line in lines if not line.lstrip().startswith("#")))
     names = dict.fromkeys(plain or subscript for plain, subscript in found)
     return {name: FROM_WHERE.get(name, "what a service in services.py reads") for name in names}
 

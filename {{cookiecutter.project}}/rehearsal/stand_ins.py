@@ -23,8 +23,9 @@ BUILDS = re.compile(r"\b([A-Z]\w*Service)\(")
 
 
 def factories(services: Path = config.SERVICES) -> dict[str, str]:
-    """Return the source of each kind's factory ("stt", "llm", "tts") in a services.py."""
-    source = services.read_text(encoding="utf-8")
+    """Return the source of each factory, by its kind ("stt", "llm", "tts"), without comments."""
+    lines = services.read_text(encoding="utf-8").splitlines()
+    source = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
     functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
     return {
         kind: ast.get_source_segment(source, function) or ""

@@ -67,6 +67,17 @@ def test_a_session_without_keys_fails_with_their_names(monkeypatch: pytest.Monke
         config.require_keys()
 
 
+def test_what_services_py_reads_without_a_default_is_required(tmp_path: Path) -> None:
+    services = tmp_path / "services.py"
+    services.write_text(
+        'a = Service(key=setting("ONE_KEY"), url=setting("ONE_URL", "wss://one.example"))\n'
+        'b = Service(os.getenv("TWO_KEY"), os.environ["THREE_KEY"], os.getenv("FOUR", "x"))\n'
+        'c = setting(\n    "FIVE_ID",\n)\n'
+        '    # d = Service(key=setting("OLD_KEY"))\n'
+    )
+    assert [*config.required(services)] == ["ONE_KEY", "TWO_KEY", "THREE_KEY", "FIVE_ID"]
+
+
 def test_env_example_lists_every_required_variable_and_nothing_local() -> None:
     names = {
         line.partition("=")[0]

@@ -290,7 +290,8 @@ def test_a_service_without_a_server_here_is_named_with_what_stands_in(
 ) -> None:
     assert stand_ins.sentences() == []
     swapped = tmp_path / "services.py"
-    swapped.write_text(f"def create_llm(instructions):\n    return {built}\n")
+    before = '# return OpenAILLMService(base_url=setting("OPENAI_BASE_URL"))'
+    swapped.write_text(f"def create_llm(instructions):\n    {before}\n    return {built}\n")
     named = built.partition("(")[0] if "Service" in built else "what create_llm() builds"
     own = next(wire(name) for name in wires() if wire(name).kind == "llm")
     assert stand_ins.sentences(swapped) == [
