@@ -14,7 +14,7 @@ from pathlib import Path
 import aiohttp
 
 from rehearsal.call import (
-    ANSWER_SECONDS,
+    ANSWER_WAIT_SECONDS,
     GREETING_SECONDS,
     Answered,
     NoAnswer,
@@ -112,25 +112,25 @@ async def be_handed_over(
         await caller.hear_out(quiet=QUIET_SECONDS)
         tell(f"The caller asks for a person: {asking.source}.")
         await caller.say(asking.pcm, asking.sample_rate)
-        async with asyncio.timeout(ANSWER_SECONDS):
+        async with asyncio.timeout(ANSWER_WAIT_SECONDS):
             while not twilio.dialled:
                 await asyncio.sleep(0.05)
         tell(f"Twilio dials anna at {COLLEAGUE}; it rings.")
-        async with asyncio.timeout(ANSWER_SECONDS):
+        async with asyncio.timeout(ANSWER_WAIT_SECONDS):
             while twilio.children[caller.call_sid][0]["status"] == "ringing":
                 await asyncio.sleep(0.05)
         if does == "answers":
             tell(f"She answers, and is told: {' '.join(twilio.whispered) or 'nothing'}")
-            await asyncio.wait_for(caller.ended.wait(), ANSWER_SECONDS)
+            await asyncio.wait_for(caller.ended.wait(), ANSWER_WAIT_SECONDS)
             tell("They have talked; she hangs up, and Twilio ends the call.")
             return answers
         tell(f"Twilio tells the bot: {OUTCOMES[does]}. The caller is connected with it again.")
         since = time.monotonic()
-        await caller.hear(since=since, within=ANSWER_SECONDS)
+        await caller.hear(since=since, within=ANSWER_WAIT_SECONDS)
         await caller.hear_out(quiet=QUIET_SECONDS)
         tell(f"The caller answers: {answering.source}.")
         said = await caller.say(answering.pcm, answering.sample_rate)
-        answer = await caller.hear(within=ANSWER_SECONDS)
+        answer = await caller.hear(within=ANSWER_WAIT_SECONDS)
         at = time.time() - (time.monotonic() - answer.start)
         answers.append(Answered(at, answer.start - said.end))
         await caller.hear_out(quiet=QUIET_SECONDS)
