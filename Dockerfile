@@ -18,7 +18,7 @@ RUN --mount=type=cache,target=/root/.cache/uv \
         echo "No uv.lock: today's newest versions. Run 'uv lock' and commit it to pin them." >&2; \
         uv sync --no-install-project --no-dev; \
     fi
-COPY --from=bake /bot/*.py /bot/prompt.md /bot/outcome.jso[n] ./
+COPY --from=bake /bot/*.py /bot/prompt.md /bot/outbound.md /bot/voicemail.md /bot/outcome.jso[n] ./
 COPY --from=bake /bot/conversation/ conversation/
 COPY --from=bake /bot/host/ host/
 COPY --from=bake /bot/roark/ roark/

@@ -47,6 +47,9 @@ GATE = "tests/test_twilio_auth.py::test_a_call_enters_with_its_token_and_nobody_
 TWIML = "tests/test_deploy.py::test_it_alone_is_on_stdout_to_be_pasted"
 EVALS = "tests/test_evals.py::test_the_starter_scenarios_hold"
 
+DIAL = "rehearsal/tests/test_cli.py::test_the_bot_calls_a_voicemail_by_one_command"
+CALLS = "tests/test_outbound.py::test_the_command_says_what_is_missing_and_calls_nobody"
+
 # The beginning of the name of a test that runs the same program, or sees to it that CI does.
 TESTED = {
     "pip install uv && uvx cookiecutter . --no-input -o .. && cd ../my-voice-bot && "
@@ -62,6 +65,14 @@ TESTED = {
     "python -m rehearsal": README,
     "python -m rehearsal call -t twilio": README,
     "python -m rehearsal call --engine scripted --script dialogue.toml": DIALOGUE,
+    "python -m rehearsal dial --callee voicemail": DIAL,
+    "uv run python -m rehearsal dial": DIAL,
+    "uv run python -m rehearsal dial --callee person": DIAL,
+    "uv run python -m rehearsal dial --callee voicemail": DIAL,
+    "LANGUAGE=de uv run python -m rehearsal dial --callee voicemail": DIAL,
+    'uv run python -m telephony call +4930123456 --name Anna --reason "your appointment on Friday" '
+    "--webhook-host HOST": CALLS,
+    "uv sync --extra dialout": FRESH,
     "python -m rehearsal providers": PROVIDERS,
     "python -m rehearsal call --latencies llm=450,tts=150,stt=100": LATENCIES,
     "python -m rehearsal call --transfer busy": TRANSFER,

@@ -3,6 +3,7 @@
     python bot.py                      a browser, at http://localhost:7860
     python bot.py -t daily             a Daily room
     python bot.py -t twilio -x HOST    a phone number; HOST is the public name of this server
+    python -m telephony call +49...    it calls somebody, by the line above
     python -m rehearsal                no account, no key
 
 Pipecat Cloud calls `bot()` for every session, as the commands above do.
@@ -49,6 +50,8 @@ private_log.begin()
 
 AGENT = "{{ cookiecutter.project }}"
 PROMPT_FILE = Path(__file__).with_name("prompt.md")
+# What it is told besides, of a call that it has placed.
+OUTBOUND_FILE = Path(__file__).with_name("outbound.md")
 # Many places want the caller to be told. GREETING says it; the LLM does where that is blank.
 RECORDED = ""
 # <% if cookiecutter.record_audio %>
@@ -77,6 +80,8 @@ async def bot(runner_args: RunnerArguments) -> None:
     with call:
         instructions = PROMPT_FILE.read_text(encoding="utf-8").rstrip()
         instructions += f"\n- {phrases.instruction()}\n"
+        if connection.errand:
+            instructions += OUTBOUND_FILE.read_text(encoding="utf-8")
         if people := transfer.instruction():
             instructions += f"- {people}\n"
         roark = RoarkObserver(
@@ -89,6 +94,8 @@ async def bot(runner_args: RunnerArguments) -> None:
         async with telemetry.of_call(roark.pipecat_call_id, service=AGENT):
             # What stays the same comes first; Roark knows the call's time without it.
             instructions += f"- {clock.instruction()}\n"
+            if connection.errand:
+                instructions = connection.errand.fill_in(instructions)
             await run_call(connection, instructions, roark, runner_args)
 
 
@@ -159,13 +166,21 @@ async def run_pipeline(
     aggregators = LLMContextAggregatorPair(
         context, user_params=user_params, assistant_params=services.memory_params()
     )
+    opening = None
+    if connection.errand and not connection.note:
+        # Only who calls out pays for it.
+        from conversation.opening import Opening
+
+        opening = Opening(connection.errand, floor, to_say=RECORDED)
     pipeline = Pipeline(
         [
             CallerAudio(),
             transport.input(),
             stt,
             CallerWords(floor),
+            *([opening.ears] if opening else []),
             aggregators.user(),
+            *([opening.gate] if opening else []),
             llm,
             tts,
             recorded.RecordedApology(),
@@ -230,6 +245,9 @@ async def run_pipeline(
             return
         caller = transports.client_id(client)
         logger.info("Caller connected")
+        if opening:
+            opening.picked_up(worker, ending, failed)
+            return
         # Before anything that could break.
         greeting.prepare()
         with suppress(TimeoutError):
@@ -246,7 +264,8 @@ async def run_pipeline(
     @transport.event_handler("on_client_disconnected")
     async def on_client_disconnected(_transport, client):
         if caller is None or transports.client_id(client) == caller:
-            await caller_is_gone("client-disconnected", "the caller hung up")
+            hung_up = "client-disconnected", "the caller hung up"
+            await caller_is_gone(*(opening.how_it_ended() if opening else hung_up))
 
     for event, ends in connection.losses.items():
         transport.add_event_handler(event, partial(caller_is_gone, *ends))
@@ -286,6 +305,10 @@ if __name__ == "__main__":
     from host import front_door
 
     twilio_auth.guard(app, sys.argv[1:], reserve=calls.of_process.reserve)
+    if config.setting("CALL_API_KEY"):
+        from telephony import outbound
+
+        outbound.serve(app, agent=AGENT, busy=calls.of_process.refusal)
     front_door.guard(app, sys.argv[1:])
     metrics.serve()
     if not config.missing_keys():

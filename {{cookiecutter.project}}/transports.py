@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from pipecat.evals.transport import EvalTransportParams
 
     from telephony.media_stream import MediaStreamSerializer
+    from telephony.outbound import Errand
 
 PHONE_HZ = 8000
 # Twilio sends both messages of its handshake at once; Pipecat waits for them without a limit.
@@ -82,6 +83,7 @@ class Connection:
         say_busy: Lets a caller whose call is not taken hear so; a web client was told by HTTP.
         transfer: Hands the caller over to a person; None where the line cannot.
         note: What is known of a caller who comes back from a transfer.
+        errand: Whom the bot has called, and why; None where it was called.
         losses: Events of the transport after which there is no caller, each with the reason, one of
             roark.call.ENDINGS, and its detail.
     """
@@ -98,6 +100,7 @@ class Connection:
     say_busy: Callable[[], Awaitable[None]] = lambda: asyncio.sleep(0)
     transfer: Transfer | None = None
     note: Note | None = None
+    errand: "Errand | None" = None
     losses: Mapping[str, tuple[str, str]] = field(default_factory=dict[str, tuple[str, str]])
 
     @property
@@ -207,6 +210,12 @@ async def _answer_phone(runner_args: WebSocketRunnerArguments) -> Connection:
         raise Refused("its ids are none of Twilio's")
     assert call_id and stream_id
     note = Note.take(call.body, call_id, setting("TWILIO_AUTH_TOKEN"))
+    errand = None
+    if twilio_auth.CALLEE_PARAMETER in call.body:
+        # Only who calls out pays for it.
+        from telephony.outbound import Errand
+
+        errand = Errand.of(call.body)
     # Who comes back by the instructions of the transfer itself brings no other token than that.
     is_back_by_itself = note is not None and not note.outcome
     if note and is_back_by_itself:
@@ -214,6 +223,11 @@ async def _answer_phone(runner_args: WebSocketRunnerArguments) -> Connection:
         if note.outcome == "completed":
             await websocket.close()
             raise Refused("it was handed over, and the person has hung up")
+    elif errand and not note:
+        if not errand.is_ours(call.body, twilio_auth.gate_before(websocket)):
+            await websocket.close(code=1008)
+            raise Refused("it brought an errand that is none of this bot's")
+        runner_args.body = {"direction": "outbound"}
     elif not twilio_auth.lets_in(websocket, call_id, call.body):
         await websocket.close(code=1008)
         raise Refused("it did not bring the token of a call that Twilio sent here")
@@ -231,7 +245,7 @@ async def _answer_phone(runner_args: WebSocketRunnerArguments) -> Connection:
             parameters=call.body,
             line=serializer,
             # There the instructions end.
-            has_failover=not is_back_by_itself,
+            has_failover=not is_back_by_itself and errand is None,
             host=twilio_auth.public_host(websocket),
         )
     params = FastAPIWebsocketParams(
@@ -241,13 +255,14 @@ async def _answer_phone(runner_args: WebSocketRunnerArguments) -> Connection:
         FastAPIWebsocketTransport(websocket=websocket, params=params),
         audio_in_hz=PHONE_HZ,
         audio_out_hz=PHONE_HZ,
-        caller=calls.identity(call.from_number),
+        caller=calls.identity(errand.callee_number if errand else call.from_number),
         call_id=call_id,
         is_phone=True,
         dropped=lambda: serializer.dropped,
         say_busy=lambda: play_busy_tone(websocket.send_text, stream_id),
         transfer=transfer,
         note=note,
+        errand=errand,
     )
 
 

@@ -6,6 +6,7 @@
     python -m rehearsal call --engine scripted --script a.toml   a whole dialogue, as written down
     python -m rehearsal call --latencies llm=450,tts=150,stt=100 services as slow as the cloud's
     python -m rehearsal call --transfer busy                     handed over to a colleague
+    python -m rehearsal dial --callee voicemail                  it calls somebody
     python -m rehearsal providers --engine scripted              the servers alone
 
 Everything listens on 127.0.0.1. Calls are kept under CALLS_DIR (default: calls/).
@@ -15,11 +16,12 @@ import argparse
 import asyncio
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loguru import logger
@@ -38,13 +40,21 @@ from rehearsal.call import (
     spoken_voice,
     talk,
 )
+from rehearsal.dial import CALLEES, NUMBER, greeting_to_callees, who_is_called, words
+from rehearsal.dial import ENVIRONMENT as DIAL_ENVIRONMENT
 from rehearsal.engines import weights
 from rehearsal.engines.delayed import DelayedEngine, Latencies
 from rehearsal.engines.engine import Engine
 from rehearsal.engines.language_model import choose_answerer
 from rehearsal.engines.local import LocalEngine, LocalEngineError
 from rehearsal.engines.scripted import Script, ScriptedEngine
-from rehearsal.host.bot_process import BotFailed, BotProcess, run_bot, user_settings
+from rehearsal.host.bot_process import (
+    BotFailed,
+    BotProcess,
+    run_bot,
+    run_command,
+    user_settings,
+)
 from rehearsal.providers.all import Providers, serve
 from rehearsal.providers.roark import RoarkReceiver
 from rehearsal.providers.server import HOST, free_port
@@ -67,7 +77,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logger.remove()
     logger.add(sys.stderr, level="WARNING")
-    commands = {None: _talk_to_it, "call": _call_it, "providers": _serve_providers}
+    commands = {
+        None: _talk_to_it,
+        "call": _call_it,
+        "dial": _have_it_call,
+        "providers": _serve_providers,
+    }
     try:
         return asyncio.run(_until_interrupted(commands[options.command](options)))
     except BotFailed as failure:
@@ -85,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--port", type=_port, help=f"of the browser page ({BROWSER_PORT})")
     _add_engine(parser, "local")
-    commands = parser.add_subparsers(dest="command", metavar="call | providers")
+    commands = parser.add_subparsers(dest="command", metavar="call | dial | providers")
 
     call = commands.add_parser("call", help="place one call by itself and report it")
     call.add_argument("-t", "--transport", choices=("twilio", "webrtc"), default="webrtc")
@@ -110,6 +125,9 @@ def _parser() -> argparse.ArgumentParser:
         type=_latencies,
         help="let the services take as long as in the cloud, in milliseconds",
     )
+    dial = commands.add_parser("dial", help="have the bot call somebody")
+    dial.add_argument("--callee", choices=CALLEES, default="person")
+    _add_engine(dial, "local")
     providers = commands.add_parser("providers", help="run the loopback servers alone")
     providers.add_argument("--port", type=_port, default=0, help="of the first server; any if 0")
     _add_engine(call, "local")
@@ -235,6 +253,36 @@ async def _call_it(options: argparse.Namespace) -> int:
     return 1 if broken else 0
 
 
+async def _have_it_call(options: argparse.Namespace) -> int:
+    """Have the bot call one of CALLEES, in LANGUAGE, with the command that its owner has."""
+    said, callee = words(_language()), options.callee
+    port = free_port()
+    async with _engine(options) as engine:
+        voices = [await spoken_voice(engine, text) for text in said.of(callee)]
+        voices = [
+            replace(one, source=text) for one, text in zip(voices, said.of(callee), strict=True)
+        ]
+        hears_by_itself = isinstance(engine, LocalEngine) and _language().lower().startswith("en")
+        behind = engine if hears_by_itself else Dialogue(said.script(callee), engine)
+        public = f"{HOST}:{port}"
+        settings = {**DIAL_ENVIRONMENT, **greeting_to_callees()}
+        async with _world(behind, "twilio", port, settings, ("-x", public)) as world:
+            world.twilio.callees[NUMBER] = who_is_called(callee, voices, _tell)
+            command = ["call", NUMBER, "--name", "Anna", "--reason", said.reason]
+            _tell(f"python -m telephony {shlex.join(command)} --webhook-host {public}")
+            await run_command(
+                "telephony/__main__.py",
+                [*command, "--webhook-host", public],
+                world.environment,
+                _tell,
+            )
+        for call_id in world.roark.calls:
+            _report(world, call_id)
+            ending = world.roark.calls[call_id].ended or {}
+            _tell(f"Ending: {ending.get('callEndedReason')}")
+        return 0 if world.roark.calls else 1
+
+
 async def _voices(options: argparse.Namespace, engine: Engine) -> list[Voice]:
     """Return what the caller says: the words given, all that a script hears, or the recording."""
     words: Sequence[str] = options.say or ()
@@ -261,6 +309,7 @@ class _World:
     roark: RoarkReceiver
     twilio: TwilioServer
     calls_dir: Path
+    environment: Mapping[str, str]
 
 
 @asynccontextmanager
@@ -313,7 +362,7 @@ async def _world(
             _tell(sentence)
         _tell("Starting the bot.")
         async with run_bot(transport, port, environment, arguments) as bot:
-            yield _World(bot, roark, providers.twilio, calls_dir)
+            yield _World(bot, roark, providers.twilio, calls_dir, environment)
 
 
 def _installed_weights() -> dict[str, str]:

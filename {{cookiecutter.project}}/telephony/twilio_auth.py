@@ -34,11 +34,13 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 TOKEN_PARAMETER = "gate_token"
+# Brought by the stream of a call that the bot itself has placed: telephony/outbound.py.
+CALLEE_PARAMETER = "callee_number"
 # Twilio opens the stream as soon as it has read the TwiML.
 TOKEN_SECONDS = 60
 # What `-t twilio` serves behind a gate. Pipecat's server has more: a browser could call by
 # /api/offer, whatever -t says.
-OPEN_PATHS = {"/", "/ws", "/status", transfer.OUTCOME_PATH, transfer.WHISPER_PATH}
+OPEN_PATHS = {"/", "/ws", "/status", "/calls", transfer.OUTCOME_PATH, transfer.WHISPER_PATH}
 
 NO_HOST = (
     "Phone calls need -x HOST, the public name under which Twilio reaches this server over HTTPS: "
@@ -125,25 +127,28 @@ class Gate:
         text = address + "".join(name + value for name, value in sorted(set(form)))
         return base64.b64encode(hmac.digest(self._auth_token, text.encode(), hashlib.sha1))
 
-    def issue(self, call_sid: str) -> str:
-        """Return a token for this call: when it expires, and a signature of both."""
-        return self._token(call_sid, int(self._clock()) + TOKEN_SECONDS)
+    def issue(self, call: str, *, seconds: int = TOKEN_SECONDS) -> str:
+        """Return a token for this call, its id or all that is known of one that has none yet.
 
-    def lets_in(self, call_sid: str, token: str) -> bool:
+        It holds when it expires, in so many seconds, and a signature of both.
+        """
+        return self._token(call, int(self._clock()) + seconds)
+
+    def lets_in(self, call: str, token: str) -> bool:
         """Whether the token was issued for this call and is neither used nor too old; uses it."""
         now = self._clock()
         expires = (
             int(text) if (text := token.partition(".")[0]).isdecimal() and token.isascii() else 0
         )
-        is_ours = hmac.compare_digest(self._token(call_sid, expires).encode(), token.encode())
+        is_ours = hmac.compare_digest(self._token(call, expires).encode(), token.encode())
         if not is_ours or not now < expires or token in self._used:
             return False
         self._used = {used: until for used, until in self._used.items() if until > now}
         self._used[token] = expires
         return True
 
-    def _token(self, call_sid: str, expires: int) -> str:
-        signed = f"{call_sid} {expires}".encode()
+    def _token(self, call: str, expires: int) -> str:
+        signed = f"{call} {expires}".encode()
         return f"{expires}.{hmac.digest(self._token_key, signed, hashlib.sha256).hex()}"
 
 
@@ -211,9 +216,14 @@ def lets_in(
     Takes the token out of `parameters`, for what is left is kept with the call.
     """
     token = parameters.pop(TOKEN_PARAMETER, "")
-    app = websocket.scope.get("app")
-    gate: Gate | None = getattr(app.state, "twilio_gate", None) if app else None
+    gate = gate_before(websocket)
     return gate is None or gate.lets_in(call_sid or "", str(token))
+
+
+def gate_before(websocket: "WebSocket") -> Gate | None:
+    """The gate of this server; None where none was put up."""
+    app = websocket.scope.get("app")
+    return getattr(app.state, "twilio_gate", None) if app else None
 
 
 class _OnlyOpenPaths:

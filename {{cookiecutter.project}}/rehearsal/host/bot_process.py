@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -132,7 +132,7 @@ async def run_bot(
             *options,
             *("--host", HOST, "--port", str(port)),
             cwd=PROJECT,
-            env={**_harmless(user_settings()), **environment, "PYTHONUNBUFFERED": "1"},
+            env=_settings(environment),
             # Open as long as this process lives: the bot ends when it breaks.
             stdin=asyncio.subprocess.PIPE,
             stdout=log,
@@ -153,6 +153,43 @@ async def run_bot(
         await bot.stop()
         if not went_wrong:
             bot.log.unlink()
+
+
+async def run_command(
+    file: str, arguments: Sequence[str], environment: Mapping[str, str], tell: Callable[[str], None]
+) -> int:
+    """Run another command of the project in the bot's circumstances; return its exit status.
+
+    Args:
+        file: What holds it, such as `telephony/__main__.py`.
+        arguments: Its arguments.
+        environment: What points it at the rehearsal, on top of the user's own settings.
+        tell: Is given each line that it prints.
+    """
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "rehearsal.host.launch_bot", file, *arguments),
+        cwd=PROJECT,
+        env=_settings(environment),
+        # As for the bot.
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        start_new_session=True,
+    )
+    assert process.stdout
+    try:
+        while line := await process.stdout.readline():
+            tell(line.decode(errors="replace").rstrip())
+        return await process.wait()
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+def _settings(environment: Mapping[str, str]) -> dict[str, str]:
+    return {**_harmless(user_settings()), **environment, "PYTHONUNBUFFERED": "1"}
 
 
 def user_settings() -> dict[str, str]:

@@ -7,9 +7,15 @@ Asked by the bot, with basic authentication:
   end the call's media stream.
 - `GET /2010-04-01/Accounts/{account}/Calls.json?ParentCallSid=…`: what became of the calls that a
   `<Dial>` placed, the last one first.
+- `POST /2010-04-01/Accounts/{account}/Calls.json` with `To`, `From`, `Twiml` and `Timeout`: calls
+  somebody, 201. 400 with code 21211 for a `To` that is no number, 21212 for such a `From`, 21205
+  without TwiML. `GET …/Calls/{call}.json`: how the call stands, its `status` as Twilio documents
+  it. `Status=canceled` takes it back while it rings.
+  https://www.twilio.com/docs/voice/api/call-resource
 
 Of TwiML these verbs are played, one after the other: `<Connect><Stream>` until the bot closes the
-stream, `<Dial>` with its `action` and the `url` of its `<Number>`, `<Hangup>`, `<Reject>`. What is
+stream, `<Dial>` with its `action` and the `url` of its `<Number>`, `<Play digits>`, `<Hangup>`,
+`<Reject>`. What is
 fetched for them is posted and signed as Twilio does it, over the address of HTTPS, and goes to this
 machine. https://www.twilio.com/docs/voice/twiml
 """
@@ -18,8 +24,9 @@ import asyncio
 import base64
 import hashlib
 import hmac
+import re
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -38,7 +45,8 @@ _ERRORS = {
     429: (20429, "Too Many Requests"),
     500: (20500, "Internal Server Error"),
 }
-_VERBS = {"Connect", "Dial", "Hangup", "Reject"}
+_VERBS = {"Connect", "Dial", "Hangup", "Play", "Reject"}
+_NUMBER = re.compile(r"\+[1-9]\d{6,14}")
 
 
 class Phone(Protocol):
@@ -89,6 +97,23 @@ class Colleague:
     talks_s: float | None = None
 
 
+@dataclass
+class Callee:
+    """Somebody whom the bot calls.
+
+    Attributes:
+        phone: Of theirs; None where it is not picked up.
+        does: What comes of calling them where it is not: "busy", "no-answer" or "failed".
+        talks: What they do once they have picked up and the stream is open; then they hang up.
+        rings_s: How long it rings, seconds.
+    """
+
+    phone: Phone | None = None
+    does: str = "no-answer"
+    talks: Callable[[], Coroutine[Any, Any, None]] | None = None
+    rings_s: float = 0.0
+
+
 class TwilioServer(ProviderServer):
     """Records what becomes of calls.
 
@@ -101,6 +126,9 @@ class TwilioServer(ProviderServer):
         colleagues: Who answers at which number; at others it is busy.
         phones: The phone at the caller's end of a call, for calls that are given instructions.
         children: The calls that `<Dial>` placed, by the call they belong to, the last one first.
+        callees: Who is reached at which number by the bot's own calls; at others nobody answers.
+        placed: The bot's own calls, by their ids, as Twilio shows them.
+        pressed: The digits that `<Play>` has pressed, as (call, digits).
     """
 
     name = "twilio"
@@ -116,6 +144,10 @@ class TwilioServer(ProviderServer):
         self.colleagues: dict[str, Colleague] = {}
         self.phones: dict[str, Phone] = {}
         self.children: dict[str, list[dict[str, str]]] = {}
+        self.callees: dict[str, Callee] = {}
+        self.placed: dict[str, dict[str, str | None]] = {}
+        self.pressed: list[tuple[str, str]] = []
+        self._calling: set[asyncio.Task[None]] = set()
         self._playing: dict[str, asyncio.Task[None]] = {}
 
     def routes(self) -> Iterable[web.RouteDef]:
@@ -124,6 +156,8 @@ class TwilioServer(ProviderServer):
         return [
             web.post(calls + "/{call}.json", self._update),
             web.get(calls + ".json", self._list),
+            web.post(calls + ".json", self._create),
+            web.get(calls + "/{call}.json", self._show),
         ]
 
     @property
@@ -159,9 +193,10 @@ class TwilioServer(ProviderServer):
 
     async def aclose(self) -> None:
         """Stop playing, cut what is live and stop listening."""
-        for playing in self._playing.values():
-            playing.cancel()
-        await asyncio.gather(*self._playing.values(), return_exceptions=True)
+        at_work = [*self._calling, *self._playing.values()]
+        for task in at_work:
+            task.cancel()
+        await asyncio.gather(*at_work, return_exceptions=True)
         await super().aclose()
 
     async def _update(self, request: web.Request) -> web.Response:
@@ -172,7 +207,10 @@ class TwilioServer(ProviderServer):
         await self.before_answer()
         call = request.match_info["call"]
         verbs = _verbs(str(form.get("Twiml", "")))
-        if form.get("Status") != "completed" and not verbs:
+        if form.get("Status") == "canceled" and self._rings(call):
+            entry.status = 200
+            self.placed[call]["status"] = "canceled"
+        elif form.get("Status") != "completed" and not verbs:
             entry.status = 400
         elif call in self.gone:
             entry.status = 404
@@ -186,8 +224,82 @@ class TwilioServer(ProviderServer):
         self._log.changed()
         if entry.status != 200:
             return web.json_response(dict(self.error(entry.status)), status=entry.status)
-        status = "in-progress" if verbs else "completed"
+        status = "in-progress" if verbs else str(form["Status"])
         return web.json_response({"sid": call, "status": status})
+
+    async def _create(self, request: web.Request) -> web.Response:
+        form = {name: str(value) for name, value in (await request.post()).items()}
+        entry = await self.admit(request, form)
+        if isinstance(entry, web.Response):
+            return entry
+        await self.before_answer()
+        verbs = _verbs(form.get("Twiml", ""))
+        refused = [
+            (code, f"{message}: {form.get(name, '')}")
+            for code, name, message, is_right in (
+                (21211, "To", "Invalid 'To' Phone Number", _NUMBER.fullmatch(form.get("To", ""))),
+                (21212, "From", "Invalid 'From'", _NUMBER.fullmatch(form.get("From", ""))),
+                (21205, "Twiml", "Url is not a valid URL, and there is no TwiML", verbs),
+            )
+            if not is_right
+        ]
+        entry.status = 400 if refused else 201
+        self._log.changed()
+        if refused:
+            code, message = refused[0]
+            return web.json_response({"code": code, "message": message, "status": 400}, status=400)
+        callee = self.callees.get(form["To"], Callee())
+        sid = "CA" + secrets.token_hex(16)
+        if callee.phone:
+            sid = callee.phone.call_sid
+        self.placed[sid] = {
+            "sid": sid,
+            "status": "queued",
+            "to": form["To"],
+            "from": form["From"],
+            "direction": "outbound-api",
+            "answered_by": None,
+        }
+        calling = asyncio.create_task(self._call(self.placed[sid], callee, verbs))
+        self._calling.add(calling)
+        calling.add_done_callback(self._calling.discard)
+        return web.json_response(self.placed[sid], status=201)
+
+    async def _show(self, request: web.Request) -> web.Response:
+        entry = await self.admit(request)
+        if isinstance(entry, web.Response):
+            return entry
+        await self.before_answer()
+        found = self.placed.get(request.match_info["call"])
+        entry.status = 200 if found else 404
+        self._log.changed()
+        return web.json_response(found or dict(self.error(404)), status=entry.status)
+
+    def _rings(self, call: str) -> bool:
+        return self.placed.get(call, {}).get("status") in ("queued", "ringing")
+
+    async def _call(
+        self, call: dict[str, str | None], callee: Callee, verbs: list[ElementTree.Element]
+    ) -> None:
+        """Call somebody, and play the TwiML to who picks up."""
+        sid = str(call["sid"])
+        call["status"] = "ringing"
+        await asyncio.sleep(callee.rings_s)
+        if not self._rings(sid):
+            return
+        if callee.phone is None:
+            call["status"] = callee.does
+            self._log.changed()
+            return
+        call["status"] = "in-progress"
+        self.phones[sid] = callee.phone
+        self._start(callee.phone, verbs)
+        async with asyncio.TaskGroup() as tasks:
+            if callee.talks:
+                tasks.create_task(callee.talks())
+            await asyncio.wait([self._playing[sid]])
+        call["status"] = "completed"
+        self._log.changed()
 
     async def _list(self, request: web.Request) -> web.Response:
         entry = await self.admit(request)
@@ -217,6 +329,8 @@ class TwilioServer(ProviderServer):
                 # What stands behind a <Dial> with an action is never reached.
                 if url := verb.get("action"):
                     waiting = await self._fetch(url, {**self._form_of(phone), **posted})
+            elif verb.tag == "Play":
+                self.pressed.append((phone.call_sid, verb.get("digits", "")))
             elif (stream := verb.find("Stream")) is not None:
                 brought = {
                     one.attrib["name"]: one.attrib["value"] for one in stream.iter("Parameter")
