@@ -51,3 +51,13 @@ def test_this_repository_tests_the_template_with_the_dependencies_it_ships() -> 
     for tool in ("line-length", "target-version"):
         assert here["tool"]["ruff"][tool] == there["tool"]["ruff"][tool]
     assert here["tool"]["ruff"]["lint"]["select"] == there["tool"]["ruff"]["lint"]["select"]
+
+
+def test_double_braces_are_cookiecutters_alone() -> None:
+    """The doubled braces of an f-string would be rendered: `\\d{{1,3}}` became `\\d(1, 3)`."""
+    rendered = [ROOT / name for name in tracked_files() if name.count("/") == 1]
+    rendered = [path for path in rendered if path.parent.name == FOLDER and path.suffix == ".py"]
+    assert rendered
+    for path in rendered:
+        source = path.read_text(encoding="utf-8")
+        assert all("cookiecutter." in braces for braces in re.findall(r"\{\{.*", source)), path

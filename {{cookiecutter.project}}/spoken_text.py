@@ -91,7 +91,8 @@ def _with_words_for_numbers(text: str, language: str) -> str:
 def _quantities(text: str, language: str) -> str:
     thousands, point, _, percent, _ = LANGUAGES[language]
     group = f"[{re.escape(thousands)}]"
-    number = rf"\d{{1,3}}(?:{group}\d{{3}})+(?!\d)(?:{re.escape(point)}\d+)?"
+    # Added up, for cookiecutter would take the doubled braces of an f-string for its own.
+    number = r"\d{1,3}(?:" + group + r"\d{3})+(?!\d)" + rf"(?:{re.escape(point)}\d+)?"
     number += rf"|\d+(?:{re.escape(point)}\d+)?"
     # Not within a word, a date, a time or a version.
     alone = rf"(?<![\w.,:/*-])({number})(?![\w:/*-]|[.,]\d)"
