@@ -29,7 +29,7 @@ from loguru import logger
 
 from config import setting
 from roark import RoarkObserver
-from telephony.transfer import TWILIO_API
+from telephony import twilio_rest, twiml
 from telephony.twilio_auth import TOKEN_PARAMETER, Gate, is_sid
 
 if TYPE_CHECKING:
@@ -70,8 +70,7 @@ NOT_REACHED = {
 TWIML = """<?xml version="1.0" encoding="UTF-8"?>
 <Response>{digits}
   <Connect>
-    <Stream url={url}>
-{parameters}
+    <Stream url={url}>{parameters}
     </Stream>
   </Connect>
 </Response>"""
@@ -222,9 +221,8 @@ class Outbound:
                 "the bot's public host is missing: --webhook-host voice.example.org, the name that "
                 "`python bot.py -t twilio -x` was given, or TWILIO_STREAM_URL"
             )
-        self._account = setting("TWILIO_ACCOUNT_SID")
         self._auth_token = setting("TWILIO_AUTH_TOKEN")
-        if not (is_sid(self._account, "AC") and self._auth_token):
+        if not (is_sid(setting("TWILIO_ACCOUNT_SID"), "AC") and self._auth_token):
             raise NotPlaced(
                 "calling out needs TWILIO_ACCOUNT_SID (AC and 32 digits) and TWILIO_AUTH_TOKEN, "
                 "in the environment or in .env"
@@ -315,10 +313,7 @@ class Outbound:
         return TWIML.format(
             digits=f'\n  <Play digits="{digits}" />' if digits else "",
             url=quoteattr(self._stream_url),
-            parameters="\n".join(
-                f"      <Parameter name={quoteattr(name)} value={quoteattr(value)} />"
-                for name, value in parameters.items()
-            ),
+            parameters=twiml.parameters(parameters),
         )
 
     async def _take_back(self, call_sid: str) -> None:
@@ -348,14 +343,8 @@ class Outbound:
     async def _ask(
         self, method: str, call: str, form: Mapping[str, str] | None = None
     ) -> httpx.Response:
-        address = (
-            f"{setting('TWILIO_BASE_URL', TWILIO_API)}/2010-04-01/Accounts/"
-            f"{quote(self._account)}/Calls{quote(call)}.json"
-        )
-        login = httpx.BasicAuth(self._account, self._auth_token)
-        # The timeout of httpx is for each step; this one is for the whole.
-        async with asyncio.timeout(REQUEST_SECONDS), httpx.AsyncClient(auth=login) as http:
-            return await http.request(method, address, data=form)
+        path = f"Calls{quote(call)}.json"
+        return await twilio_rest.request(method, path, form, seconds=REQUEST_SECONDS)
 
 
 PROGRESS = {

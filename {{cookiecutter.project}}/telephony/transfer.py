@@ -13,10 +13,8 @@ import hashlib
 import hmac
 import json
 import re
-import ssl
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol, Self
 from urllib.parse import quote
 from xml.sax.saxutils import escape, quoteattr
@@ -26,6 +24,7 @@ from loguru import logger
 
 import config
 from config import setting
+from telephony import twilio_rest, twiml
 
 if TYPE_CHECKING:
     from cryptography.fernet import Fernet
@@ -41,7 +40,6 @@ MAX_NOTE_CHARACTERS = 480
 # Of the TwiML in a request it takes 4000; there are two addresses in it.
 MAX_ADDRESS_CHARACTERS = 1200
 NOTE = "transfer_note"
-TWILIO_API = "https://api.twilio.com"
 # Where Twilio comes, on a server whose public name is known: with what became of the transfer, and
 # for what the person is told before they are connected.
 OUTCOME_PATH, WHISPER_PATH = "/transfer/outcome", "/transfer/whisper"
@@ -69,8 +67,7 @@ TWIML = """<?xml version="1.0" encoding="UTF-8"?>
 # Where Twilio goes after any <Dial> without an `action`.
 COME_BACK = """
   <Connect>
-    <Stream url={url}>
-{parameters}
+    <Stream url={url}>{parameters}
     </Stream>
   </Connect>"""
 HANG_UP = """<?xml version="1.0" encoding="UTF-8"?>
@@ -334,10 +331,7 @@ class TwilioTransfer:
             action, whisper = f" action={outcome}", f" url={about}"
         else:
             sealed = Note(note.name, note.summary).seal(self._call_sid, key)
-            parameters = "\n".join(
-                f"      <Parameter name={quoteattr(name)} value={quoteattr(value)} />"
-                for name, value in {**note.parameters, NOTE: sealed}.items()
-            )
+            parameters = twiml.parameters({**note.parameters, NOTE: sealed})
             then = COME_BACK.format(url=quoteattr(self._stream_url), parameters=parameters)
         return TWIML.format(
             seconds=RING_SECONDS, action=action, whisper=whisper, number=number, then=then
@@ -404,25 +398,9 @@ async def _ask_twilio(method: str, path: str, **fields: str) -> dict[str, Any]:
     Raises:
         NotTransferred: It did not answer, or refused.
     """
-    account = setting("TWILIO_ACCOUNT_SID")
-    api = setting("TWILIO_BASE_URL", TWILIO_API)
-    address = f"{api}/2010-04-01/Accounts/{quote(account)}/{path}"
-    is_question = method == "GET"
     try:
-        tls = await asyncio.to_thread(_tls_context)
-        login = httpx.BasicAuth(account, setting("TWILIO_AUTH_TOKEN"))
-        # The timeout of httpx is for each step; this one is for the whole.
-        async with (
-            asyncio.timeout(REQUEST_SECONDS),
-            httpx.AsyncClient(verify=tls, auth=login) as http,
-        ):
-            response = await http.request(
-                method,
-                address,
-                params=fields if is_question else None,
-                data=None if is_question else fields,
-            )
-            answer = response.json() if response.is_success else {}
+        response = await twilio_rest.request(method, path, fields, seconds=REQUEST_SECONDS)
+        answer = response.json() if response.is_success else {}
     except (httpx.HTTPError, ValueError, TimeoutError) as error:
         logger.warning(f"A transfer did not reach Twilio: {type(error).__name__}")
         raise NotTransferred("the telephone network did not answer") from error
@@ -430,12 +408,6 @@ async def _ask_twilio(method: str, path: str, **fields: str) -> dict[str, Any]:
         logger.warning(f"Twilio refused a transfer with {response.status_code}")
         raise NotTransferred("the telephone network refused it")
     return answer
-
-
-@cache
-def _tls_context() -> ssl.SSLContext:
-    """Made once and in a thread: reading all certificates would hold up every call for 100 ms."""
-    return httpx.create_ssl_context()
 
 
 def ending_of(name: str) -> tuple[str, str]:

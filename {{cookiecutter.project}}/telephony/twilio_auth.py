@@ -20,12 +20,11 @@ import time
 from collections.abc import Callable, Coroutine, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl
-from xml.sax.saxutils import quoteattr
 
 from loguru import logger
 
 from config import setting
-from telephony import transfer
+from telephony import transfer, twiml
 
 if TYPE_CHECKING:
     from fastapi import FastAPI, WebSocket
@@ -58,8 +57,6 @@ TWIML = """<?xml version="1.0" encoding="UTF-8"?>
     </Stream>
   </Connect>{failover}
 </Response>"""
-PARAMETER = """
-      <Parameter name={name} value={value} />"""
 BUSY = """<?xml version="1.0" encoding="UTF-8"?>
 <Response>
   <Reject reason="busy" />
@@ -287,12 +284,10 @@ def _connect(
     from starlette.responses import Response
 
     brought = {**parameters, TOKEN_PARAMETER: gate.issue(call_sid)} if gate else parameters
-    written = (
-        PARAMETER.format(name=quoteattr(name), value=quoteattr(value))
-        for name, value in brought.items()
+    document = TWIML.format(
+        host=host, parameters=twiml.parameters(brought), failover=transfer.failover_twiml()
     )
-    twiml = TWIML.format(host=host, parameters="".join(written), failover=transfer.failover_twiml())
-    return Response(twiml, media_type="application/xml")
+    return Response(document, media_type="application/xml")
 
 
 def _go_on_after_transfer(
