@@ -352,8 +352,15 @@ class PauseUserTurnStopStrategy(BaseUserTurnStopStrategy):
                 self._turn.hears(frame.text)
                 await self._withdraw_if_amiss()
                 self._changed.set()
-            case EagerEndOfTurnCancelFrame() | InterruptionFrame() | ErrorFrame():
-                await self._lose_answer(frame)
+            case EagerEndOfTurnCancelFrame():
+                if self._was_confirmed and not self._turn.is_being_answered:
+                    # It wants a tool, which speculation may not run, and said so as the turn ended.
+                    await self.push_frame(LLMRunFrame())
+                self._answer_is_dropped()
+            case InterruptionFrame():
+                self._answer_is_dropped()
+            case ErrorFrame() if isinstance(frame.processor, LLMService):
+                await self._withdraw()
             case LLMMessagesAppendFrame() if frame.run_llm:
                 # Another answer is on its way, and takes this one's place.
                 await self._withdraw()
@@ -403,16 +410,7 @@ class PauseUserTurnStopStrategy(BaseUserTurnStopStrategy):
             self._turn.forget_answer()
             await self.trigger_user_turn_speculation_cancelled()
 
-    async def _lose_answer(self, frame: Frame) -> None:
-        """See to an answer that the LLM service has dropped, or could not give."""
-        if isinstance(frame, ErrorFrame):
-            if isinstance(frame.processor, LLMService):
-                await self._withdraw()
-            return
-        is_withdrawn = isinstance(frame, EagerEndOfTurnCancelFrame)
-        if is_withdrawn and self._was_confirmed and not self._turn.is_being_answered:
-            # It wanted a tool, which speculation may not run, and said so while the turn ended.
-            await self.push_frame(LLMRunFrame())
+    def _answer_is_dropped(self) -> None:
         self._was_confirmed = False
         self._turn.forget_answer()
 
