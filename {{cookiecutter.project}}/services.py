@@ -391,12 +391,10 @@ def language_doubts() -> list[str]:
         doubts.append(f"WHISPER_MODEL is {_whisper_model()}, which hears English only")
     # <% endif %>
     # <% if cookiecutter.tts == "local" %>
-    if (
-        not (voice := _piper_voice())
-        .replace("\\", "/")
-        .rpartition("/")[2]
-        .startswith(f"{_spoken()}_")
-    ):
+    # Splits at both kinds of slashes.
+    from pathlib import PureWindowsPath
+
+    if not PureWindowsPath(voice := _piper_voice()).name.startswith(f"{_spoken()}_"):
         doubts.append(f"the voice {voice} does not speak {_spoken()}: set PIPER_VOICE")
     # <% endif %>
     # <% if cookiecutter.tts == "deepgram" %>
