@@ -11,7 +11,6 @@ from aiohttp import web
 from harness import RECORDS_AUDIO, SECONDS, Harness, run_harness
 from loguru import logger
 
-from rehearsal.callers.caller import Caller
 from rehearsal.engines.engine import ToolCall
 from rehearsal.engines.scripted import Answer, Script
 
@@ -36,11 +35,6 @@ async def harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         yield harness
 
 
-async def greeting_of(caller: Caller) -> None:
-    await caller.hear(within=SECONDS)
-    await caller.hear_out(quiet=0.5, within=SECONDS)
-
-
 def texts(call: dict[str, Any] | None) -> list[tuple[str, str]]:
     """Who said what; what a busy machine broke up with a pause is one."""
     assert call
@@ -59,10 +53,8 @@ async def test_a_call_arrives_complete_when_the_caller_hangs_up(
     harness: Harness, transport: str
 ) -> None:
     async with harness.caller(transport) as caller:
-        await greeting_of(caller)
-        said = await harness.say(caller)
-        await caller.hear(since=said.end, within=SECONDS)
-        await caller.hear_out(quiet=0.5, within=SECONDS)
+        await harness.hear_greeting(caller)
+        await harness.ask(caller)
     assert (await harness.over()).error is None
 
     call = harness.received
@@ -105,11 +97,9 @@ async def test_the_bot_says_goodbye_and_hangs_up(
     monkeypatch.setenv("TWILIO_ACCOUNT_SID", "AC" + "0" * 32)
     monkeypatch.setenv("TWILIO_AUTH_TOKEN", "token")
     async with harness.caller(transport) as caller:
-        await greeting_of(caller)
+        await harness.hear_greeting(caller)
         for _ in range(2):
-            said = await harness.say(caller)
-            await caller.hear(since=said.end, within=SECONDS)
-            await caller.hear_out(quiet=0.5, within=SECONDS)
+            await harness.ask(caller)
         await asyncio.wait_for(caller.ended.wait(), SECONDS)
     assert (await harness.over()).error is None
 
@@ -137,7 +127,7 @@ async def test_the_bot_says_goodbye_and_hangs_up(
 async def test_each_call_runs_at_the_rate_of_its_line(harness: Harness) -> None:
     for number, transport in enumerate(["twilio", "webrtc"]):
         async with harness.caller(transport) as caller:
-            await greeting_of(caller)
+            await harness.hear_greeting(caller)
         await harness.over(number)
     assert harness.engine.hears_at_hz == [8000, 16000]
     assert set(harness.engine.speaks_at_hz) == {8000, 24000}
@@ -145,7 +135,7 @@ async def test_each_call_runs_at_the_rate_of_its_line(harness: Harness) -> None:
 
 async def test_every_server_the_bot_talks_to_is_this_machine(harness: Harness) -> None:
     async with harness.caller("webrtc") as caller:
-        await greeting_of(caller)
+        await harness.hear_greeting(caller)
     await harness.over()
     assert harness.providers.peers == {"127.0.0.1"}
     called = {request.provider for request in harness.providers.log.requests}
@@ -156,7 +146,7 @@ async def test_every_server_the_bot_talks_to_is_this_machine(harness: Harness) -
 @pytest.mark.parametrize("speaks_rtvi", [True, False])
 async def test_a_web_client_is_greeted_exactly_once(harness: Harness, speaks_rtvi: bool) -> None:
     async with harness.caller("webrtc", rtvi=speaks_rtvi) as caller:
-        await greeting_of(caller)
+        await harness.hear_greeting(caller)
         # Longer than the bot waits for a client that never says it is ready.
         await caller.hear_out(quiet=2.5, within=SECONDS)
     await harness.over()
@@ -170,7 +160,7 @@ async def test_without_a_roark_key_the_call_is_kept_and_nothing_is_sent(
 ) -> None:
     monkeypatch.setenv("ROARK_API_KEY", "")
     async with harness.caller("twilio") as caller:
-        await greeting_of(caller)
+        await harness.hear_greeting(caller)
     await harness.over()
     assert not harness.roark.calls
     assert harness.record["ending"]["reason"] == "client-disconnected"
@@ -186,7 +176,7 @@ async def test_without_twilio_credentials_the_call_works_and_the_log_says_so_onc
     sink = logger.add(lines.append, level="WARNING", format="{message}")
     try:
         async with harness.caller("twilio") as caller:
-            await greeting_of(caller)
+            await harness.hear_greeting(caller)
         assert (await harness.over()).error is None
     finally:
         logger.remove(sink)
@@ -224,12 +214,10 @@ async def test_a_message_is_sent_only_after_the_caller_agreed(
     monkeypatch.setenv("MESSAGE_URL", f"http://127.0.0.1:{port}/messages")
     try:
         async with harness.caller("twilio") as caller:
-            await greeting_of(caller)
+            await harness.hear_greeting(caller)
             for times_asked in (0, 1):
                 assert len(posted) == 0, f"sent before the caller agreed ({times_asked})"
-                said = await harness.say(caller)
-                await caller.hear(since=said.end, within=SECONDS)
-                await caller.hear_out(quiet=0.5, within=SECONDS)
+                await harness.ask(caller)
         await harness.over()
     finally:
         await runner.cleanup()
@@ -258,9 +246,7 @@ async def test_an_interrupted_answer_is_kept_as_far_as_it_was_heard(
         async with asyncio.timeout(SECONDS):
             while caller.heard.end < greeted.start + 0.6:
                 await asyncio.sleep(0.02)
-        said = await harness.say(caller)
-        await caller.hear(since=said.end, within=SECONDS)
-        await caller.hear_out(quiet=0.5, within=SECONDS)
+        await harness.ask(caller)
     await harness.over()
     ended = harness.received.ended
     (first, cut), (second, asked), (third, answer) = texts(ended)

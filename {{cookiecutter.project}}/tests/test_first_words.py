@@ -33,12 +33,9 @@ async def test_the_given_greeting_is_spoken_before_the_llm_is_asked_and_remember
     harness: Harness,
 ) -> None:
     async with harness.caller("twilio") as caller:
-        await caller.hear(within=SECONDS)
-        await caller.hear_out(quiet=0.5, within=SECONDS)
+        await harness.hear_greeting(caller)
         assert not harness.engine.asked
-        said = await harness.say(caller)
-        await caller.hear(since=said.end, within=SECONDS)
-        await caller.hear_out(quiet=0.5, within=SECONDS)
+        await harness.ask(caller)
     await harness.over()
 
     *_, greeted, heard = harness.engine.asked[0]
@@ -101,9 +98,7 @@ async def test_a_hello_at_pick_up_does_not_cost_the_greeting_and_a_sentence_is_a
         monkeypatch.setenv("GREETING", greeting)
         async with harness.caller("twilio") as caller:
             await asyncio.sleep(0.1)
-            said = await harness.say(caller, SENTENCE)
-            await caller.hear(since=said.end, within=SECONDS)
-            await caller.hear_out(quiet=0.5, within=SECONDS)
+            await harness.ask(caller, SENTENCE)
             assert both_at_once(caller) < 0.5
         await harness.over(number)
         messages = harness.engine.asked[-1]

@@ -67,8 +67,7 @@ async def test_a_call_in_german_is_german_from_the_first_word_to_the_last(
     harness: Harness,
 ) -> None:
     async with harness.caller("twilio") as caller:
-        await caller.hear(within=SECONDS)
-        await caller.hear_out(quiet=0.5, within=SECONDS)
+        await harness.hear_greeting(caller)
         harness.server("llm").faults.server_errors = 9
         await harness.say(caller)
         await harness.providers.log.until(

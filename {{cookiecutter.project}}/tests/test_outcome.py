@@ -44,8 +44,7 @@ async def test_what_came_of_a_call_is_in_its_record_its_report_and_not_in_its_le
 ) -> None:
     harness.server("llm").faults.slow_s = 0.5
     async with harness.caller("twilio") as caller:
-        await caller.hear(within=SECONDS)
-        await caller.hear_out(quiet=0.5, within=SECONDS)
+        await harness.hear_greeting(caller)
         await harness.say(caller)
         await harness.hear_said(caller, "From eight to six.")
         hung_up_at = time.time()

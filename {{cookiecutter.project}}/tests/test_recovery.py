@@ -42,11 +42,6 @@ async def harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         yield harness
 
 
-async def greeting_of(caller: Caller) -> None:
-    await caller.hear(within=SECONDS)
-    await caller.hear_out(quiet=0.5, within=SECONDS)
-
-
 async def bot_hangs_up(caller: Caller) -> None:
     await asyncio.wait_for(caller.ended.wait(), SECONDS)
 
@@ -166,7 +161,7 @@ async def test_what_was_heard_of_an_answer_is_in_the_context_before_the_llm_is_a
         await take(self, frame, direction)
 
     async with harness.caller("twilio") as caller:
-        await greeting_of(caller)
+        await harness.hear_greeting(caller)
         said = await harness.say(caller)
         await caller.hear(since=said.end, within=SECONDS)
         questions = len(llm.requests)
@@ -186,7 +181,7 @@ async def test_an_llm_that_stays_broken_ends_the_call_with_an_apology(
     harness: Harness, fault: str
 ) -> None:
     async with harness.caller("twilio") as caller:
-        await greeting_of(caller)
+        await harness.hear_greeting(caller)
         setattr(harness.server("llm").faults, fault, True if fault == "hang" else 1000)
         await harness.say(caller)
         await bot_hangs_up(caller)
@@ -211,11 +206,9 @@ async def test_one_refused_request_goes_unnoticed(
     """The SDK asks again by itself."""
     noticed_at_once(monkeypatch)
     async with harness.caller("twilio") as caller:
-        await greeting_of(caller)
+        await harness.hear_greeting(caller)
         setattr(harness.server("llm").faults, fault, 1)
-        said = await harness.say(caller)
-        await caller.hear(since=said.end, within=SECONDS)
-        await caller.hear_out(quiet=0.5, within=SECONDS)
+        await harness.ask(caller)
     await harness.over()
     assert " ".join(said_by_bot(harness)) == f"Hello there. {TALK.answers[1].says}"
 
@@ -234,18 +227,16 @@ async def test_an_llm_that_fails_once_is_asked_again_and_the_call_goes_on(
     if fault == "half" and classes()["llm"] != "OpenAILLMService":
         pytest.skip("Pipecat takes what ends early for a whole answer of this LLM")
     async with harness.caller(transport) as caller:
-        await greeting_of(caller)
+        await harness.hear_greeting(caller)
         # The first break is of what is answered before the turn has ended: nobody hears of it.
         llm.faults.cuts, llm.faults.halves = 2 * (fault == "cut"), 2 * (fault == "half")
         llm.faults.hang = fault == "hang"
         questions = len(llm.requests)
-        said = await harness.say(caller)
+        await harness.say(caller)
         await harness.providers.log.until(lambda: len(llm.requests) > questions, within_s=SECONDS)
         llm.faults.hang = False
         await harness.hear_said(caller, TALK.answers[0].says)
-        said = await harness.say(caller)
-        await caller.hear(since=said.end, within=SECONDS)
-        await caller.hear_out(quiet=0.5, within=SECONDS)
+        await harness.ask(caller)
     await harness.over()
     again = f"{phrases.spoken().one_moment} Here is my answer again. {TALK.answers[1].says}"
     assert " ".join(said_by_bot(harness)).endswith(again)
@@ -259,7 +250,7 @@ async def test_a_voice_that_fails_once_speaks_again_and_the_call_goes_on(
 ) -> None:
     noticed_at_once(monkeypatch)
     async with harness.caller("twilio") as caller:
-        await greeting_of(caller)
+        await harness.hear_greeting(caller)
         voice = harness.server("tts")
         if fault != "drop":
             setattr(voice.faults, fault, 1)
@@ -268,9 +259,7 @@ async def test_a_voice_that_fails_once_speaks_again_and_the_call_goes_on(
         if fault == "drop":
             await voice.drop()
         await harness.hear_said(caller, TALK.answers[0].says)
-        said = await harness.say(caller)
-        await caller.hear(since=said.end, within=SECONDS)
-        await caller.hear_out(quiet=0.5, within=SECONDS)
+        said = await harness.ask(caller)
     await harness.over()
     answer = TALK.answers[1].says
     again = [phrases.spoken().one_moment, "Here is my answer again.", answer]

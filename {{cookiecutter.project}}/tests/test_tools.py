@@ -47,9 +47,7 @@ async def test_the_llm_speaks_after_a_tool_that_fails(
     async with harness.caller("twilio") as caller:
         await caller.hear(within=SECONDS)
         await caller.hear_out(quiet=0.4, within=SECONDS)
-        said = await harness.say(caller)
-        await caller.hear(since=said.end, within=SECONDS)
-        await caller.hear_out(quiet=0.5, within=SECONDS)
+        said = await harness.ask(caller)
     assert (await harness.over()).error is None
     assert harness.received.ended
     said = " ".join(turn["content"] for turn in harness.received.ended["transcript"])
@@ -91,11 +89,8 @@ async def test_a_message_is_sent_once_whatever_the_caller_says_meanwhile(
     monkeypatch.setattr(services, "TOOL_TIMEOUT_SECONDS", SECONDS)
     try:
         async with harness.caller("twilio") as caller:
-            await caller.hear(within=SECONDS)
-            await caller.hear_out(quiet=0.5, within=SECONDS)
-            said = await harness.say(caller)
-            await caller.hear(since=said.end, within=SECONDS)
-            await caller.hear_out(quiet=0.5, within=SECONDS)
+            await harness.hear_greeting(caller)
+            said = await harness.ask(caller)
             await harness.say(caller)
             await asyncio.wait_for(posted.wait(), SECONDS)
             said = await harness.say(caller)

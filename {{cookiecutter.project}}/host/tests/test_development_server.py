@@ -4,22 +4,17 @@ import re
 import shutil
 import signal
 import wave
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 
+from host.tests.development_server import development_server
 from rehearsal.call import HUMAN_VOICE
 from rehearsal.callers.twilio import TwilioCaller
 from rehearsal.callers.webrtc import WebRTCCaller
-from rehearsal.engines.scripted import Script, ScriptedEngine
-from rehearsal.host.bot_process import BotProcess, run_bot
-from rehearsal.providers.all import serve as serve_providers
 from rehearsal.providers.roark import ReceivedCall, RoarkReceiver
-from rehearsal.providers.server import free_port
 
 # Each starts a process and holds calls in real time.
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
@@ -39,23 +34,6 @@ CHROMIUM_ARGUMENTS = [
     "--use-fake-device-for-media-stream",
     "--autoplay-policy=no-user-gesture-required",
 ]
-
-
-@asynccontextmanager
-async def development_server(
-    transport: str, tmp_path: Path, *options: str
-) -> AsyncIterator[tuple[BotProcess, RoarkReceiver]]:
-    """Run `python bot.py -t TRANSPORT`, pointed at providers and a Roark of this machine."""
-    engine = ScriptedEngine(Script(greeting="Hello there."))
-    async with serve_providers(engine) as providers, RoarkReceiver() as roark:
-        world = {
-            **providers.environment,
-            "ROARK_BASE_URL": roark.url,
-            "ROARK_API_KEY": "rehearsal",
-            "CALLS_DIR": str(tmp_path / "calls"),
-        }
-        async with run_bot(transport, free_port(), world, options=options) as bot:
-            yield bot, roark
 
 
 async def delivered(roark: RoarkReceiver) -> ReceivedCall:

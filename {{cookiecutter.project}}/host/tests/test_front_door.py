@@ -1,8 +1,6 @@
 """A full house and slow strangers: who waits, who is told, and who takes no harm."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import aiohttp
@@ -10,13 +8,10 @@ import pytest
 
 from host import calls, front_door
 from host.calls import Busy, Calls
+from host.tests.development_server import development_server
 from rehearsal.callers.twilio import TwilioCaller
 from rehearsal.callers.webrtc import WebRTCCaller
-from rehearsal.engines.scripted import Script, ScriptedEngine
-from rehearsal.host.bot_process import BotProcess, run_bot
-from rehearsal.providers.all import serve as serve_providers
-from rehearsal.providers.roark import RoarkReceiver
-from rehearsal.providers.server import free_port
+from rehearsal.host.bot_process import BotProcess
 
 SECONDS = 30.0
 AUTH_TOKEN = "an-auth-token-of-twilio"
@@ -112,24 +107,6 @@ def test_whoever_only_waits_makes_room_and_a_proven_call_stays() -> None:
     assert len(connections) == 2
 
 
-@asynccontextmanager
-async def bot_process(
-    transport: str, tmp_path: Path, *options: str, **settings: str
-) -> AsyncIterator[tuple[BotProcess, RoarkReceiver]]:
-    """`python bot.py -t TRANSPORT` and its world."""
-    engine = ScriptedEngine(Script(greeting="Hello there."))
-    async with serve_providers(engine) as providers, RoarkReceiver() as roark:
-        world = {
-            **providers.environment,
-            "ROARK_BASE_URL": roark.url,
-            "ROARK_API_KEY": "rehearsal",
-            "CALLS_DIR": str(tmp_path / "calls"),
-            **settings,
-        }
-        async with run_bot(transport, free_port(), world, options=options) as bot:
-            yield bot, roark
-
-
 async def connect(bot: BotProcess, sent: bytes) -> asyncio.StreamReader:
     """Open a connection, send `sent` and no more; what comes back can be read."""
     host, port = bot.url.removeprefix("http://").split(":")
@@ -152,7 +129,7 @@ async def test_a_thousand_who_wait_harm_neither_the_call_nor_the_next_caller(
 ) -> None:
     """Slow bodies, signed or not, headers that never end, and sockets that say nothing."""
     options = ("-x", "voice.example.org")
-    async with bot_process("twilio", tmp_path, *options) as (bot, roark):
+    async with development_server("twilio", tmp_path, *options) as (bot, roark):
         socket = bot.url.replace("http", "ws", 1) + "/ws"
         async with TwilioCaller(socket) as caller:
             await caller.hear(within=SECONDS)
@@ -178,7 +155,10 @@ async def test_a_thousand_who_wait_harm_neither_the_call_nor_the_next_caller(
 @pytest.mark.anyio
 async def test_what_is_too_slow_or_too_large_is_refused_without_a_traceback(tmp_path: Path) -> None:
     settings = {"TWILIO_AUTH_TOKEN": AUTH_TOKEN}
-    async with bot_process("twilio", tmp_path, "-x", "voice.example.org", **settings) as (bot, _):
+    async with development_server("twilio", tmp_path, "-x", "voice.example.org", **settings) as (
+        bot,
+        _,
+    ):
         unsigned = await connect(bot, SLOW_BODY.replace(b"X-Twilio-Signature", b"X-None"))
         async with asyncio.timeout(front_door.BODY_SECONDS / 2):
             assert (await unsigned.readline()).split()[1] == b"403", "header first"
@@ -202,7 +182,7 @@ async def test_what_is_too_slow_or_too_large_is_refused_without_a_traceback(tmp_
 @pytest.mark.slow
 @pytest.mark.anyio
 async def test_a_full_house_says_so_on_the_web_on_the_phone_and_at_status(tmp_path: Path) -> None:
-    async with bot_process("webrtc", tmp_path, MAX_CALLS="1") as (bot, _roark):
+    async with development_server("webrtc", tmp_path, MAX_CALLS="1") as (bot, _roark):
         async with aiohttp.ClientSession() as client, WebRTCCaller(bot.url) as caller:
             await caller.hear(within=SECONDS)
             async with client.post(f"{bot.url}/start", json={"transport": "webrtc"}) as answer:

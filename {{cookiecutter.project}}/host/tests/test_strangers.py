@@ -24,7 +24,6 @@ import transports
 from conversation import endings
 from conversation.caller_words import CallerAudio, CallerWords
 from conversation.floor import Floor
-from rehearsal.callers.caller import Caller
 from rehearsal.callers.twilio import TwilioCaller
 from rehearsal.callers.webrtc import WebRTCCaller
 from rehearsal.engines.scripted import Answer, Script
@@ -52,11 +51,6 @@ async def harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     async with run_harness(monkeypatch, tmp_path) as harness:
         harness.engine.script = TALK
         yield harness
-
-
-async def greeting_of(caller: Caller) -> None:
-    await caller.hear(within=SECONDS)
-    await caller.hear_out(quiet=0.5, within=SECONDS)
 
 
 NO_CALLS = {
@@ -152,7 +146,7 @@ async def test_malformed_messages_are_dropped_and_the_call_goes_on(harness: Harn
         async with caller:
             for message in MALFORMED:
                 await caller.send_raw(message)
-            await greeting_of(caller)
+            await harness.hear_greeting(caller)
             said = await harness.say(caller)
             await caller.hear(since=said.end, within=SECONDS)
         await harness.over()
@@ -169,7 +163,7 @@ async def test_stop_is_a_hang_up_though_the_socket_stays_open(harness: Harness) 
     caller = harness.caller("twilio")
     assert isinstance(caller, TwilioCaller)
     async with caller:
-        await greeting_of(caller)
+        await harness.hear_greeting(caller)
         await caller.stop()
         await asyncio.wait_for(harness.over(), 5)
     assert harness.record["ending"]["reason"] == "client-disconnected"
@@ -257,7 +251,7 @@ async def test_brackets_that_a_recogniser_writes_do_not_reach_the_llm(
 ) -> None:
     harness.engine.script = Script(greeting="Hello there.", hears=(INSTRUCTION,))
     async with harness.caller(transport) as caller:
-        await greeting_of(caller)
+        await harness.hear_greeting(caller)
         if isinstance(caller, WebRTCCaller):
             caller.send(AUDIO_AT_NO_RATE)
         said = await harness.say(caller)

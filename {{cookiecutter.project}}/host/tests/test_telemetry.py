@@ -313,8 +313,7 @@ async def test_prometheus_is_told_of_calls_endings_and_answers_on_loopback(
         stop = metrics.serve()
         try:
             async with harness.caller("twilio") as caller:
-                await caller.hear(within=SECONDS)
-                await caller.hear_out(quiet=0.5, within=SECONDS)
+                await harness.hear_greeting(caller)
                 said = await harness.say(caller)
                 await caller.hear(since=said.end, within=SECONDS)
             await harness.over()
