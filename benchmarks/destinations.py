@@ -9,7 +9,7 @@ Then the fault is over, and what is left is delivered as the next process would 
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from roark.folder import RECORD, call_folders
 
 from benchmarks import PROJECT, REPOSITORY
 from benchmarks.calls import SECONDS, TURNS, World, caller, host, talk, world
-from benchmarks.faults import end_process
+from benchmarks.faults import end_process, rows_of
 from benchmarks.subjects import OURS
 
 WEBHOOK, TUNER = "webhook", "tuner"
@@ -252,23 +252,16 @@ HEAD = """\
 |---|---|---|---|---|---|"""
 
 
-async def measure(
-    faults: tuple[Fault, ...] = FAULTS, tell: Callable[[Row], None] = lambda row: None
-) -> list[Row]:
-    """Go through the faults, one call after the other."""
-    rows: list[Row] = []
-    for fault in faults:
-        rows.append(await one_row(fault))
-        tell(rows[-1])
-    return rows
+async def measure(fault: Fault) -> str:
+    """Return the row of one fault."""
+    return line_of(await one_row(fault))
 
 
 def report() -> str:
     """Measure, and return the section for README.md."""
-    rows = asyncio.run(measure(tell=lambda row: print(line_of(row), flush=True)))
-    return "\n".join([HEAD, *map(line_of, rows)])
+    return "\n".join([HEAD, *asyncio.run(rows_of(FAULTS, measure))])
 
 
 if __name__ == "__main__":
-    chosen = tuple(fault for fault in FAULTS if any(word in fault.name for word in sys.argv[1:]))
-    asyncio.run(measure(chosen or FAULTS, lambda row: print(line_of(row), flush=True)))
+    chosen = [fault for fault in FAULTS if any(word in fault.name for word in sys.argv[1:])]
+    asyncio.run(rows_of(chosen or FAULTS, measure))

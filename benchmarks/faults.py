@@ -12,12 +12,12 @@ s of a phone call) it would have one chunk to lose, the whole call.
 import asyncio
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from signal import SIGKILL, SIGTERM, Signals
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 from rehearsal.callers.caller import Caller
 from rehearsal.providers.roark import ReceivedCall
@@ -305,15 +305,21 @@ def _missing(expected: tuple[tuple[str, str], ...], said: list[tuple[str, str]])
     )
 
 
-async def measure(
-    faults: tuple[Fault, ...] = FAULTS, tell: Callable[[Row], None] = lambda row: None
-) -> list[Row]:
-    """Go through the faults, one call after the other."""
-    rows: list[Row] = []
+F = TypeVar("F")
+
+
+async def rows_of(faults: Iterable[F], measure: Callable[[F], Awaitable[str]]) -> list[str]:
+    """Measure one fault after the other, and print each row of the table as it is there."""
+    rows: list[str] = []
     for fault in faults:
-        rows.append(await one_row(fault))
-        tell(rows[-1])
+        rows.append(await measure(fault))
+        print(rows[-1], flush=True)
     return rows
+
+
+async def measure(fault: Fault) -> str:
+    """Return the row of one fault."""
+    return line_of(await one_row(fault))
 
 
 def line_of(row: Row) -> str:
@@ -335,10 +341,9 @@ HEAD = """\
 
 def report() -> str:
     """Measure, and return the section for README.md."""
-    rows = asyncio.run(measure(tell=lambda row: print(line_of(row), flush=True)))
-    return "\n".join([HEAD, *map(line_of, rows)])
+    return "\n".join([HEAD, *asyncio.run(rows_of(FAULTS, measure))])
 
 
 if __name__ == "__main__":
-    chosen = tuple(fault for fault in FAULTS if any(word in fault.name for word in sys.argv[1:]))
-    asyncio.run(measure(chosen or FAULTS, lambda row: print(line_of(row), flush=True)))
+    chosen = [fault for fault in FAULTS if any(word in fault.name for word in sys.argv[1:])]
+    asyncio.run(rows_of(chosen or FAULTS, measure))
