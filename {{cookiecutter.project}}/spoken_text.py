@@ -91,7 +91,7 @@ def _with_words_for_numbers(text: str, language: str) -> str:
 def _quantities(text: str, language: str) -> str:
     thousands, point, _, percent, _ = LANGUAGES[language]
     group = f"[{re.escape(thousands)}]"
-    # Added up, for cookiecutter would take the doubled braces of an f-string for its own.
+    # Added up: doubled braces, as an f-string has them, are the generator's own.
     number = r"\d{1,3}(?:" + group + r"\d{3})+(?!\d)" + rf"(?:{re.escape(point)}\d+)?"
     number += rf"|\d+(?:{re.escape(point)}\d+)?"
     # Not within a word, a date, a time or a version.
