@@ -42,6 +42,7 @@ from conversation import (
 from conversation.caller_words import CallerAudio, CallerWords
 from conversation.first_words import FirstWords
 from conversation.floor import Floor
+from conversation.hold import Hold
 from host import calls, metrics, private_log, shutdown, telemetry
 from roark import RoarkObserver
 from telephony import transfer, twilio_auth
@@ -183,6 +184,7 @@ async def run_pipeline(
             *([opening.gate] if opening else []),
             llm,
             tts,
+            Hold(floor),
             recorded.RecordedApology(),
             transport.output(),
             # <% if cookiecutter.record_audio %>

@@ -70,6 +70,7 @@ class Floor:
         is_saying_goodbye: Whether the call ends once the bot has said what it says.
         is_final: Whether nothing the caller says can take that back.
         hears_itself: Whether the bot's own words have come back in this call.
+        caller_sounds: Whether the caller makes a sound like a voice, however short.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -80,6 +81,7 @@ class Floor:
         self.is_saying_goodbye = False
         self.is_final = False
         self.hears_itself = False
+        self.caller_sounds = False
         self._said: deque[str] = deque(maxlen=OWN_WORDS)
         self._bot_silent_at: float | None = None
         self._began_under_bot = False
@@ -202,6 +204,10 @@ class Floor:
     def caller_took_turn(self) -> None:
         """The caller said, typed or pressed something that is to be answered."""
         self.caller_turns += 1
+
+    def sound(self, is_sound: bool) -> None:
+        """What the detector makes of the last moment; `caller_heard` when it is sure."""
+        self.caller_sounds = is_sound
 
     def caller_heard(self) -> None:
         """The caller makes a sound."""

@@ -249,18 +249,28 @@ class TurnEnd:
 
 
 class HushVADAnalyzer(SileroVADAnalyzer):
-    """Silero, which also tells of a pause before it is one: after HUSH_SECONDS without a sound."""
+    """Silero, which also tells what it is about to conclude: of a first sound, of a short silence.
 
-    def __init__(self, on_hush: Callable[[bool], None]) -> None:
-        """Call `on_hush` with True when a pause may have begun, with False when it is over."""
+    It says that somebody speaks after 0.2 s of it, and that they are silent as much later.
+    """
+
+    def __init__(
+        self, on_hush: Callable[[bool], None], on_sound: Callable[[bool], None] = lambda _is: None
+    ) -> None:
+        """Call `on_hush` with True when a pause of HUSH_SECONDS has begun, with False when it ends.
+
+        `on_sound` is called all the time, with whether there is a sound like a voice.
+        """
         super().__init__()
         self._on_hush = on_hush
+        self._on_sound = on_sound
         self._quiet_seconds = 0.0
         self._is_hushed = False
 
     async def analyze_audio(self, buffer: bytes) -> VADState:
         """Listen to mono PCM16."""
         state = await super().analyze_audio(buffer)
+        self._on_sound(state is not VADState.QUIET)
         is_stopping = state is VADState.STOPPING
         seconds = len(buffer) / 2 / self.sample_rate
         self._quiet_seconds = self._quiet_seconds + seconds if is_stopping else 0.0

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 
 from pipecat.audio.turn.smart_turn.local_smart_turn_v3 import LocalSmartTurnAnalyzerV3
-from pipecat.audio.vad.silero import SileroVADAnalyzer
 from pipecat.audio.vad.vad_analyzer import VAD_STOP_SECS
 from pipecat.frames.frames import (
     BotStartedSpeakingFrame,
@@ -51,7 +50,9 @@ def params(floor: Floor, recogniser: STTService | None = None) -> LLMUserAggrega
     ours = [stop for stop in strategies.stop or [] if isinstance(stop, PauseUserTurnStopStrategy)]
     return LLMUserAggregatorParams(
         # Silero hears when the caller speaks; Smart Turn, with turn_end.py, whether they are done.
-        vad_analyzer=HushVADAnalyzer(ours[0].hushed) if ours else SileroVADAnalyzer(),
+        vad_analyzer=HushVADAnalyzer(
+            on_hush=ours[0].hushed if ours else lambda _is: None, on_sound=floor.sound
+        ),
         user_turn_strategies=strategies,
         user_mute_strategies=[MuteUntilFirstBotCompleteUserMuteStrategy()] if protected else [],
         # silence.py sees to turns without a word.

@@ -377,7 +377,8 @@ async def watched(analyzer: Verdict) -> AsyncIterator[Watched]:
 async def test_a_pause_is_told_of_before_it_is_one() -> None:
     told: list[tuple[bool, float]] = []
     silent = 0.0
-    analyzer = HushVADAnalyzer(lambda is_hushed: told.append((is_hushed, silent)))
+    sounds: list[bool] = []
+    analyzer = HushVADAnalyzer(lambda is_hushed: told.append((is_hushed, silent)), sounds.append)
     analyzer.set_sample_rate(VOICE_HZ)
     voice = b"".join([p.pcm async for p in ScriptedEngine().speak("as long as a cat is", VOICE_HZ)])
     sound, size = bytes(VOICE_HZ) + voice, 2 * VOICE_HZ // 50
@@ -387,6 +388,7 @@ async def test_a_pause_is_told_of_before_it_is_one() -> None:
     (hushed, after), (over, later) = told[-2:]
     assert (hushed, over) == (True, False)
     assert HUSH_SECONDS <= after < later
+    assert (sounds[0], any(sounds), sounds[-1]) == (False, True, False)
     await analyzer.cleanup()
 
 

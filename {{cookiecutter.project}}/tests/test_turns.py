@@ -18,6 +18,7 @@ from pipecat.frames.frames import (
     ProposedUserStartedSpeakingFrame,
     ProposedUserStoppedSpeakingFrame,
     TranscriptionFrame,
+    TTSAudioRawFrame,
     UserBackchannelFrame,
     UserSpeakingFrame,
     VADUserStartedSpeakingFrame,
@@ -30,8 +31,10 @@ from pipecat.services.deepgram.flux.stt import DeepgramFluxSTTService
 from pipecat.tests.utils import SleepFrame, run_test
 from pipecat.turns.user_stop import EagerUserTurnStopStrategy, ExternalUserTurnStopStrategy
 
+from conversation import hold
 from conversation.caller_words import CallerWords
 from conversation.floor import Floor
+from conversation.hold import Hold
 from conversation.turn_end import PauseUserTurnStopStrategy
 from conversation.turns import InterruptionUserTurnStartStrategy, is_backchannel, params
 from rehearsal.callers.twilio import TwilioCaller
@@ -259,6 +262,56 @@ def heard(text: str) -> TranscriptionFrame:
 
 
 VAD_STARTED = VADUserStartedSpeakingFrame(start_secs=0.2)
+
+
+class Sounds(Floor):
+    """A floor whose caller makes a sound until it has been looked at so often."""
+
+    looks = 0
+    until = 3
+
+    @property
+    def caller_sounds(self) -> bool:
+        self.looks += 1
+        return self.looks <= self.until
+
+    @caller_sounds.setter
+    def caller_sounds(self, _is_sound: bool) -> None:
+        pass
+
+
+AUDIO = TTSAudioRawFrame(bytes(640), 16000, 1)
+
+
+async def test_an_answer_does_not_begin_while_the_caller_makes_a_sound_and_goes_on_if_they_do() -> (
+    None
+):
+    floor = Sounds()
+    await run_test(
+        Hold(floor),
+        frames_to_send=[AUDIO, AUDIO],
+        expected_down_frames=[TTSAudioRawFrame, TTSAudioRawFrame],
+    )
+    assert floor.looks == floor.until + 1
+
+
+async def test_an_answer_held_back_is_dropped_by_the_interruption() -> None:
+    floor = Sounds()
+    floor.until = 1_000_000
+    await run_test(
+        Hold(floor),
+        frames_to_send=[AUDIO, SleepFrame(0.05), InterruptionFrame()],
+        expected_down_frames=[InterruptionFrame],
+    )
+
+
+async def test_a_sound_that_does_not_end_holds_no_answer_for_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hold, "LONGEST_HOLD_SECONDS", 0.01)
+    floor = Sounds()
+    floor.until = 1_000_000
+    await run_test(Hold(floor), frames_to_send=[AUDIO], expected_down_frames=[TTSAudioRawFrame])
 
 
 async def test_while_the_bot_is_silent_the_first_sound_takes_the_turn() -> None:
