@@ -85,11 +85,14 @@ class BotProcess:
         self._process.send_signal(number)
 
     async def stop(self) -> None:
-        """Ask it to end, so that it can deliver its calls; kill it if it does not."""
+        """Ask it to end, so that it can deliver its calls; kill it and raise BotFailed if not."""
         with suppress(ProcessLookupError):
             self._process.terminate()
         try:
             await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
+        except TimeoutError:
+            late = f"The bot did not end within {STOP_SECONDS:g} s of being asked to."
+            raise BotFailed(f"{late}\n{self.tail()}") from None
         finally:
             with suppress(ProcessLookupError):
                 self._process.kill()
