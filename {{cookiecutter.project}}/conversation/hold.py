@@ -12,6 +12,7 @@ from pipecat.frames.frames import (
     Frame,
     InterruptionFrame,
     TTSAudioRawFrame,
+    TTSTextFrame,
 )
 from pipecat.processors.frame_processor import FrameDirection, FrameProcessor
 
@@ -39,7 +40,8 @@ class Hold(FrameProcessor):
         """Pass everything on; the first sound when the caller is silent."""
         await super().process_frame(frame, direction)
         match frame:
-            case TTSAudioRawFrame() if not self._has_begun:
+            # Its first word may come before its sound, and would be taken for heard.
+            case TTSAudioRawFrame() | TTSTextFrame() if not self._has_begun:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._silence(), LONGEST_HOLD_SECONDS)
                 self._has_begun = True

@@ -57,6 +57,9 @@ NO_WORDS_SECONDS = 2.5
 # gaps between words: enough to answer what reads like a whole sentence.
 HUSH_SECONDS = 0.1
 SENTENCE_END = re.compile(r"[.!?\u2026\u3002\uff01\uff1f][\"')\u201d]*$")
+# So much like a voice, 0 to 1, is the first soft sound of most words, for which Silero asks 0.7.
+SUSPICION = 0.3
+
 # Each costs a request to the LLM. Who pauses oftener in one turn is answered when they are done.
 MOST_SPECULATIONS = 3
 
@@ -251,7 +254,8 @@ class TurnEnd:
 class HushVADAnalyzer(SileroVADAnalyzer):
     """Silero, which also tells what it is about to conclude: of a first sound, of a short silence.
 
-    It says that somebody speaks after 0.2 s of it, and that they are silent as much later.
+    It says that somebody speaks after 0.2 s of a voice it is sure of, and that they are silent as
+    much later.
     """
 
     def __init__(
@@ -266,11 +270,18 @@ class HushVADAnalyzer(SileroVADAnalyzer):
         self._on_sound = on_sound
         self._quiet_seconds = 0.0
         self._is_hushed = False
+        self._is_voice = False
+
+    def voice_confidence(self, buffer: bytes) -> float:
+        """Say how much one window of mono PCM16 is like a voice, 0 to 1."""
+        confidence = super().voice_confidence(buffer)
+        self._is_voice = bool(confidence >= SUSPICION)
+        return confidence
 
     async def analyze_audio(self, buffer: bytes) -> VADState:
         """Listen to mono PCM16."""
         state = await super().analyze_audio(buffer)
-        self._on_sound(state is not VADState.QUIET)
+        self._on_sound(self._is_voice or state is not VADState.QUIET)
         is_stopping = state is VADState.STOPPING
         seconds = len(buffer) / 2 / self.sample_rate
         self._quiet_seconds = self._quiet_seconds + seconds if is_stopping else 0.0

@@ -19,6 +19,7 @@ from pipecat.frames.frames import (
     ProposedUserStoppedSpeakingFrame,
     TranscriptionFrame,
     TTSAudioRawFrame,
+    TTSTextFrame,
     UserBackchannelFrame,
     UserSpeakingFrame,
     VADUserStartedSpeakingFrame,
@@ -30,6 +31,7 @@ from pipecat.services.cartesia.turns.stt import CartesiaTurnsSTTService
 from pipecat.services.deepgram.flux.stt import DeepgramFluxSTTService
 from pipecat.tests.utils import SleepFrame, run_test
 from pipecat.turns.user_stop import EagerUserTurnStopStrategy, ExternalUserTurnStopStrategy
+from pipecat.utils.text.base_text_aggregator import TextType
 
 from conversation import hold
 from conversation.caller_words import CallerWords
@@ -281,6 +283,7 @@ class Sounds(Floor):
 
 
 AUDIO = TTSAudioRawFrame(bytes(640), 16000, 1)
+WORD = TTSTextFrame("Yes.", TextType.SENTENCE)
 
 
 async def test_an_answer_does_not_begin_while_the_caller_makes_a_sound_and_goes_on_if_they_do() -> (
@@ -289,8 +292,8 @@ async def test_an_answer_does_not_begin_while_the_caller_makes_a_sound_and_goes_
     floor = Sounds()
     await run_test(
         Hold(floor),
-        frames_to_send=[AUDIO, AUDIO],
-        expected_down_frames=[TTSAudioRawFrame, TTSAudioRawFrame],
+        frames_to_send=[WORD, AUDIO],
+        expected_down_frames=[TTSTextFrame, TTSAudioRawFrame],
     )
     assert floor.looks == floor.until + 1
 
@@ -300,7 +303,7 @@ async def test_an_answer_held_back_is_dropped_by_the_interruption() -> None:
     floor.until = 1_000_000
     await run_test(
         Hold(floor),
-        frames_to_send=[AUDIO, SleepFrame(0.05), InterruptionFrame()],
+        frames_to_send=[WORD, AUDIO, SleepFrame(0.05), InterruptionFrame()],
         expected_down_frames=[InterruptionFrame],
     )
 
