@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +21,15 @@ __all__ = ["machine"]
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put tests in an order in which xdist's workers seldom wait for one another.
 
-    The longest install and test whole projects: the first half of the workers begins with them.
+    The longest install and test whole projects and keep a core busy: one worker begins with them.
     Those that want the machine alone come last, when nothing long is under way.
     """
     alone = [item for item in items if item.get_closest_marker("alone")]
     others = [item for item in items if not item.get_closest_marker("alone")]
     long = [item for item in others if item.get_closest_marker("slow") and _is_ours(item)]
-    rest = iter([item for item in others if item not in set(long)])
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    busy, share = (workers + 1) // 2, len(items) // workers
-    ordered: list[pytest.Item] = []
-    for worker in range(workers):
-        begins = long[worker::busy] if worker < busy else []
-        ordered += begins + list(islice(rest, share - len(begins)))
-    items[:] = [*ordered, *rest, *alone]
+    rest = [item for item in others if item not in set(long)]
+    # xdist deals the list out in equal shares, one behind the other; what is left is stolen.
+    items[:] = [*long, *rest, *alone]
 
 
 def _is_ours(item: pytest.Item) -> bool:
