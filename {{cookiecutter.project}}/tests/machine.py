@@ -34,15 +34,10 @@ def machine(
         yield
         return
     shared = tmp_path_factory.getbasetemp().parent
-    with (
-        open(shared / "turnstile.lock", "w", encoding="utf-8") as turnstile,
-        open(shared / "machine.lock", "w", encoding="utf-8") as machine,
-    ):
-        # Whoever waits to be alone keeps the turnstile, so that nobody overtakes.
-        fcntl.flock(turnstile, fcntl.LOCK_EX)
+    with open(shared / "machine.lock", "w", encoding="utf-8") as machine:
+        # Whoever wants to be alone lets the others go first: they would stand still behind it.
         alone = request.node.get_closest_marker("alone") is not None
         fcntl.flock(machine, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-        fcntl.flock(turnstile, fcntl.LOCK_UN)
         yield
 
 
