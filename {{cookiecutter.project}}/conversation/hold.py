@@ -52,5 +52,7 @@ class Hold(FrameProcessor):
         await self.push_frame(frame, direction)
 
     async def _silence(self) -> None:
-        while self._floor.caller_sounds and not self._floor.may_be_echo:
+        floor = self._floor
+        # A greeting is not held: it answers the "hello?" that it begins into.
+        while floor.caller_sounds and not (floor.is_greeting or floor.may_be_echo):
             await asyncio.sleep(LOOK_EVERY_SECONDS)

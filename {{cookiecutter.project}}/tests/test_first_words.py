@@ -86,7 +86,7 @@ async def test_a_hello_at_pick_up_does_not_cost_the_greeting_and_a_sentence_is_a
         hello = await harness.say(caller, HELLO)
         await asyncio.sleep(1.5 - (hello.end - hello.start))
         await harness.say(caller, HELLO)
-        await caller.hear(within=SECONDS)
+        await caller.hear(since=0.0, within=SECONDS)
         await caller.hear_out(quiet=1.0, within=SECONDS)
         assert both_at_once(caller) < 0.5
     await harness.over()

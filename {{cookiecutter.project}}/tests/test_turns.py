@@ -272,6 +272,10 @@ class Sounds(Floor):
     looks = 0
     until = 3
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_greeting = False
+
     @property
     def caller_sounds(self) -> bool:
         self.looks += 1
