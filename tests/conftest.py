@@ -24,16 +24,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     The longest install and test whole projects and keep a core busy: one worker begins with them.
     Those that want the machine alone come last, when nothing long is under way.
     """
-    alone = [item for item in items if item.get_closest_marker("alone")]
-    others = [item for item in items if not item.get_closest_marker("alone")]
-    long = [item for item in others if item.get_closest_marker("slow") and _is_ours(item)]
-    rest = [item for item in others if item not in set(long)]
     # xdist deals the list out in equal shares, one behind the other; what is left is stolen.
-    items[:] = [*long, *rest, *alone]
+    items.sort(key=_place)
 
 
-def _is_ours(item: pytest.Item) -> bool:
-    return item.path.parent == ROOT / "tests"
+def _place(item: pytest.Item) -> int:
+    if item.get_closest_marker("alone"):
+        return 2
+    is_long = item.get_closest_marker("slow") and item.path.parent == ROOT / "tests"
+    return 0 if is_long else 1
 
 
 @pytest.fixture(scope="session")

@@ -258,9 +258,7 @@ class HushVADAnalyzer(SileroVADAnalyzer):
     much later.
     """
 
-    def __init__(
-        self, on_hush: Callable[[bool], None], on_sound: Callable[[bool], None] = lambda _is: None
-    ) -> None:
+    def __init__(self, on_hush: Callable[[bool], None], on_sound: Callable[[bool], None]) -> None:
         """Call `on_hush` with True when a pause of HUSH_SECONDS has begun, with False when it ends.
 
         `on_sound` is called all the time, with whether there is a sound like a voice.

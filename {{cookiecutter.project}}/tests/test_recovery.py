@@ -259,7 +259,7 @@ async def test_a_voice_that_fails_once_speaks_again_and_the_call_goes_on(
         if fault == "drop":
             await voice.drop()
         await harness.hear_said(caller, TALK.answers[0].says)
-        said = await harness.ask(caller)
+        await harness.ask(caller)
     await harness.over()
     answer = TALK.answers[1].says
     again = [phrases.spoken().one_moment, "Here is my answer again.", answer]
