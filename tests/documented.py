@@ -137,6 +137,7 @@ NEEDS = {
     "uvx cookiecutter gh:OWNER/REPOSITORY": "this repository at GitHub",
     "uv run python -m benchmarks": QUIET,
     "uv run python -m benchmarks markers": QUIET,
+    "python -m benchmarks.verdicts": QUIET,
     "python -m benchmarks destinations": QUIET,
     "python -m benchmarks stalls": QUIET,
     "python -m benchmarks soak --minutes 20": QUIET,
