@@ -17,8 +17,6 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from pipecat.audio.turn.base_turn_analyzer import BaseTurnAnalyzer, EndOfTurnState
-from pipecat.audio.vad.silero import SileroVADAnalyzer
-from pipecat.audio.vad.vad_analyzer import VADState
 from pipecat.frames.frames import (
     EagerEndOfTurnCancelFrame,
     ErrorFrame,
@@ -53,12 +51,7 @@ TRANSCRIPT_SECONDS = 1.5
 # A turn without a word ends here, so that the bot can ask again.
 NO_WORDS_SECONDS = 2.5
 
-# Shorter than the pause after which the detector says that the caller is silent, longer than the
-# gaps between words: enough to answer what reads like a whole sentence.
-HUSH_SECONDS = 0.1
 SENTENCE_END = re.compile(r"[.!?\u2026\u3002\uff01\uff1f][\"')\u201d]*$")
-# So much like a voice, 0 to 1, is the first soft sound of most words, for which Silero asks 0.7.
-SUSPICION = 0.3
 
 # Each costs a request to the LLM. Who pauses oftener in one turn is answered when they are done.
 MOST_SPECULATIONS = 3
@@ -91,11 +84,13 @@ class TurnEnd:
         clock: Tells the time.
         latency: What Pipecat knows of the recogniser: from the last sound to the transcript.
         speculates: Whether to answer before the turn has ended.
+        patience: No pause shorter than this is the end, however whole the sentence sounds.
     """
 
     clock: Callable[[], float] = time.monotonic
     latency: float = 0.0
     speculates: bool = False
+    patience: float = 0.0
     _is_open: bool = False
     _is_speaking: bool = False
     _is_hushed: bool = False
@@ -136,7 +131,7 @@ class TurnEnd:
         self._are_words_due = True
 
     def hushed(self, is_hushed: bool) -> None:
-        """The caller has made no sound for HUSH_SECONDS; or they go on."""
+        """The caller has made no sound for vad.HUSH_SECONDS; or they go on."""
         self._is_hushed = is_hushed
 
     def speech_stopped(self, silent_for: float) -> None:
@@ -205,12 +200,13 @@ class TurnEnd:
         """Seconds until `step` may say something else by itself; None: not before something is."""
         if (pause := self._pause()) is None:
             return None
-        moments = [*ASK_AGAIN_SECONDS, LONGEST_PAUSE_SECONDS, self._patience, NO_WORDS_SECONDS]
+        moments = [*ASK_AGAIN_SECONDS, LONGEST_PAUSE_SECONDS, NO_WORDS_SECONDS]
+        moments += [self.patience, self._transcript_due]
         ahead = [moment - pause for moment in moments if moment > pause]
         return max(min(ahead), SOONEST_SECONDS) if ahead else None
 
     @property
-    def _patience(self) -> float:
+    def _transcript_due(self) -> float:
         return TRANSCRIPT_SECONDS if self._are_words_due and self._confirms else self.latency
 
     def _pause(self) -> float | None:
@@ -220,7 +216,7 @@ class TurnEnd:
     def _is_over(self, pause: float) -> bool:
         if not self._words:
             return pause >= NO_WORDS_SECONDS
-        if not self._has_last_words and pause < self._patience:
+        if pause < self.patience or (not self._has_last_words and pause < self._transcript_due):
             return False
         is_group = bool(GROUP.search(self._words[-1]))
         return pause >= LONGEST_PAUSE_SECONDS or (self._is_complete and not is_group)
@@ -251,45 +247,6 @@ class TurnEnd:
         self._asked = 0
 
 
-class HushVADAnalyzer(SileroVADAnalyzer):
-    """Silero, which also tells what it is about to conclude: of a first sound, of a short silence.
-
-    It says that somebody speaks after 0.2 s of a voice it is sure of, and that they are silent as
-    much later.
-    """
-
-    def __init__(self, on_hush: Callable[[bool], None], on_sound: Callable[[bool], None]) -> None:
-        """Call `on_hush` with True when a pause of HUSH_SECONDS has begun, with False when it ends.
-
-        `on_sound` is called all the time, with whether there is a sound like a voice.
-        """
-        super().__init__()
-        self._on_hush = on_hush
-        self._on_sound = on_sound
-        self._quiet_seconds = 0.0
-        self._is_hushed = False
-        self._is_voice = False
-
-    def voice_confidence(self, buffer: bytes) -> float:
-        """Say how much one window of mono PCM16 is like a voice, 0 to 1."""
-        confidence = super().voice_confidence(buffer)
-        self._is_voice = bool(confidence >= SUSPICION)
-        return confidence
-
-    async def analyze_audio(self, buffer: bytes) -> VADState:
-        """Listen to mono PCM16."""
-        state = await super().analyze_audio(buffer)
-        self._on_sound(self._is_voice or state is not VADState.QUIET)
-        is_stopping = state is VADState.STOPPING
-        seconds = len(buffer) / 2 / self.sample_rate
-        self._quiet_seconds = self._quiet_seconds + seconds if is_stopping else 0.0
-        is_hushed = self._quiet_seconds >= HUSH_SECONDS
-        if is_hushed != self._is_hushed:
-            self._is_hushed = is_hushed
-            self._on_hush(is_hushed)
-        return state
-
-
 class PauseUserTurnStopStrategy(BaseUserTurnStopStrategy):
     """Ends the caller's turn as `TurnEnd` says; the analyzer runs beside the frames."""
 
@@ -298,15 +255,17 @@ class PauseUserTurnStopStrategy(BaseUserTurnStopStrategy):
         *,
         turn_analyzer: BaseTurnAnalyzer,
         speculates: bool = False,
+        patience: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Ask `turn_analyzer` whether a pause was the end; take the time from `clock`, seconds.
 
         With `speculates` the LLM begins its answer in the pause: sooner, and for more requests.
+        Before `patience` seconds no pause is the end.
         """
         super().__init__()
         self._analyzer = turn_analyzer
-        self._turn = TurnEnd(clock, speculates=speculates)
+        self._turn = TurnEnd(clock, speculates=speculates, patience=patience)
         self._was_confirmed = False
         self._is_speaking = False
         self._pauses = 0

@@ -31,7 +31,8 @@ from pipecat.turns.user_turn_strategies import ExternalUserTurnStrategies, UserT
 import config
 from conversation import phrases
 from conversation.floor import Floor
-from conversation.turn_end import HushVADAnalyzer, PauseUserTurnStopStrategy
+from conversation.turn_end import PauseUserTurnStopStrategy
+from conversation.vad import HushVADAnalyzer
 
 # Speech that goes on longer than this is an interruption, whatever the recogniser makes of it.
 LONGEST_BACKCHANNEL_SECONDS = 0.6
@@ -71,7 +72,9 @@ def _strategies(floor: Floor, recogniser: STTService | None) -> UserTurnStrategi
         # Of a kind that is not known here.
         return recommended
     stop = PauseUserTurnStopStrategy(
-        turn_analyzer=LocalSmartTurnAnalyzerV3(), speculates=config.is_on("SPECULATE", True)
+        turn_analyzer=LocalSmartTurnAnalyzerV3(),
+        speculates=config.is_on("SPECULATE", True),
+        patience=config.seconds("PATIENCE_SECONDS", 0.0),
     )
     return UserTurnStrategies(start=[InterruptionUserTurnStartStrategy(floor)], stop=[stop])
 

@@ -40,7 +40,7 @@ SECONDS = 30.0
 VOICE_HZ = 16000
 NOT_SET = (
     *("TWILIO_ACCOUNT_SID", "TWILIO_AUTH_TOKEN", "MESSAGE_URL", "TRANSFER_TO"),
-    *("GREETING", "TIMEZONE", "TRANSFER_ON_FAILURE", "SPECULATE"),
+    *("GREETING", "TIMEZONE", "TRANSFER_ON_FAILURE", "SPECULATE", "PATIENCE_SECONDS"),
 )
 """What a test of calls sets for itself, if it does, whatever the owner has."""
 

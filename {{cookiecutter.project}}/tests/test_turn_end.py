@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import cast
 
+import numpy as np
 import pytest
 from pipecat.audio.turn.base_turn_analyzer import BaseTurnAnalyzer, BaseTurnParams, EndOfTurnState
 from pipecat.frames.frames import (
@@ -26,16 +27,15 @@ from pipecat.utils.asyncio.task_manager import TaskManager
 
 from conversation.turn_end import (
     ASK_AGAIN_SECONDS,
-    HUSH_SECONDS,
     LONGEST_PAUSE_SECONDS,
     MOST_SPECULATIONS,
     NO_WORDS_SECONDS,
     TRANSCRIPT_SECONDS,
-    HushVADAnalyzer,
     PauseUserTurnStopStrategy,
     Step,
     TurnEnd,
 )
+from conversation.vad import HUSH_SECONDS, ONSET_SECONDS, HushVADAnalyzer, Onset
 from rehearsal.engines.scripted import ScriptedEngine
 
 VAD_SECONDS = 0.2
@@ -60,9 +60,10 @@ class Caller:
         is_complete: Callable[[float], bool] = lambda pause: True,
         *,
         speculates: bool = False,
+        patience: float = 0.0,
     ) -> None:
         self.clock = Clock()
-        self.turn = TurnEnd(self.clock, latency=0.35, speculates=speculates)
+        self.turn = TurnEnd(self.clock, latency=0.35, speculates=speculates, patience=patience)
         self.is_complete = is_complete
         self.asked_at: list[float] = []
         self.speculated: list[str] = []
@@ -128,6 +129,18 @@ def test_the_longest_pause_ends_a_turn_that_the_analyzer_thinks_incomplete() -> 
     caller.speaks()
     caller.turn.heard("He might even have", is_last=True)
     assert caller.waits(5.0) == LONGEST_PAUSE_SECONDS
+
+
+def test_with_patience_no_pause_is_the_end_sooner_and_the_answer_is_begun_all_the_same() -> None:
+    caller = Caller(speculates=True, patience=1.3)
+    caller.turn.begin()
+    caller.speaks()
+    caller.turn.heard("go somewhere", is_last=True)
+    assert caller.waits(0.9) is None
+    assert caller.speculated == ["go somewhere"]
+    caller.speaks()
+    caller.turn.heard("and do something", is_last=True)
+    assert caller.waits(5.0) == 1.3
 
 
 @pytest.mark.parametrize(
@@ -390,6 +403,27 @@ async def test_a_pause_is_told_of_before_it_is_one() -> None:
     assert HUSH_SECONDS <= after < later
     assert (sounds[0], any(sounds), sounds[-1]) == (False, True, False)
     await analyzer.cleanup()
+
+
+def told_of(levels: list[int]) -> list[bool]:
+    """Say what is an onset of 32 ms windows of noise, each as loud as it is told (PCM16, RMS)."""
+    noise = np.random.default_rng(1)
+    onset = Onset()
+    return [
+        onset.heard((noise.standard_normal(256) * level).astype("<i2"), 0.032) for level in levels
+    ]
+
+
+def test_a_soft_consonant_is_a_sound_before_it_is_a_voice() -> None:
+    """The beginning of "four" by phone: Silero takes 0.3 s to call it a voice."""
+    four = [0, 80, 145, 145, 290, 145, 260, 580, 650, 3200, 5200]
+    assert told_of([0, 0, 0, *four]) == [False] * 5 + [True] * 9
+
+
+def test_a_noise_that_goes_on_is_none_and_the_louder_sound_in_it_is() -> None:
+    street = told_of([*[300] * 60, 2000, 2000])
+    assert sum(street[:60]) <= ONSET_SECONDS / 0.032
+    assert street[-2:] == [True, True]
 
 
 SPEAKS = VADUserStartedSpeakingFrame(start_secs=0.2)
