@@ -60,7 +60,10 @@ from benchmarks.speed import (
     scaffolds_bot,
 )
 
-SUBJECTS = {"ours": OURS, "scaffold": SCAFFOLD}
+PATIENT_SECONDS = 1.0
+PATIENT = f"{OURS}, PATIENCE_SECONDS={PATIENT_SECONDS:g}"
+BOTH = {"ours": OURS, "scaffold": SCAFFOLD}
+SUBJECTS = {**BOTH, "patient": PATIENT}
 
 FINAL_SECONDS, LLM_SECONDS, VOICE_SECONDS = 0.1, 0.45, 0.15
 """What the providers take: the last words, the first token and the first sound."""
@@ -485,7 +488,9 @@ async def lane(name: str, folder: Path, phrases: Sequence[Phrase]) -> AsyncItera
         providers = await stack.enter_async_context(serve(engine))
         roark = await stack.enter_async_context(RoarkReceiver())
         environment = environment_of(providers, roark, folder)
-        bot: Bot = our_bot(folder) if name == OURS else scaffolds_bot(folder, environment)
+        if name == PATIENT:
+            environment["PATIENCE_SECONDS"] = str(PATIENT_SECONDS)
+        bot: Bot = scaffolds_bot(folder, environment) if name == SCAFFOLD else our_bot(folder)
         host = await stack.enter_async_context(running(bot, environment))
         yield Lane(name, engine, providers, host, list(phrases))
 
@@ -559,7 +564,7 @@ def table(found: Found) -> str:
 
 def report() -> str:
     """Measure everything, and return the section for README.md."""
-    subjects, chosen = list(SUBJECTS.values()), list(rows().values())
+    subjects, chosen = list(BOTH.values()), list(rows().values())
     return table(asyncio.run(measure(subjects, TRANSPORTS, chosen, calls=1)))
 
 
@@ -579,7 +584,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [name.strip() for name in options.rows.split(",")]
     if unknown := [name for name in names if name not in known]:
         parser.error(f"no such row: {', '.join(unknown)}; there is {', '.join(known)}")
-    subjects = list(SUBJECTS) if options.subject == "both" else [options.subject]
+    subjects = list(BOTH) if options.subject == "both" else [options.subject]
     transports = TRANSPORTS if options.transport == "both" else (options.transport,)
     logger.remove()
     found = asyncio.run(
