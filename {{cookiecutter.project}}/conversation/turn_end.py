@@ -59,12 +59,13 @@ MOST_SPECULATIONS = 3
 # A moment that is missed by a rounding error is not waited for in a circle.
 SOONEST_SECONDS = 0.001
 
-# What ends like this goes on: digits and spelled letters come in groups, each of which sounds
-# complete. Recognisers write digits as figures or as words.
-GROUP = re.compile(
-    r"(\d|\b[^\W\d_]|\b(zero|one|two|three|four|five|six|seven|eight|nine|double|dash|dot))[\W_]*$",
-    re.IGNORECASE,
-)
+# Digits and spelled letters come in groups, each of which sounds complete.
+GROUP = re.compile(r"(\d|\b[^\W\d_])[\W_]*$")
+
+
+def in_group(text: str) -> bool:
+    """Whether these words end with a digit or a spelled letter, in whatever language."""
+    return bool(GROUP.search(text))
 
 
 class Step(Enum):
@@ -85,12 +86,15 @@ class TurnEnd:
         latency: What Pipecat knows of the recogniser: from the last sound to the transcript.
         speculates: Whether to answer before the turn has ended.
         patience: No pause shorter than this is the end, however whole the sentence sounds.
+        goes_on: Whether more is likely to come after these words. Such a turn gets the longest
+            pause, and is not answered in it.
     """
 
     clock: Callable[[], float] = time.monotonic
     latency: float = 0.0
     speculates: bool = False
     patience: float = 0.0
+    goes_on: Callable[[str], bool] = in_group
     _is_open: bool = False
     _is_speaking: bool = False
     _is_hushed: bool = False
@@ -218,8 +222,8 @@ class TurnEnd:
             return pause >= NO_WORDS_SECONDS
         if pause < self.patience or (not self._has_last_words and pause < self._transcript_due):
             return False
-        is_group = bool(GROUP.search(self._words[-1]))
-        return pause >= LONGEST_PAUSE_SECONDS or (self._is_complete and not is_group)
+        is_end = self._is_complete and not self.goes_on(self._words[-1])
+        return is_end or pause >= LONGEST_PAUSE_SECONDS
 
     def _speculate(self) -> Step:
         if not self._may_speculate():
@@ -233,7 +237,7 @@ class TurnEnd:
         if not (self.speculates and self._is_open and self.text) or self._is_being_answered:
             return False
         is_new = self._speculations < MOST_SPECULATIONS and not self._was_speculated(self.text)
-        return is_new and not GROUP.search(self.text)
+        return is_new and not self.goes_on(self.text)
 
     def _was_speculated(self, text: str) -> bool:
         return NormalizedMatch().matches(self._speculated, text)
@@ -256,16 +260,18 @@ class PauseUserTurnStopStrategy(BaseUserTurnStopStrategy):
         turn_analyzer: BaseTurnAnalyzer,
         speculates: bool = False,
         patience: float = 0.0,
+        goes_on: Callable[[str], bool] = in_group,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Ask `turn_analyzer` whether a pause was the end; take the time from `clock`, seconds.
 
         With `speculates` the LLM begins its answer in the pause: sooner, and for more requests.
-        Before `patience` seconds no pause is the end.
+        Before `patience` seconds no pause is the end; after words of which `goes_on` says that
+        more is likely to come, only the longest is.
         """
         super().__init__()
         self._analyzer = turn_analyzer
-        self._turn = TurnEnd(clock, speculates=speculates, patience=patience)
+        self._turn = TurnEnd(clock, speculates=speculates, patience=patience, goes_on=goes_on)
         self._was_confirmed = False
         self._is_speaking = False
         self._pauses = 0

@@ -31,13 +31,15 @@ from pipecat.turns.user_turn_strategies import ExternalUserTurnStrategies, UserT
 import config
 from conversation import phrases
 from conversation.floor import Floor
-from conversation.turn_end import PauseUserTurnStopStrategy
+from conversation.turn_end import PauseUserTurnStopStrategy, in_group
 from conversation.vad import HushVADAnalyzer
 
 # Speech that goes on longer than this is an interruption, whatever the recogniser makes of it.
 LONGEST_BACKCHANNEL_SECONDS = 0.6
 # One said this shortly before the bot falls silent is taken for an answer to what it said.
 BACKCHANNEL_ANSWERS_SECONDS = 1.0
+# From here on Unicode has the scripts of Chinese and Japanese.
+FIRST_WITHOUT_SPACES = "\u2e80"
 
 
 def params(floor: Floor, recogniser: STTService | None = None) -> LLMUserAggregatorParams:
@@ -75,6 +77,7 @@ def _strategies(floor: Floor, recogniser: STTService | None) -> UserTurnStrategi
         turn_analyzer=LocalSmartTurnAnalyzerV3(),
         speculates=config.is_on("SPECULATE", True),
         patience=config.seconds("PATIENCE_SECONDS", 0.0),
+        goes_on=goes_on,
     )
     return UserTurnStrategies(start=[InterruptionUserTurnStartStrategy(floor)], stop=[stop])
 
@@ -97,6 +100,17 @@ def is_farewell(text: str) -> bool:
     known = phrases.spoken()
     words = _words(text)
     return bool(words) and all(word in known.farewells | known.backchannels for word in words)
+
+
+def goes_on(text: str) -> bool:
+    """Whether more is likely to come: the caller is in a number, or paused after an "and"."""
+    known = phrases.spoken().goes_on
+    last = "".join(_words(text)[-1:])
+    # Where there are no spaces, the last word is the end of the last part.
+    is_known = last in known or any(
+        word >= FIRST_WITHOUT_SPACES and last.endswith(word) for word in known
+    )
+    return is_known or in_group(text)
 
 
 def _words(text: str) -> list[str]:

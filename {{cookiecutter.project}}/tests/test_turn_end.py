@@ -35,6 +35,7 @@ from conversation.turn_end import (
     Step,
     TurnEnd,
 )
+from conversation.turns import goes_on
 from conversation.vad import HUSH_SECONDS, ONSET_SECONDS, HushVADAnalyzer, Onset
 from rehearsal.engines.scripted import ScriptedEngine
 
@@ -63,7 +64,9 @@ class Caller:
         patience: float = 0.0,
     ) -> None:
         self.clock = Clock()
-        self.turn = TurnEnd(self.clock, latency=0.35, speculates=speculates, patience=patience)
+        self.turn = TurnEnd(
+            self.clock, latency=0.35, speculates=speculates, patience=patience, goes_on=goes_on
+        )
         self.is_complete = is_complete
         self.asked_at: list[float] = []
         self.speculated: list[str] = []
@@ -144,16 +147,45 @@ def test_with_patience_no_pause_is_the_end_sooner_and_the_answer_is_begun_all_th
 
 
 @pytest.mark.parametrize(
-    "words", ["My number is 4 1 5", "four one five", "It is spelled K", "double two.", "It is 415."]
+    ("language", "words"),
+    [
+        ("en", "My number is 4 1 5"),
+        ("en", "four one five"),
+        ("en", "It is spelled K"),
+        ("en", "double two."),
+        ("en", "It is 415."),
+        ("en", "I would like to come on Tuesday, um"),
+        ("en", "I am calling because"),
+        ("de", "null eins sieben"),
+        ("de", "Ich hätte gern einen"),
+        ("fr", "zéro six, vingt"),
+        ("ja", "電話番号は〇三"),
+        ("ja", "予約したいのですが、えっと"),
+    ],
 )
-def test_digits_and_letters_are_given_the_time_that_groups_take(words: str) -> None:
-    caller = Caller()
+def test_numbers_and_what_is_no_end_of_a_sentence_are_given_the_longest_pause(
+    monkeypatch: pytest.MonkeyPatch, language: str, words: str
+) -> None:
+    monkeypatch.setenv("LANGUAGE", language)
+    caller = Caller(speculates=True)
+    caller.turn.begin()
     caller.speaks()
     caller.turn.heard(words, is_last=True)
     assert caller.waits(0.9) is None
+    assert caller.speculated == []
     caller.speaks()
     caller.turn.heard("and that is all.", is_last=True)
     assert caller.waits(5.0) == VAD_SECONDS
+
+
+@pytest.mark.parametrize(
+    ("language", "words"), [("en", "Hello?"), ("de", "Ich will das."), ("ja", "こんにちは。")]
+)
+def test_a_sentence_is_not_taken_for_half_of_one(
+    monkeypatch: pytest.MonkeyPatch, language: str, words: str
+) -> None:
+    monkeypatch.setenv("LANGUAGE", language)
+    assert not goes_on(words)
 
 
 def test_a_sound_without_words_ends_its_turn_soon() -> None:

@@ -15,6 +15,7 @@ import services
 
 FOLDER = Path(__file__).parent
 FALLBACK = "en"
+WORDS = {"backchannels", "hellos", "farewells", "goes_on"}
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Phrases:
         backchannels: The words, in lower case, of those who only say that they are listening.
         hellos: The words of those who only say that they are on the line.
         farewells: The words of those who return a goodbye and have nothing more to ask.
+        goes_on: Words after which people mostly go on, after a pause too: number words, "and",
+            articles, hesitation.
     """
 
     language: str
@@ -38,6 +41,7 @@ class Phrases:
     backchannels: frozenset[str]
     hellos: frozenset[str]
     farewells: frozenset[str]
+    goes_on: frozenset[str] = frozenset()
 
 
 def spoken() -> Phrases:
@@ -90,7 +94,7 @@ def instruction() -> str:
 def _of(code: str) -> Phrases:
     file = _file(code) if _file(code).exists() else FOLDER / f"{FALLBACK}.toml"
     table: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))
-    for kind in ("backchannels", "hellos", "farewells"):
+    for kind in WORDS & table.keys():
         table[kind] = frozenset(table[kind].split())
     return Phrases(**table)
 
