@@ -246,6 +246,9 @@ async def run_pipeline(
         if caller is not None:
             return
         caller = transports.client_id(client)
+        if connection.dial_out:
+            # Theirs rings.
+            return
         logger.info("Caller connected")
         if opening:
             opening.picked_up(worker, ending, failed)
@@ -269,6 +272,12 @@ async def run_pipeline(
             hung_up = "client-disconnected", "the caller hung up"
             await caller_is_gone(*(opening.how_it_ended() if opening else hung_up))
 
+    if opening and connection.dial_out:
+        connection.dial_out.watch(
+            picked_up=partial(opening.picked_up, worker, ending, failed),
+            gone=caller_is_gone,
+            how_it_ended=opening.how_it_ended,
+        )
     for event, ends in connection.losses.items():
         transport.add_event_handler(event, partial(caller_is_gone, *ends))
 
@@ -308,9 +317,9 @@ if __name__ == "__main__":
 
     twilio_auth.guard(app, sys.argv[1:], reserve=calls.of_process.reserve)
     if config.setting("CALL_API_KEY"):
-        from telephony import outbound
+        from telephony import call_api
 
-        outbound.serve(app, agent=AGENT, busy=calls.of_process.refusal)
+        call_api.serve(app, agent=AGENT, busy=calls.of_process.refusal)
     front_door.guard(app, sys.argv[1:])
     metrics.serve()
     if not config.missing_keys():

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from loguru import logger
 from pipecat.runner.types import (
+    CallData,
     DailyRunnerArguments,
     RunnerArguments,
     SmallWebRTCRunnerArguments,
@@ -37,8 +38,9 @@ from telephony.transfer import (
 if TYPE_CHECKING:
     from pipecat.evals.transport import EvalTransportParams
 
+    from telephony.daily_dialout import DialOut, DialOutLine
+    from telephony.errand import Errand
     from telephony.media_stream import MediaStreamSerializer
-    from telephony.outbound import Errand
 
 PHONE_HZ = 8000
 # Twilio sends both messages of its handshake at once; Pipecat waits for them without a limit.
@@ -57,8 +59,6 @@ DAILY_LOSSES = {
     "on_error": ("error", "Daily: the room could not be joined or was lost"),
     "on_dialin_error": ("error", "Daily: the caller's telephone could not be connected"),
     "on_dialin_stopped": ("client-disconnected", "the caller's telephone line ended"),
-    "on_dialout_error": ("error", "Daily: the telephone could not be called"),
-    "on_dialout_stopped": ("client-disconnected", "the caller's telephone line ended"),
 }
 
 
@@ -84,6 +84,7 @@ class Connection:
         transfer: Hands the caller over to a person; None where the line cannot.
         note: What is known of a caller who comes back from a transfer.
         errand: Whom the bot has called, and why; None where it was called.
+        dial_out: Calls them, by Daily, once the bot is in its room; None where they are there.
         losses: Events of the transport after which there is no caller, each with the reason, one of
             roark.call.ENDINGS, and its detail.
     """
@@ -101,6 +102,7 @@ class Connection:
     transfer: Transfer | None = None
     note: Note | None = None
     errand: "Errand | None" = None
+    dial_out: "DialOut | None" = None
     losses: Mapping[str, tuple[str, str]] = field(default_factory=dict[str, tuple[str, str]])
 
     @property
@@ -118,6 +120,8 @@ async def answer(runner_args: RunnerArguments) -> Connection:
     if isinstance(runner_args, WebSocketRunnerArguments):
         return await _answer_phone(runner_args)
     if isinstance(runner_args, DailyRunnerArguments):
+        if _is_dial_out(runner_args.body):
+            return await _call_by_daily(runner_args)
         dialled_in = _is_dial_in(runner_args.body)
         transport = await create_transport(runner_args, {"daily": _daily_params})
         return Connection(
@@ -213,7 +217,7 @@ async def _answer_phone(runner_args: WebSocketRunnerArguments) -> Connection:
     errand = None
     if twilio_auth.CALLEE_PARAMETER in call.body:
         # Only who calls out pays for it.
-        from telephony.outbound import Errand
+        from telephony.errand import Errand
 
         errand = Errand.of(call.body)
     # Who comes back by the instructions of the transfer itself brings no other token than that.
@@ -263,6 +267,39 @@ async def _answer_phone(runner_args: WebSocketRunnerArguments) -> Connection:
         transfer=transfer,
         note=note,
         errand=errand,
+    )
+
+
+def _is_dial_out(body: Any) -> bool:
+    return isinstance(body, dict) and bool(cast("dict[str, Any]", body).get("dialout_settings"))
+
+
+async def _call_by_daily(runner_args: DailyRunnerArguments) -> Connection:
+    # Only who calls out pays for it.
+    from telephony import daily_dialout
+    from telephony.errand import Errand
+
+    body = dict(cast("dict[str, Any]", runner_args.body))
+    key = setting("DAILY_API_KEY")
+    errand = Errand.of(body)
+    # Whoever finds /start can write a body.
+    if not key or not errand.is_ours(body, daily_dialout.gate(key)):
+        raise Refused(
+            "it is to call somebody, and `python -m telephony call` with this DAILY_API_KEY has "
+            "not asked for that, or longer ago than five minutes"
+        )
+    runner_args.body = {"direction": "outbound"}
+    runner_args.call_data = CallData.model_validate({"to": errand.callee_number})
+    transport = await create_transport(runner_args, {"daily": _daily_params})
+    handing = DailyTransfer(cast(SipLine, transport))
+    return Connection(
+        transport,
+        caller=calls.identity(errand.callee_number),
+        is_phone=True,
+        transfer=handing,
+        errand=errand,
+        dial_out=daily_dialout.DialOut(cast("DialOutLine", transport), errand, body, handing),
+        losses={"on_error": DAILY_LOSSES["on_error"]},
     )
 
 

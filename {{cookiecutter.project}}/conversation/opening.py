@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from pipecat.pipeline.worker import PipelineWorker
 
     from conversation.endings import Ending
-    from telephony.outbound import Errand
+    from telephony.errand import Errand
 
 VOICEMAIL_FILE = Path(__file__).parents[1] / "voicemail.md"
 # Where CALL_GREETING does not say what to say.
@@ -324,6 +324,8 @@ class Opening:
 
     def how_it_ended(self) -> tuple[str, str]:
         """The reason, one of roark.call.ENDINGS, and its detail, when the other side hangs up."""
+        if self._listener is None:
+            return "no-answer", "nobody picked up"
         if self._who is Who.VOICEMAIL:
             return "voicemail", "it hung up before the whole message was left"
         if self._turns_when_asked is not None and (

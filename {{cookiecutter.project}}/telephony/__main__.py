@@ -1,4 +1,4 @@
-"""Calls somebody; the bot has to be running where Twilio reaches it.
+"""Calls somebody; the bot has to be running, for Twilio where that reaches it.
 
 python -m telephony call +4930123456 --name Ann --reason "your appointment on Friday"
 """
@@ -11,32 +11,62 @@ import tomllib
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dotenv import load_dotenv
 from loguru import logger
+
+from config import setting
+
+if TYPE_CHECKING:
+    from telephony.errand import Errand
 
 PROJECT = Path(__file__).resolve().parents[1]
 
 
 async def call(options: argparse.Namespace) -> int:
     """Place one call and tell how it goes; returns the exit status, 1 for one not taken."""
-    from telephony.outbound import Errand, NotPlaced, Outbound
+    from telephony.errand import Errand, NotPlaced
 
-    agent = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))
     errand = Errand(
         callee_number=options.number, callee_name=options.name, call_reason=options.reason
     )
     try:
-        outbound = Outbound(
-            agent=agent["project"]["name"],
-            host=options.webhook_host,
-            cloud_agent=options.agent,
-            tell=lambda text: print(text, flush=True),
-        )
-        sid = await outbound.place(errand, digits=options.digits)
+        if (options.transport or usual_transport()) == "daily":
+            return await call_by_daily(errand, options)
+        return await call_by_twilio(errand, options)
     except NotPlaced as refusal:
         print(f"Not called: {refusal}.", file=sys.stderr)
         return 2
+
+
+def usual_transport() -> str:
+    """Twilio, where the project does not have Daily's key alone."""
+    return "daily" if setting("DAILY_API_KEY") and not setting("TWILIO_ACCOUNT_SID") else "twilio"
+
+
+async def call_by_daily(errand: "Errand", options: argparse.Namespace) -> int:
+    """Have the bot called into a room, from where it dials; its record tells how that ended."""
+    from telephony.daily_dialout import DailyOutbound
+
+    daily = DailyOutbound(host=options.webhook_host, cloud_agent=options.agent)
+    session = await daily.place(errand, digits=options.digits)
+    print(f"The bot dials: session {session}. How it ends is in its record.", flush=True)
+    return 0
+
+
+async def call_by_twilio(errand: "Errand", options: argparse.Namespace) -> int:
+    """Have Twilio call, and follow the call to its end."""
+    from telephony.outbound import Outbound
+
+    agent = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))
+    outbound = Outbound(
+        agent=agent["project"]["name"],
+        host=options.webhook_host,
+        cloud_agent=options.agent,
+        tell=lambda text: print(text, flush=True),
+    )
+    sid = await outbound.place(errand, digits=options.digits)
     print(f"Twilio has the call: {sid}", flush=True)
     task = asyncio.current_task()
     assert task
@@ -60,6 +90,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     place.add_argument("number", help="in E.164 form, such as +4930123456")
     place.add_argument("--name", required=True, help="whom, as the bot may say it")
     place.add_argument("--reason", required=True, help="why, such as 'your appointment on Friday'")
+    place.add_argument(
+        "-t",
+        "--transport",
+        choices=("twilio", "daily"),
+        help="who calls; daily where .env has its key and no TWILIO_ACCOUNT_SID",
+    )
     place.add_argument(
         "--webhook-host", default="", metavar="HOST", help="the bot's public name, as for -x"
     )

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 TOKEN_PARAMETER = "gate_token"
-# Brought by the stream of a call that the bot itself has placed: telephony/outbound.py.
+# Brought by the stream of a call that the bot itself has placed: telephony/errand.py.
 CALLEE_PARAMETER = "callee_number"
 # Twilio opens the stream as soon as it has read the TwiML.
 TOKEN_SECONDS = 60

@@ -20,8 +20,9 @@ from rehearsal.dial import ENVIRONMENT, beep, who_is_called
 from rehearsal.engines.scripted import Answer, Script, ScriptedEngine
 from rehearsal.providers.all import serve
 from telephony import __main__ as command
-from telephony import outbound
-from telephony.outbound import Errand, NotPlaced, Outbound
+from telephony import call_api
+from telephony.errand import Errand, NotPlaced, check
+from telephony.outbound import Outbound
 from telephony.twilio_auth import Gate
 
 pytestmark = pytest.mark.anyio
@@ -277,7 +278,7 @@ def test_what_may_not_be_called_is_refused_in_a_sentence(
     whom = {"callee_number": NUMBER, "callee_name": "Ann", "call_reason": "it", **errand}
     with pytest.raises(NotPlaced, match="(?i)" + sentence.replace("+", r"\+")) as refusal:
         Outbound(agent="bot", host="voice.example.org", tell=print)
-        outbound.check(Errand(**whom), now=lambda: NOON)
+        check(Errand(**whom), now=lambda: NOON)
     assert "\n" not in str(refusal.value)
 
 
@@ -348,7 +349,7 @@ async def test_a_call_is_placed_over_http_by_who_has_the_key(
     app = FastAPI()
     app.state.twilio_host = "voice.example.org"
     refusals: list[str] = []
-    outbound.serve(app, agent="bot", busy=lambda _number: "".join(refusals))
+    call_api.serve(app, agent="bot", busy=lambda _number: "".join(refusals))
     http = TestClient(app)
     body = {"to": NUMBER, "name": "Ann", "reason": "your appointment", "digits": "1"}
     assert http.post("/calls", json=body).status_code == 401

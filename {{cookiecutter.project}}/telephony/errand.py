@@ -1,0 +1,132 @@
+"""Whom the bot calls and why, and whether it may: nobody, until CALL_PREFIXES says who."""
+
+import json
+import re
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from typing import Self
+from zoneinfo import ZoneInfo
+
+from config import setting
+from telephony.twilio_auth import TOKEN_PARAMETER, Gate
+
+# From the request to the stream: waiting in a queue, ringing, a phone tree's digits.
+ERRAND_SECONDS = 300
+# Where CALL_HOURS does not say: from eight in the morning to eight in the evening.
+CALL_HOURS = "08-20"
+# Twilio allows name and value of a parameter 500 characters together.
+MAX_CHARACTERS = 450
+
+E164 = re.compile(r"\+[1-9]\d{6,14}")
+HOURS = re.compile(r"([01]?\d|2[0-3])-([01]?\d|2[0-4])")
+HOST = re.compile(r"[\w.-]+(:\d+)?")
+# https://www.twilio.com/docs/voice/twiml/play#digits
+DIGITS = re.compile(r"[0-9*#w]{0,32}")
+
+
+class NotPlaced(Exception):
+    """No call was placed; the text is a sentence that says why and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Errand:
+    """Whom the bot calls, and why.
+
+    Parameters:
+        callee_number: In E.164 form.
+        callee_name: As the bot may say it.
+        call_reason: What the call is about, such as "your appointment on Friday".
+    """
+
+    callee_number: str
+    callee_name: str
+    call_reason: str
+
+    def fill_in(self, text: str) -> str:
+        """Return `text` with name and reason in the places of {name} and {reason}."""
+        return text.replace("{name}", self.callee_name).replace("{reason}", self.call_reason)
+
+    def parameters(self, key: str) -> dict[str, str]:
+        """The errand as parameters of a stream or a session, with a token that `key` has signed."""
+        token = Gate(key).issue(self._text, seconds=ERRAND_SECONDS)
+        return {**asdict(self), TOKEN_PARAMETER: token}
+
+    @classmethod
+    def of(cls, parameters: Mapping[str, object]) -> Self:
+        """The errand that a stream says it is on."""
+        return cls(**{one.name: str(parameters.get(one.name, "")) for one in fields(cls)})
+
+    def is_ours(self, parameters: MutableMapping[str, object], gate: Gate | None) -> bool:
+        """Whether this bot was sent on this errand by its owner. Takes the token out.
+
+        Args:
+            parameters: What the stream brought, or the session's body.
+            gate: Of this server. On Pipecat Cloud there is none, and a token may be used again.
+        """
+        token = str(parameters.pop(TOKEN_PARAMETER, ""))
+        auth_token = setting("TWILIO_AUTH_TOKEN")
+        gate = gate or (Gate(auth_token) if auth_token else None)
+        return gate is not None and gate.lets_in(self._text, token)
+
+    @property
+    def _text(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def check(errand: Errand, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+    """See whether the bot may call this number now.
+
+    Raises:
+        NotPlaced: It may not.
+    """
+    number = errand.callee_number
+    if not E164.fullmatch(number):
+        raise NotPlaced(
+            f"{number} is not in E.164 form: a plus, the country's code and the number without "
+            "spaces, such as +4930123456"
+        )
+    prefixes = [prefix.strip() for prefix in setting("CALL_PREFIXES").split(",") if prefix.strip()]
+    if not prefixes:
+        raise NotPlaced(
+            "CALL_PREFIXES is empty, so nobody may be called: set it to the beginnings of the "
+            "numbers that may be, such as +4930,+4989"
+        )
+    if not number.startswith(tuple(prefixes)):
+        raise NotPlaced(f"{number} begins with none of CALL_PREFIXES ({', '.join(prefixes)})")
+    for part in (errand.callee_name, errand.call_reason):
+        if not part.strip() or len(part) > MAX_CHARACTERS:
+            raise NotPlaced(f"name and reason are needed, up to {MAX_CHARACTERS} characters each")
+    hours = HOURS.fullmatch(setting("CALL_HOURS", CALL_HOURS))
+    if not hours:
+        raise NotPlaced(f"CALL_HOURS is like 08-20, hours of the day, not {setting('CALL_HOURS')}")
+    first, last = map(int, hours.groups())
+    # In every zone the number may be in: those of a mobile phone can be many.
+    for zone in zones(number):
+        there = now().astimezone(ZoneInfo(zone))
+        if not first <= there.hour < last:
+            raise NotPlaced(
+                f"it is {there:%H:%M} in {zone}, and CALL_HOURS allows calls from {first}:00 to "
+                f"{last}:00 there"
+            )
+
+
+def zones(number: str) -> tuple[str, ...]:
+    """The time zones in which a number in E.164 form may be.
+
+    Raises:
+        NotPlaced: No country has such a number, or what knows them is not installed.
+    """
+    try:
+        import phonenumbers
+        from phonenumbers import timezone
+    except ImportError:
+        raise NotPlaced("calling out needs one more package: uv sync --extra dialout") from None
+    try:
+        parsed = phonenumbers.parse(number)
+    except phonenumbers.NumberParseException:
+        raise NotPlaced(f"{number} has no country's code that is in use") from None
+    if not phonenumbers.is_possible_number(parsed):
+        raise NotPlaced(f"{number} is too short or too long for a number of its country")
+    known = timezone.time_zones_for_number(parsed)
+    return tuple(zone for zone in known if zone != "Etc/Unknown") or ("UTC",)
