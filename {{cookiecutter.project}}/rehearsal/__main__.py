@@ -37,6 +37,7 @@ from rehearsal.call import (
     conversation,
     kept_at,
     recorded_voice,
+    speculation,
     spoken_voice,
     talk,
 )
@@ -399,6 +400,8 @@ def _report(world: _World, call_id: str, answers: Sequence[Answered] = ()) -> li
         _tell(f"The conversation, by the time {where}:")
         for line in conversation(record, answers):
             _tell(line)
+        if said := speculation(record):
+            _tell(said)
         broken = broken_tools(record)
     has = ["call-started"] * (call.started is not None)
     has += [f"{len(call.chunks)} chunks of audio"] * bool(call.chunks)

@@ -35,6 +35,18 @@ SAME_SOUND_SECONDS = 2.0
 
 VOICE_HZ = 16000
 
+PARTS = {
+    "pause": "pause",
+    "verdict": "verdict",
+    "transcript": "transcript",
+    "llm": "LLM",
+    "tools": "tools",
+    "voice": "voice",
+    "line": "line",
+    "rest": "rest",
+}
+"""What a caller waits for, by its name in the record, as it is shown."""
+
 
 class NoAnswer(Exception):
     """The bot never answered; the text says at which point."""
@@ -171,13 +183,46 @@ def conversation(record: Mapping[str, Any], answers: Sequence[Answered] = ()) ->
     lines: list[tuple[float, str]] = []
     for index, turn in enumerate(turns):
         line = f"{'caller' if turn['role'] == 'user' else 'bot':6}  {turn['text']}"
-        line += f"  [after {after[index]:.2f} s]" if index in after else ""
+        if index in after:
+            line += f"  [after {after[index]:.2f} s]"
+            if parts := _parts(turn.get("latency") or {}, after[index]):
+                line += f"\n{'':19}{parts}"
         lines.append((turn["start_ms"], line))
     for tool in record["tools"]:
         came = tool["error"] or tool["result"]
         line = f"tool    {tool['name']} {tool['arguments']} {tool['status']}"
         lines.append((tool["at_ms"], line + (f": {came}" if came else "")))
     return [f"{ms / 1000:7.2f} s  {line}" for ms, line in sorted(lines, key=lambda pair: pair[0])]
+
+
+def _parts(latency: Mapping[str, Any], after: float) -> str:
+    """Say where the time before an answer went, in seconds; "" where the record does not tell.
+
+    The line takes what is left to the caller's ear.
+    """
+    parts = {name.removesuffix("_ms"): ms / 1000 for name, ms in latency.get("parts", {}).items()}
+    if not parts:
+        return ""
+    parts["line"] = max(0.0, after - sum(ms for name, ms in parts.items() if name != "line"))
+    shown = {name: f"{PARTS[name]} {parts[name]:.2f}" for name in PARTS if name in parts}
+    if saved := latency.get("llm_saved_ms", 0) / 1000:
+        shown["llm"] = f"LLM {parts.get('llm', 0.0):.2f} ({saved:.2f} saved)"
+    return ", ".join(shown[name] for name in PARTS if name in shown)
+
+
+def speculation(record: Mapping[str, Any]) -> str:
+    """Say what it saved and cost to begin answers in the caller's pause; "" if none was begun."""
+    waits = [turn["latency"] for turn in record["turns"] if turn.get("latency")]
+    saved = [wait["llm_saved_ms"] / 1000 for wait in waits if wait.get("llm_saved_ms")]
+    usage = record.get("usage", {})
+    withdrawn = usage.get("llm_requests_withdrawn", 0)
+    if not saved and not withdrawn:
+        return ""
+    return (
+        f"Answers begun in the caller's pause saved {sum(saved):.2f} s, in {len(saved)} of "
+        f"{len(waits)} turns; requests to the LLM that were withdrawn: {withdrawn} of "
+        f"{usage.get('llm_requests', 0)}."
+    )
 
 
 def broken_tools(record: Mapping[str, Any]) -> list[str]:

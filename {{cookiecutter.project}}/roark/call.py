@@ -23,7 +23,9 @@ Every event has `event` (its name) and `at` (epoch nanoseconds of the moment it 
     words         context, segment, text, spaced, due?: spoken words; `due` when they are heard
     voice-done    context
     interruption
-    llm           edge
+    request       kind: the LLM is asked for an "answer", for one to words that may not be all yet
+                  ("speculation"), or for a "summary"
+    withdrawn     nobody will hear the answer to those words
     tool          id, name, arguments;  tool-update, tool-result  id, content, error?, failed?
     tool-cancel   id, timed_out
     metric        kind, service, model?, value
@@ -91,6 +93,8 @@ REACTION_NS = 500_000_000
 MURMUR_NS = 1_500_000_000
 # An interruption is noted where it begins, and is through the pipeline within this.
 OVERTAKEN_NS = 500_000_000
+# A service begins to count no earlier than this before its request was seen.
+REQUEST_NS = 20_000_000
 # How far from a detected (start, end) the edge of a sound may be to be the one that was meant, ms.
 # A busy machine makes a caller's voice detector late. What a transport tells of the bot encloses
 # its sound: silence may lead it and trail it.
@@ -98,6 +102,34 @@ NEAR_MS = {
     "user": ((-1000.0, 400.0), (-1000.0, 400.0)),
     "assistant": ((-250.0, inf), (-inf, 250.0)),
 }
+
+
+# What a caller waits for, in this order: the detector to call it a pause, the verdict that it is
+# the end, the recogniser's last words, the LLM's first token (of each request before the answer),
+# tools, the voice's first byte, the way from there to the caller, and what lies between these.
+PARTS = (
+    *("pause_ms", "verdict_ms", "transcript_ms"),
+    *("llm_ms", "tools_ms", "voice_ms", "line_ms", "rest_ms"),
+)
+
+
+@dataclass
+class Making:
+    """How an answer is made; times in epoch nanoseconds.
+
+    Parameters:
+        requested_at: The LLM was asked for it.
+        first_tokens: (asked, first token) of each request, the first before any tool.
+        said_at: Its first sentence went to the voice.
+        voiced_at: Its first audio was made.
+        tts_ms: The voice's time to first byte.
+    """
+
+    requested_at: int | None = None
+    first_tokens: list[tuple[int, int]] = field(default_factory=list)
+    said_at: int | None = None
+    voiced_at: int | None = None
+    tts_ms: float | None = None
 
 
 @dataclass(eq=False)
@@ -111,10 +143,13 @@ class Turn:
         transcribed_at: The caller's: when its last text came before that.
         end_cause: The caller's: "turn-model" or "timeout", whichever decided that.
         end_probability: The caller's: how sure the turn model was that it ends, 0 to 1.
+        paused_at: The caller's: when the voice detector told of the silence it ended with.
+        judged_at: The caller's: when the turn model called that its end.
+        withdrawn: The caller's: answers begun before its end that nobody heard.
         stt_ttfb_ms: The caller's: the recogniser's time to first byte.
         via: "voice", or where it was not said "keys" or "text".
         answers: The bot's: the turn of the caller's that it is the reply to.
-        waits: The bot's: time to first byte of LLM and voice, ms.
+        making: The bot's: when it was asked for and made.
         estimated: The bot's: where its text is cut was estimated.
         redacted: What a redaction made of its text, if that was written down.
     """
@@ -133,9 +168,12 @@ class Turn:
     detected: bool = False
     answers: Turn | None = None
     transcribed_at: int | None = None
-    waits: dict[str, float] = field(default_factory=dict)
+    making: Making | None = None
     end_cause: str | None = None
     end_probability: float | None = None
+    paused_at: int | None = None
+    judged_at: int | None = None
+    withdrawn: int = 0
     stt_ttfb_ms: float | None = None
     via: str = "voice"
     redacted: str | None = None
@@ -196,7 +234,11 @@ class CallRecord:
         self._speech = Speech()
         self._interrupted_at: int | None = None
         self._unanswered: Turn | None = None
-        self._waits: dict[str, float] = {}
+        self._making = Making()
+        self._speculation: Turn | None = None
+        self._requests = 0
+        self._withdrawn = 0
+        self._usage_reports = 0
         self._tools: dict[str, Tool] = {}
         self._usage: dict[str, float] = {}
         self._models: dict[str, list[str]] = {}
@@ -297,7 +339,7 @@ class CallRecord:
             "recording": dict(self._recording) if self._recording else None,
             "turns": turns,
             "tools": [self._tool_dict(tool) for tool in self._tools.values()],
-            "usage": {name: round(value, 3) for name, value in self._usage.items()},
+            "usage": self._usage_dict(),
             "models": {service: list(names) for service, names in self._models.items()},
             "phone": dict(self._phone),
             "errors": [dict(error) for error in self._errors],
@@ -306,7 +348,7 @@ class CallRecord:
         }
         if self._prices is not None:
             seconds = record["duration_ms"] / 1000
-            record["cost"] = cost_of(self._usage, seconds, self._prices)
+            record["cost"] = cost_of(record["usage"], seconds, self._prices)
         return record
 
     @property
@@ -417,6 +459,8 @@ class CallRecord:
         edge_at = at - delay
         if event["edge"] == "start":
             self._user_audible = True
+            if self._user and self._user.released_at is None:
+                self._user.paused_at = self._user.judged_at = None
             if self._user is None or self._user.is_over(at) or self._is_mute(self._user):
                 self._open_user_turn(edge_at).detected = True
             elif not self._user.detected:
@@ -427,6 +471,8 @@ class CallRecord:
             self._user_audible = False
             if self._user:
                 self._user.end_at = max(edge_at, self._user.start_at)
+                if self._user.released_at is None:
+                    self._user.paused_at = at
 
     def _on_user_turn(self, at: int, event: Event) -> None:
         self._speech_edges_seen = True
@@ -435,16 +481,21 @@ class CallRecord:
             if user is None or user.is_over(at) or user.announced:
                 user = self._open_user_turn(at)
             user.announced = True
+            self._making = Making()
         elif user and user.released_at is None:
             if user.end_at is None:
                 user.end_at = at
             user.released_at = at
             self._unanswered = user
-            self._waits = {}
+            if self._speculation is not user:
+                self._speculation = None
+            # The LLM may have been asked, its answer cannot have been said.
+            self._making = Making(self._making.requested_at, self._making.first_tokens)
 
     def _on_turn_guess(self, at: int, event: Event) -> None:
         if self._user and self._user.released_at is None:
             self._user.end_cause = "turn-model" if event["complete"] else "timeout"
+            self._user.judged_at = at if event["complete"] else None
             self._user.end_probability = event.get("probability")
 
     def _on_transcript(self, at: int, event: Event) -> None:
@@ -533,7 +584,7 @@ class CallRecord:
         user.via, user.end_at, user.transcribed_at = event["via"], at, None
         user.pieces.append(Piece(event["text"]))
         user.user_id = user.user_id or event.get("user_id") or None
-        self._unanswered, self._waits = user, {}
+        self._unanswered, self._making = user, Making()
 
     def _open_user_turn(self, at: int, end_at: int | None = None) -> Turn:
         if self._user and self._user.end_at is None:
@@ -555,8 +606,8 @@ class CallRecord:
             if self._user and self._user.released_at is None and not self._user_audible:
                 self._user.released_at = at
             if self._unanswered:
-                self._bot.answers, self._bot.waits = self._unanswered, self._waits
-                self._unanswered, self._waits = None, {}
+                self._bot.answers, self._bot.making = self._unanswered, self._making
+                self._unanswered, self._making = None, Making()
         elif self._bot:
             bot = self._bot
             if self._is_overtaken(at) and not self._speech.is_played(bot.start_at, at):
@@ -568,11 +619,14 @@ class CallRecord:
             self._end_bot_turn(bot, at)
 
     def _on_say(self, at: int, event: Event) -> None:
+        self._making.said_at = self._making.said_at or at
+        self._speculation = None
         self._speech.say(event)
 
     def _on_voice(self, at: int, event: Event) -> None:
         if not self._bot and self._is_overtaken(at):
             self._speech.take_back_before(event.get("context"))
+        self._making.voiced_at = self._making.voiced_at or at
         self._speech.voice(at, event)
 
     def _on_voiced(self, at: int, event: Event) -> None:
@@ -592,6 +646,8 @@ class CallRecord:
             self._unheard_turn()
         self._interrupted_at = at
         self._speech.take_back()
+        if self._speculation and self._speculation.released_at is None:
+            self._on_withdrawn(at, event)
 
     def _is_overtaken(self, at: int) -> bool:
         """Whether an interruption may still be on its way through the pipeline."""
@@ -693,13 +749,48 @@ class CallRecord:
         if model and model not in self._models.setdefault(service, []):
             self._models[service].append(model)
         if kind == "ttfb":
-            part = {"llm": "llm_ms", "tts": "tts_ms"}.get(service)
-            if part and value > 0:
-                self._waits.setdefault(part, round(value * 1000, 1))
+            if service == "llm" and value > 0:
+                self._on_first_token(at - int(value * 1e9), at)
+            elif service == "tts" and value > 0 and self._making.tts_ms is None:
+                self._making.tts_ms = round(value * 1000, 1)
             elif service == "stt" and value > 0 and self._user and self._user.via == "voice":
                 self._user.stt_ttfb_ms = round(value * 1000, 1)
         else:
             self._usage[kind] = self._usage.get(kind, 0.0) + value
+            self._usage_reports += kind == "prompt_tokens"
+
+    def _on_request(self, at: int, event: Event) -> None:
+        self._requests += 1
+        if event["kind"] == "summary":
+            return
+        if self._speculation and self._speculation.released_at is None:
+            # The one before answers less than was said by now.
+            self._on_withdrawn(at, event)
+        if event["kind"] == "speculation":
+            self._speculation, self._making = self._user, Making()
+        self._making.requested_at = self._making.requested_at or at
+
+    def _on_withdrawn(self, at: int, event: Event) -> None:
+        if self._speculation:
+            self._speculation.withdrawn += 1
+            self._withdrawn += 1
+            self._speculation, self._making = None, Making()
+
+    def _on_first_token(self, asked_at: int, at: int) -> None:
+        # A request that is given up tells a time too, of no first token.
+        requested_at = self._making.requested_at or (inf if self._requests else 0)
+        if asked_at >= requested_at - REQUEST_NS:
+            self._making.first_tokens.append((asked_at, at))
+
+    def _usage_dict(self) -> dict[str, float]:
+        """What was used, and how many requests are not in it: cut off, they do not tell."""
+        requests = {
+            "llm_requests": self._requests,
+            "llm_requests_withdrawn": self._withdrawn,
+            "llm_requests_without_usage": max(0, self._requests - self._usage_reports),
+        }
+        used = {name: round(value, 3) for name, value in self._usage.items()}
+        return used | {name: count for name, count in requests.items() if count}
 
     def _on_error(self, at: int, event: Event) -> None:
         self._errors.append(
@@ -764,6 +855,7 @@ class CallRecord:
                     "end_cause": turn.end_cause,
                     "end_probability": turn.end_probability,
                     "stt_ttfb_ms": turn.stt_ttfb_ms,
+                    "withdrawn_answers": turn.withdrawn,
                     "node": turn.node,
                     "latency": self._latency(turn, start, edges[id(turn.answers)][1])
                     if turn.answers
@@ -782,15 +874,66 @@ class CallRecord:
             if piece.heard_at is not None
         ]
 
-    def _latency(self, turn: Turn, start: float, asked: float) -> dict[str, float]:
-        """How long the caller waited for `turn`, in ms from their last sound, and for what."""
-        latency = {"total_ms": round(start - asked, 1)}
-        question = turn.answers
+    def _latency(self, turn: Turn, start: float, asked: float) -> Event:
+        """How long the caller waited for `turn`, in ms from their last sound, and for what.
+
+        `parts` are what they waited for at each moment; they add up to `total_ms`.
+        """
+        question, making = turn.answers, turn.making or Making()
+        latency: Event = {"total_ms": round(start - asked, 1)}
         if question and question.released_at:
             latency["end_of_turn_ms"] = max(0.0, round(self._ms(question.released_at) - asked, 1))
         if question and question.transcribed_at:
             latency["stt_ms"] = max(0.0, round(self._ms(question.transcribed_at) - asked, 1))
-        return latency | turn.waits
+        if making.first_tokens:
+            asked_at, first_at = making.first_tokens[0]
+            latency["llm_ms"] = self._span_ms(asked_at, first_at)
+            released_at = question.released_at if question else None
+            if released_at and asked_at < released_at - REQUEST_NS:
+                latency["llm_saved_ms"] = self._span_ms(asked_at, min(first_at, released_at))
+        if making.tts_ms is not None:
+            latency["tts_ms"] = making.tts_ms
+        if question:
+            latency["parts"] = self._parts(question, making, start, asked)
+        return latency
+
+    def _parts(
+        self, question: Turn, making: Making, start: float, asked: float
+    ) -> dict[str, float]:
+        """What was waited for between `asked` and `start`, ms of the recording; see PARTS."""
+
+        def ms(at: int | None, otherwise: float) -> float:
+            return otherwise if at is None else self._ms(at)
+
+        over = ms(question.released_at, asked)
+        paused = min(ms(question.paused_at, asked), over)
+        judged, heard = ms(question.judged_at, over), ms(question.transcribed_at, asked)
+        # Whichever comes last is what the caller waits for.
+        stretches = [(asked, paused, "pause_ms")]
+        if judged < heard:
+            stretches.append((paused, judged, "verdict_ms"))
+        stretches += [(paused, min(heard, over), "transcript_ms"), (paused, over, "verdict_ms")]
+        made = [(self._ms(a), self._ms(b), "llm_ms") for a, b in making.first_tokens]
+        made += [
+            (self._ms(tool.at), self._ms(tool.ended_at), "tools_ms")
+            for tool in self._tools.values()
+            if tool.ended_at is not None
+        ]
+        voiced = ms(making.voiced_at, start)
+        if making.tts_ms is not None:
+            made.append((voiced - making.tts_ms, voiced, "voice_ms"))
+        made.append((voiced, start, "line_ms"))
+        stretches += sorted(made)
+        parts = dict.fromkeys(PARTS, 0.0)
+        done = asked
+        for begin, end, name in stretches:
+            begin, end = max(begin, done), min(end, start)
+            if end > begin:
+                parts[name] += end - begin
+                parts["rest_ms"] += begin - done
+                done = end
+        parts["rest_ms"] += max(0.0, start - done)
+        return {name: round(value, 1) for name, value in parts.items() if value >= 0.05}
 
     def _offset(self, name: str, ms: float) -> Event:
         return {name: round(ms)} if self._recording else {}
@@ -830,6 +973,8 @@ class CallRecord:
         "words": _on_words,
         "voice-done": _on_voice_done,
         "interruption": _on_interruption,
+        "request": _on_request,
+        "withdrawn": _on_withdrawn,
         "tool": _on_tool,
         "tool-update": _on_tool_update,
         "tool-result": _on_tool_result,

@@ -27,6 +27,7 @@ from pipecat.frames.frames import (
     BotStartedSpeakingFrame,
     BotStoppedSpeakingFrame,
     CancelFrame,
+    EagerEndOfTurnCancelFrame,
     EndFrame,
     EndWorkerFrame,
     ErrorFrame,
@@ -37,6 +38,8 @@ from pipecat.frames.frames import (
     InputAudioRawFrame,
     InputDTMFFrame,
     InterruptionFrame,
+    LLMContextFrame,
+    LLMContextSummaryRequestFrame,
     LLMFullResponseStartFrame,
     LLMSetToolsFrame,
     MetricsFrame,
@@ -61,6 +64,7 @@ from pipecat.metrics.metrics import (
 )
 from pipecat.observers.base_observer import BaseObserver, FramePushed
 from pipecat.processors.aggregators.dtmf_aggregator import DTMFAggregator
+from pipecat.processors.aggregators.llm_response_universal import LLMAssistantAggregator
 from pipecat.processors.audio.audio_buffer_processor import AudioBufferProcessor
 from pipecat.processors.frame_processor import FrameDirection, FrameProcessor
 from pipecat.processors.frameworks.rtvi import RTVIProcessor, RTVISendTextFrame
@@ -153,6 +157,7 @@ class RoarkObserver(BaseObserver):
         )
         self._record = CallRecord(redact=self._redact)
         self._routes: dict[type[Frame], Handler | None] = {}
+        self._is_downstream = True
         self._failures: set[str] = set()
         self._made_at = time.time_ns()
         self._origin: int | None = None
@@ -311,6 +316,7 @@ class RoarkObserver(BaseObserver):
             and data.frame.broadcast_sibling_id is not None
         ):
             return
+        self._is_downstream = data.direction is FrameDirection.DOWNSTREAM
         try:
             handler(data.frame, self._at(data), data.source)
         except Exception as error:
@@ -349,6 +355,9 @@ class RoarkObserver(BaseObserver):
             FunctionCallInProgressFrame: self._on_tool,
             FunctionCallResultFrame: self._on_tool_result,
             FunctionCallCancelFrame: self._on_tool_cancel,
+            LLMContextFrame: self._on_request,
+            LLMContextSummaryRequestFrame: self._on_summary_request,
+            EagerEndOfTurnCancelFrame: self._on_withdrawn,
             MetricsFrame: self._on_metrics,
             ErrorFrame: self._on_error,
             LLMSetToolsFrame: self._on_tools_set,
@@ -525,6 +534,18 @@ class RoarkObserver(BaseObserver):
     ) -> None:
         # pipecat 1.14: only a call that ran out of time asks the LLM to go on without it.
         self._emit("tool-cancel", at, id=frame.tool_call_id, timed_out=frame.run_llm)
+
+    def _on_request(self, frame: LLMContextFrame, at: int, source: FrameProcessor) -> None:
+        if self._is_downstream and isinstance(source, LLMAssistantAggregator):
+            # The LLM is behind it: this tells others what has been said.
+            return
+        self._emit("request", at, kind="speculation" if frame.speculation else "answer")
+
+    def _on_summary_request(self, frame: Frame, at: int, source: FrameProcessor) -> None:
+        self._emit("request", at, kind="summary")
+
+    def _on_withdrawn(self, frame: Frame, at: int, source: FrameProcessor) -> None:
+        self._emit("withdrawn", at)
 
     def _on_metrics(self, frame: MetricsFrame, at: int, source: FrameProcessor) -> None:
         service = service_of(source)

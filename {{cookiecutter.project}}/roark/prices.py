@@ -57,7 +57,11 @@ def prices_in(path: str | Path | None) -> dict[str, Any] | None:
 def cost_of(
     usage: Mapping[str, float], call_seconds: float, prices: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What the parts of a call cost and its total, in the prices' currency (default USD)."""
+    """What the parts of a call cost and its total, in the prices' currency (default USD).
+
+    What an LLM charges for a request that was cut off, and told no usage, nobody knows here: such
+    requests are counted beside the total.
+    """
 
     def tokens(kind: str, count: float) -> float:
         return count * prices.get(f"{kind}_per_million", 0) / 1e6
@@ -71,8 +75,11 @@ def cost_of(
         "stt": usage.get("stt_seconds", 0) * prices.get("stt_per_hour", 0) / 3600,
         "call": call_seconds * prices.get("call_per_hour", 0) / 3600,
     }
-    return {
+    cost = {
         "currency": prices.get("currency", "USD"),
         **{name: round(value, 6) for name, value in parts.items()},
         "total": round(sum(parts.values()), 6),
     }
+    if unknown := usage.get("llm_requests_without_usage"):
+        cost["llm_requests_not_counted"] = unknown
+    return cost

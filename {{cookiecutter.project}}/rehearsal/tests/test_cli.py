@@ -30,7 +30,7 @@ from harness import RECORDS_AUDIO
 import config
 import rehearsal
 from rehearsal import stand_ins
-from rehearsal.call import Answered, conversation, recorded_voice
+from rehearsal.call import Answered, conversation, recorded_voice, speculation
 from rehearsal.engines.scripted import ScriptedEngine
 from rehearsal.host.bot_process import _harmless
 from rehearsal.providers.all import serve, wire, wires
@@ -266,14 +266,23 @@ def test_the_conversation_shows_each_measured_time_at_its_answer_and_the_tools_b
         ],
         "tools": [{**tool, "status": "completed", "result": '{"colour": "blue"}'}],
     }
+    latency = {"parts": {"pause_ms": 200, "llm_ms": 460, "line_ms": 50}, "llm_saved_ms": 310}
+    record["turns"][4]["latency"] = latency
     assert conversation(record, [Answered(1006.2, 1.234)]) == [
         "   0.04 s  bot     Hello.",
         "   2.50 s  caller  Hi.",
         "   3.50 s  bot     Yes?",
         "   4.50 s  caller  Look it up.",
         '   5.20 s  tool    look_up {"id": 7} completed: {"colour": "blue"}',
-        "   6.00 s  bot     It is blue.  [after 1.23 s]",
+        "   6.00 s  bot     It is blue.  [after 1.23 s]\n"
+        "                   pause 0.20, LLM 0.46 (0.31 saved), line 0.57",
     ]
+    record["usage"] = {"llm_requests": 3, "llm_requests_withdrawn": 1}
+    assert speculation(record) == (
+        "Answers begun in the caller's pause saved 0.31 s, in 1 of 1 turns; requests to the LLM "
+        "that were withdrawn: 1 of 3."
+    )
+    assert speculation({"turns": record["turns"][:4]}) == ""
 
 
 @pytest.mark.parametrize(
@@ -373,7 +382,9 @@ async def test_a_call_is_answered_recorded_and_at_roark(project: Path, line: str
     )
     assert status == 0, output
     assert re.search(r"caller  Can you hear me\?", output)
-    assert re.search(r"bot     Yes, I can hear you\. .*\[after \d\.\d\d s\]", output)
+    assert re.search(
+        r"bot     Yes, I can hear you\. .*\[after \d\.\d\d s\]\n +pause 0\.\d\d, .*line ", output
+    )
     record = next(calls.glob("*/call.json"))
     turns = json.loads(record.read_bytes())["turns"]
     # A busy machine pauses between sentences, and makes two turns of a greeting.

@@ -440,6 +440,8 @@
       const before = ranges.length;
       const texts = document.createTreeWalker(item, NodeFilter.SHOW_TEXT);
       while (texts.nextNode()) {
+        // What the page says of a turn was not said in it.
+        if (texts.currentNode.parentElement.closest(".about")) continue;
         const text = texts.currentNode.data.toLowerCase();
         for (let i = text.indexOf(wanted); i >= 0; i = text.indexOf(wanted, i + wanted.length)) {
           const range = new Range();

@@ -238,7 +238,7 @@ def _turn(call: Call, turn: Row, several_speakers: bool) -> str:
     if total is not None and role == "assistant":
         about.append(
             f'<details class="waited"><summary>after {seconds(total)}</summary>'
-            f"{_breakdown(call.parts(turn, total))}</details>"
+            f"{_breakdown(call, turn, total)}</details>"
             if total > 0
             else "<span>before the caller had finished</span>"
         )
@@ -285,9 +285,12 @@ def _known(turn: Row) -> Iterator[tuple[str, str]]:
         yield "Words with a time", str(len(words))
 
 
-def _breakdown(parts: list[tuple[str, float]]) -> str:
+def _breakdown(call: Call, turn: Row, total: float) -> str:
     """Where the time went, in words."""
-    return ", ".join(f"{LABELS[colour]} {seconds(ms)}" for colour, ms in parts)
+    parts = [f"{LABELS[colour]} {seconds(ms)}" for colour, ms in call.parts(turn, total)]
+    if saved := number_of(row_of(turn, "latency"), "llm_saved_ms"):
+        parts.append(f"{seconds(saved)} saved: the LLM had begun in the pause")
+    return ", ".join(parts)
 
 
 def _tool(tool: Row) -> str:
@@ -342,13 +345,29 @@ def _responses_card(call: Call) -> str:
         bars.append(
             f'<li><button class="when" data-ms="{at:.0f}"'
             f' aria-label="Play the response at {clock(at)}">{clock(at)}</button>'
-            f'<div class="bar" role="img" aria-label="{_breakdown(parts)}">{pieces}</div>'
+            f'<div class="bar" role="img" aria-label="{_breakdown(call, turn, total)}">'
+            f"{pieces}</div>"
             f"<output>{seconds(total)}</output></li>"
         )
     order = ORDER if len(bars) > 1 else ""
     return f"""<section class="card"><h2>How long the caller waited</h2>{order}
 <ul class="legend">{legend}</ul>
-<ol class="bars" id="waits">{"".join(bars)}</ol></section>"""
+<ol class="bars" id="waits">{"".join(bars)}</ol>{_speculation(call)}</section>"""
+
+
+def _speculation(call: Call) -> str:
+    """What it saved, and cost, that answers were begun before the caller's turn had ended."""
+    usage = row_of(call.record, "usage")
+    requests, withdrawn = (
+        int(number_of(usage, name) or 0) for name in ("llm_requests", "llm_requests_withdrawn")
+    )
+    if not call.saved and not withdrawn:
+        return ""
+    return (
+        f'<p class="muted small-print">Answers begun in the caller\'s pause saved '
+        f"{seconds(sum(call.saved))}, in {len(call.saved)} of {len(call.responses)} turns. "
+        f"Requests to the LLM that were withdrawn: {withdrawn} of {requests}.</p>"
+    )
 
 
 ORDER = """<div class="order" role="group" aria-label="Order">
@@ -359,6 +378,9 @@ USAGE = {
     "prompt_tokens": "Tokens read",
     "cached_tokens": "of these cached",
     "completion_tokens": "Tokens written",
+    "llm_requests": "LLM requests",
+    "llm_requests_withdrawn": "of these withdrawn",
+    "llm_requests_without_usage": "of unknown usage",
     "tts_characters": "Characters spoken",
     "stt_seconds": "Seconds heard",
 }

@@ -23,19 +23,16 @@ BAD_ENDINGS = ("error", "process-died")
 IN_PROGRESS = "in progress"
 SIDES = ("user", "assistant")
 
-# In the order in which a caller waits for them: name in the record, colour, label, explanation.
+# What a caller waits for, in this order: name in the record, colour, label, explanation.
 PARTS = (
-    (
-        "stt_ms",
-        "stt",
-        "Speech to text",
-        "from the caller's last sound to the last words recognised",
-    ),
-    ("end_of_turn_ms", "turn", "End of turn", "until the caller's turn was taken to be over"),
-    ("llm_ms", "llm", "LLM first token", "from then to the first token"),
+    ("pause_ms", "pause", "Pause", "from the caller's last sound until it was called a pause"),
+    ("verdict_ms", "turn", "End of turn", "until their turn was taken to be over"),
+    ("transcript_ms", "stt", "Transcript", "until their last words were recognised"),
+    ("llm_ms", "llm", "LLM", "to its first token; of each request, where tools were called"),
     ("tools_ms", "tools", "Tools", "while any of them ran"),
-    ("tts_ms", "tts", "Voice first byte", "from its first sentence to its first byte"),
-    ("rest_ms", "rest", "Rest", "further LLM requests, sentences being put together, the way out"),
+    ("voice_ms", "tts", "Voice", "from its first sentence to its first byte"),
+    ("line_ms", "way", "Line", "from its first byte until the bot was to be heard"),
+    ("rest_ms", "rest", "Rest", "between these: the LLM's first sentence being written"),
 )
 
 
@@ -150,25 +147,17 @@ class Call:
 
     def parts(self, turn: Row, total: float) -> list[tuple[str, float]]:
         """What a wait was for: (colour, ms) in order, the rest last; adds up to `total` or more."""
-        latency = row_of(turn, "latency")
-        known = {name: max(number_of(latency, name) or 0.0, 0.0) for name, *_ in PARTS}
-        # Hearing happens while the end of the turn is awaited: what is left of it comes after.
-        known["end_of_turn_ms"] = max(known["end_of_turn_ms"] - known["stt_ms"], 0.0)
-        known["tools_ms"] = self._tools_ms(start_ms(turn) - total, start_ms(turn))
+        parts = row_of(row_of(turn, "latency"), "parts")
+        known = {name: max(number_of(parts, name) or 0.0, 0.0) for name, *_ in PARTS}
         known["rest_ms"] = 0.0
-        known["rest_ms"] = max(total - sum(known.values()), 0.0)
+        known["rest_ms"] = round(max(total - sum(known.values()), 0.0), 1)
         return [(colour, known[name]) for name, colour, *_ in PARTS if known[name] > 0]
 
-    def _tools_ms(self, begin: float, end: float) -> float:
-        """For how long of a stretch of the call at least one tool ran."""
-        busy, done = 0.0, begin
-        for tool in sorted(self.tools, key=lambda tool: number_of(tool, "at_ms") or 0.0):
-            at, duration = number_of(tool, "at_ms"), number_of(tool, "duration_ms")
-            if at is not None and duration is not None:
-                until = min(at + duration, end)
-                busy += max(until - max(at, done), 0.0)
-                done = max(done, until)
-        return busy
+    @property
+    def saved(self) -> list[float]:
+        """For how long, ms, each answer that was begun in the caller's pause was made in it."""
+        known = (number_of(row_of(turn, "latency"), "llm_saved_ms") for turn, _ in self.responses)
+        return [ms for ms in known if ms]
 
 
 # Of each file of a folder its size in bytes and the epoch nanoseconds of its last change.

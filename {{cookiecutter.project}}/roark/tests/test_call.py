@@ -703,8 +703,141 @@ def test_latency_runs_from_the_callers_last_sound_to_the_bots_first_and_has_part
         "stt_ms": 250.0,
         "llm_ms": 300.0,
         "tts_ms": 200.0,
+        "parts": {
+            "pause_ms": 200.0,
+            "verdict_ms": 150.0,
+            "transcript_ms": 50.0,
+            "llm_ms": 300.0,
+            "voice_ms": 200.0,
+            "rest_ms": 100.0,
+        },
     }
     assert record.as_dict()["models"] == {"llm": ["gpt"], "tts": ["sonic"]}
+
+
+def asked(at: float, *kinds: str) -> list[dict]:
+    return [event("request", at + number, kind=kind) for number, kind in enumerate(kinds)]
+
+
+def first_token(at: float, seconds: float) -> dict:
+    return event("metric", at, kind="ttfb", service="llm", value=seconds)
+
+
+def voiced(at: float, context: str = "c") -> list[dict]:
+    """An answer whose first sentence goes to the voice at `at`, and is heard 250 ms later."""
+    return [
+        event("voice", at + 150, context=context),
+        event("metric", at + 150, kind="ttfb", service="tts", value=0.15),
+        *spoken(at + 250, ("Hello.", 0), context=context),
+        event("bot", at + 900, edge="stop"),
+    ]
+
+
+def timed(*happened: dict) -> tuple[dict, dict]:
+    """(the caller's turn, latency of its answer) where each happens when it does."""
+    ordered = sorted(happened, key=lambda one: one["at"])
+    record = record_of(*ordered)
+    assert (
+        CallRecord.replay([*OPENING, CHUNK, *ordered]).as_dict()["usage"]
+        == (record.as_dict()["usage"])
+    )
+    caller, answer = record.as_dict()["turns"][:2]
+    assert sum(answer["latency"]["parts"].values()) == pytest.approx(answer["latency"]["total_ms"])
+    return caller, answer["latency"]
+
+
+def test_what_comes_last_of_verdict_and_transcript_is_what_is_waited_for():
+    turn = user(1000, 2000, "Hi.", decided=2445)
+    late_words = [event("turn-guess", 2340, complete=True, probability=0.9), *asked(2444, "answer")]
+    made = [first_token(2896, 0.45), *voiced(2950)]
+    early = [one | {"at": ms(2440)} if one["event"] == "transcript" else one for one in turn]
+    _, latency = timed(*early, *late_words, *made)
+    assert latency["parts"] == {
+        **{"pause_ms": 200.0, "verdict_ms": 145.0, "transcript_ms": 100.0, "llm_ms": 450.0},
+        **{"voice_ms": 150.0, "line_ms": 100.0, "rest_ms": 55.0},
+    }
+    # The words are there first: they cost what they took, the verdict the rest.
+    _, latency = timed(*turn, *late_words, *made)
+    assert latency["parts"]["transcript_ms"] == 50 and latency["parts"]["verdict_ms"] == 195
+
+
+def test_an_answer_begun_in_the_pause_takes_what_is_left_of_it_when_the_turn_ends():
+    turn = user(1000, 2000, "Hi.", decided=2400)
+    caller, latency = timed(
+        *turn, *asked(2110, "speculation"), first_token(2560, 0.45), *voiced(2600)
+    )
+    assert (latency["llm_ms"], latency["llm_saved_ms"]) == (450, 290)
+    assert latency["parts"]["llm_ms"] == 160
+    assert caller["withdrawn_answers"] == 0
+    # Its first token came before the turn had ended: nothing is waited for.
+    _, latency = timed(*turn, *asked(2110, "speculation"), first_token(2310, 0.2), *voiced(2410))
+    assert latency["llm_saved_ms"] == 200 and "llm_ms" not in latency["parts"]
+    # One that was asked for at the end has saved nothing.
+    _, latency = timed(*turn, *asked(2399, "answer"), first_token(2700, 0.3), *voiced(2710))
+    assert "llm_saved_ms" not in latency
+
+
+@pytest.mark.parametrize("gives_up", [[("withdrawn", 2300)], [], [("interruption", 2300)]])
+def test_a_withdrawn_answer_is_counted_and_its_time_is_not_the_next_ones(gives_up):
+    caller, latency = timed(
+        *user(1000, 2000, "Hi, I am", "Bea.", decided=2700),
+        *asked(2110, "speculation"),
+        *(event(name, at) for name, at in gives_up),
+        *asked(2350, "speculation"),
+        # Its service tells when it gave up, which is no first token.
+        first_token(2352, 0.24),
+        first_token(2800, 0.45),
+        *voiced(2850),
+    )
+    assert caller["withdrawn_answers"] == 1
+    assert (latency["llm_ms"], latency["llm_saved_ms"]) == (450, 350)
+
+
+def test_an_answer_that_wants_a_tool_as_the_turn_ends_is_withdrawn_and_asked_for_again():
+    caller, latency = timed(
+        *user(1000, 2000, "Cancel it.", decided=2400),
+        *asked(2110, "speculation"),
+        first_token(2395, 0.28),
+        event("withdrawn", 2401),
+        *asked(2402, "answer"),
+        first_token(2700, 0.297),
+        event("tool", 2720, id="t", name="cancel"),
+        event("tool-result", 2820, id="t", content="done"),
+        *asked(2821, "answer"),
+        first_token(3121, 0.3),
+        *voiced(3130),
+    )
+    assert caller["withdrawn_answers"] == 1
+    assert "llm_saved_ms" not in latency
+    assert latency["parts"]["llm_ms"] == pytest.approx(297 + 300, abs=3)
+    assert latency["parts"]["tools_ms"] == 100
+
+
+def test_requests_whose_usage_nobody_told_are_counted_and_not_priced():
+    told = [
+        event("metric", at, kind=kind, service="llm", value=value)
+        for at in (2650, 3400)
+        for kind, value in (("prompt_tokens", 1000), ("completion_tokens", 20))
+    ]
+    record = record_of(
+        event("prices", 0, values={"prompt_tokens_per_million": 1.0}),
+        *user(1000, 2000, "Hi, I am", "Bea.", decided=2700),
+        *asked(2110, "speculation"),
+        event("withdrawn", 2300),
+        *asked(2350, "speculation"),
+        # Made to its end, and withdrawn all the same: it was paid for.
+        told[0],
+        told[1],
+        event("withdrawn", 2660),
+        *asked(2701, "answer", "summary"),
+        *told[2:],
+    )
+    kept = record.as_dict()
+    assert kept["usage"] == {
+        **{"prompt_tokens": 2000, "completion_tokens": 40, "llm_requests": 4},
+        **{"llm_requests_withdrawn": 2, "llm_requests_without_usage": 2},
+    }
+    assert kept["cost"]["total"] == 0.002 and kept["cost"]["llm_requests_not_counted"] == 2
 
 
 def test_a_speech_that_waits_for_another_is_heard_when_its_turn_comes():

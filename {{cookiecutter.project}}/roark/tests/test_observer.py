@@ -16,6 +16,7 @@ from pipecat.audio.dtmf.types import KeypadEntry
 from pipecat.flows import FlowManager, NodeConfig
 from pipecat.frames.frames import (
     BotStartedSpeakingFrame,
+    EagerEndOfTurnCancelFrame,
     EndFrame,
     ErrorFrame,
     Frame,
@@ -26,6 +27,8 @@ from pipecat.frames.frames import (
     InputDTMFFrame,
     InputTransportMessageFrame,
     InterruptionFrame,
+    LLMContextFrame,
+    LLMContextSummaryRequestFrame,
     LLMFullResponseStartFrame,
     LLMRunFrame,
     LLMSetToolsFrame,
@@ -42,6 +45,8 @@ from pipecat.observers.base_observer import FramePushed
 from pipecat.pipeline.pipeline import Pipeline
 from pipecat.pipeline.worker import PipelineParams, PipelineWorker
 from pipecat.processors.aggregators.dtmf_aggregator import DTMFAggregator
+from pipecat.processors.aggregators.llm_context import LLMContext
+from pipecat.processors.aggregators.llm_response_universal import LLMContextAggregatorPair
 from pipecat.processors.audio.audio_buffer_processor import AudioBufferProcessor
 from pipecat.processors.frame_processor import FrameDirection, FrameProcessor
 from pipecat.processors.frameworks.rtvi import RTVIProcessor
@@ -258,6 +263,29 @@ async def test_a_frame_sent_both_ways_counts_once(call):
     await observer.on_push_frame(pushed(down))
     await observer.on_push_frame(pushed(up, up=True))
     assert [event["event"] for event in call.events] == ["call", "tool"]
+
+
+async def test_requests_to_the_llm_are_told_apart_and_the_news_of_what_was_said_is_none(call):
+    context = LLMContext()
+    provisional = LLMContextFrame(LLMContext(), speculation=True)
+    summary = LLMContextSummaryRequestFrame("s", context, 3, 2000, "Sum up.")
+    observer = observer_of(call)
+    users, assistants = LLMContextAggregatorPair(context)
+    for source, frame, up in (
+        (users, provisional, False),
+        (users, EagerEndOfTurnCancelFrame(), False),
+        (users, LLMContextFrame(context), False),
+        # After a tool; then when the bot has spoken.
+        (assistants, LLMContextFrame(context), True),
+        (assistants, LLMContextFrame(context), False),
+        (assistants, summary, True),
+    ):
+        await observer.on_push_frame(pushed(frame, up=up, source=source))
+    told = [(event["event"], event.get("kind")) for event in call.events[1:]]
+    assert told == [
+        *[("request", "speculation"), ("withdrawn", None), ("request", "answer")],
+        *[("request", "answer"), ("request", "summary")],
+    ]
 
 
 async def test_keys_are_a_turn_from_the_first_one_pressed(call):

@@ -254,13 +254,44 @@ def test_the_parts_of_a_wait_are_disjoint_and_add_up(folder: Path):
     [wait] = page.data["waits"]
     assert wait["from_ms"] == 3000
     assert dict(wait["parts"]) == pytest.approx(
-        {"stt": 200, "turn": 100, "llm": 300, "tools": 200, "tts": 100, "rest": 100}
+        {"pause": 100, "stt": 100, "turn": 100, "llm": 300}
+        | {"tools": 200, "tts": 100, "rest": 100}
     )
     labels = [attrs["aria-label"] for _, attrs in page.tags if attrs.get("class") == "bar"]
     assert labels == [
-        "Speech to text 200 ms, End of turn 100 ms, LLM first token 300 ms, Tools 200 ms, "
-        "Voice first byte 100 ms, Rest 100 ms"
+        "Pause 100 ms, End of turn 100 ms, Transcript 100 ms, LLM 300 ms, Tools 200 ms, "
+        "Voice 100 ms, Rest 100 ms"
     ]
+
+
+def test_what_speculation_saved_and_cost_is_said_beside_the_times(folder: Path):
+    begun = (
+        event("request", 2900, kind="speculation"),
+        event("withdrawn", 2950),
+        event("request", 3105, kind="speculation"),
+        event("metric", 3250, kind="ttfb", service="llm", model="m", value=0.14),
+    )
+    asked = [one for one in events(CONVERSATION, *begun, *ENDED) if one.get("value") != 0.3]
+    write_record(folder, asked)
+    page = Page(report.write_report(folder))
+    assert "140 ms saved: the LLM had begun in the pause" in page.text
+    assert (
+        "saved 140 ms, in 1 of 1 turns. Requests to the LLM that were withdrawn: 1 of 2."
+        in page.text
+    )
+    assert "LLM requests 2 of these withdrawn 1 of unknown usage 2" in page.text
+    [wait] = page.data["waits"]
+    assert "llm" not in dict(wait["parts"])
+
+
+def test_of_a_record_without_the_parts_of_its_times_the_whole_is_shown(call: Path):
+    record = json.loads((call / "call.json").read_text())
+    for turn in record["turns"]:
+        if turn["latency"]:
+            turn["latency"] = {"total_ms": turn["latency"]["total_ms"], "parts": ["?"]}
+    (call / "call.json").write_text(json.dumps(record))
+    [wait] = Page(report.write_report(call)).data["waits"]
+    assert dict(wait["parts"]) == {"rest": 1000}
 
 
 def test_tools_errors_nodes_interruptions_and_usage_are_there(folder: Path):
@@ -1051,7 +1082,7 @@ def test_waits_stand_slowest_first_or_as_they_came(open_page, folder: Path):
     tab.page.get_by_role("button", name="As they came").click()
     assert waits.all_inner_texts() == ["1.00 s", "2.50 s"]
     tab.page.get_by_text("after 2.50 s").click()
-    assert "LLM first token 300 ms" in tab.page.locator(".waited[open]").inner_text()
+    assert "LLM 300 ms" in tab.page.locator(".waited[open]").inner_text()
 
 
 def test_tools_that_would_cover_each_other_are_one_mark_until_the_view_is_near(
