@@ -1,7 +1,7 @@
 """Calls that the bot places: who may be called, who picks up, and what is left of it."""
 
 import asyncio
-import json
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -55,73 +55,63 @@ async def harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, may_call: Non
         yield harness
 
 
-async def call(harness: Harness, number: str, kind: str, *words: str) -> asyncio.Task[str]:
-    """Have the bot call somebody who says `words`; return what follows the call."""
+@dataclass
+class Called:
+    """A call that is over.
+
+    Attributes:
+        outcome: What whoever placed it was told in the end.
+        record: Its call record.
+    """
+
+    outcome: str
+    record: dict[str, Any]
+
+    @property
+    def ending(self) -> tuple[str, str]:
+        """Reason and detail."""
+        return self.record["ending"]["reason"], self.record["ending"]["detail"]
+
+    @property
+    def said(self) -> list[str]:
+        """What the bot said."""
+        return [turn["text"] for turn in self.record["turns"] if turn["role"] == "assistant"]
+
+
+async def call(harness: Harness, kind: str, *words: str, digits: str = "") -> Called:
+    """Have the bot call somebody who says `words`, until it is over."""
     voices = [await spoken_voice(ScriptedEngine(), text) for text in words]
-    ears = len(harness.engine.hears_at_hz)
     harness.engine.script = Script(hears=words, answers=(Answer(says="Good. Goodbye."),))
     callee = who_is_called(kind, voices, lambda _text: None, rings_s=0.1)
-    harness.providers.twilio.callees[number] = callee
+    harness.providers.twilio.callees[NUMBER] = callee
     host = harness.url.partition("://")[2]
     calls = Outbound(agent="bot", host=host, tell=lambda _text: None, ask_every_seconds=0.1)
-    errand = Errand(callee_number=number, callee_name="Ann", call_reason="your appointment")
-    sid = await calls.place(errand, digits="ww1" if kind == "person" else "")
-    following = asyncio.create_task(calls.follow(sid, errand))
-    async with asyncio.timeout(SECONDS):
-        # Its ears have these words, and the next call's have others.
-        while callee.phone and len(harness.engine.hears_at_hz) == ears:
-            await asyncio.sleep(0.02)
-    return following
+    sid = await calls.place(ERRAND, digits=digits)
+    async with asyncio.timeout(2 * SECONDS):
+        outcome = await calls.follow(sid, ERRAND)
+        if callee.phone:
+            await harness.over()
+    record = harness.record
+    assert record["metadata"]["direction"] == "outbound"
+    assert record["phone"]["to_number"] == NUMBER
+    assert harness.received.ended
+    assert harness.received.ended["callEndedReason"] == record["ending"]["reason"]
+    return Called(outcome, record)
+
+
+GREETING = "Hello Ann, about your appointment."
 
 
 @pytest.mark.slow
-async def test_every_call_out_has_its_ending_in_a_record_whoever_or_nobody_picks_up(
+async def test_a_person_is_greeted_when_they_have_said_hello_and_talks_with_the_llm(
     harness: Harness,
 ) -> None:
-    callees = {
-        "person": ("Hello?", "That suits me."),
-        "voicemail": ("Leave a message after the tone.",),
-        "screening": ("Please say your name.",),
-        "silent": (),
-        "busy": (),
-        "no-answer": (),
-    }
-    numbers = {kind: f"+493012345{index}0" for index, kind in enumerate(callees)}
-    following: list[asyncio.Task[str]] = []
-    for kind, words in callees.items():
-        following.append(await call(harness, numbers[kind], kind, *words))
-        if kind == "person":
-            # A dialogue has the machine to itself.
-            await harness.over()
-    outcomes = await asyncio.wait_for(asyncio.gather(*following), SECONDS)
-    for number in range(4):
-        await harness.over(number)
-
-    assert outcomes == ["completed"] * 4 + ["busy", "no-answer"]
-    files = [json.loads(file.read_text()) for file in harness.calls_dir.glob("*/call.json")]
-    records: dict[str, dict[str, Any]] = {one["phone"]["to_number"]: one for one in files}
-    of = {kind: records[number] for kind, number in numbers.items()}
-    assert {kind: record["ending"]["reason"] for kind, record in of.items()} == {
-        "voicemail": "voicemail",
-        "screening": "declined",
-        "person": "client-disconnected",
-        "silent": "no-answer",
-        "busy": "busy",
-        "no-answer": "no-answer",
-    }
-    assert {record["metadata"]["direction"] for record in files} == {"outbound"}
-    received = [one.ended["callEndedReason"] for one in harness.roark.calls.values() if one.ended]
-    assert sorted(received) == sorted(record["ending"]["reason"] for record in files)
-
-    def said(kind: str) -> list[str]:
-        return [turn["text"] for turn in of[kind]["turns"] if turn["role"] == "assistant"]
-
-    greeting = "Hello Ann, about your appointment."
-    assert said("voicemail") == [MESSAGE]
-    assert said("screening") == said("silent") == [greeting]
+    called = await call(harness, "person", "Hello?", "That suits me.", digits="ww1")
+    assert called.outcome == "completed"
+    assert called.ending == ("client-disconnected", "the callee hung up")
     # On a busy machine the greeting has holes, and who hears one speaks into it.
-    assert greeting.startswith(said("person")[0])
-    assert said("person")[-1] == "Good. Goodbye."
+    assert GREETING.startswith(called.said[0])
+    assert called.said[-1] == "Good. Goodbye."
     assert [digits for _, digits in harness.providers.twilio.pressed] == ["ww1"]
     asked = harness.engine.asked
     assert asked
@@ -129,12 +119,42 @@ async def test_every_call_out_has_its_ending_in_a_record_whoever_or_nobody_picks
     assert all("you have called Ann, about your appointment" in a[0]["content"] for a in asked)
     assert {a[-1]["content"] for a in asked} == {"That suits me."}
 
-    # Who only says that the bot has called them is nobody's errand.
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "words", "reason", "said"),
+    [
+        ("voicemail", ["Leave a message after the tone."], "voicemail", [MESSAGE]),
+        ("screening", ["Please say your name."], "declined", [GREETING]),
+        ("silent", [], "no-answer", [GREETING]),
+    ],
+)
+async def test_whatever_else_picks_up_has_its_ending_and_the_llm_is_not_asked(
+    harness: Harness, kind: str, words: list[str], reason: str, said: list[str]
+) -> None:
+    called = await call(harness, kind, *words)
+    assert (called.outcome, called.ending[0]) == ("completed", reason)
+    assert called.said == said
+    assert not harness.engine.asked
+
+
+@pytest.mark.parametrize("kind", ["busy", "no-answer"])
+async def test_a_call_that_nobody_takes_has_its_ending_in_a_record_though_no_pipeline_ran(
+    harness: Harness, kind: str
+) -> None:
+    called = await call(harness, kind)
+    assert called.outcome == called.ending[0] == kind
+    assert not harness.image.sessions
+
+
+async def test_who_only_says_that_the_bot_has_called_them_is_nobodys_errand(
+    harness: Harness,
+) -> None:
     forged = {**ERRAND.parameters("another"), "call_reason": "whatever they like"}
     async with harness.caller("twilio", parameters=forged) as stranger:
         await asyncio.wait_for(stranger.ended.wait(), SECONDS)
-    await harness.over(4)
-    assert len(harness.roark.calls) == len(callees)
+    await harness.over()
+    assert not harness.roark.calls
 
 
 class Clock:
