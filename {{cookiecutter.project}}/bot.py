@@ -161,6 +161,7 @@ async def run_pipeline(
     tts = services.create_tts()
 
     floor = Floor()
+    client_ready = asyncio.Event()
     context.set_tools(tools.offered())
     # Loads two models; in a thread, for the other calls of this process are not to stumble.
     user_params = await asyncio.to_thread(turns.params, floor, stt)
@@ -184,7 +185,7 @@ async def run_pipeline(
             *([opening.gate] if opening else []),
             llm,
             tts,
-            Hold(floor),
+            Hold(floor, client_ready),
             recorded.RecordedApology(),
             transport.output(),
             # <% if cookiecutter.record_audio %>
@@ -238,7 +239,6 @@ async def run_pipeline(
     greeting = FirstWords(worker, ending, caller_side, told=told, to_say=RECORDED)
 
     caller: str | None = None
-    client_ready = asyncio.Event()
 
     @transport.event_handler("on_client_connected")
     async def on_client_connected(_transport, client):
@@ -252,12 +252,12 @@ async def run_pipeline(
         logger.info("Caller connected")
         if opening:
             opening.picked_up(worker, ending, failed)
-            return
-        # Before anything that could break.
-        greeting.prepare()
+        else:
+            await greeting.say()
+        # The greeting is on its way meanwhile. A client that never says so hears it all the same.
         with suppress(TimeoutError):
             await asyncio.wait_for(client_ready.wait(), connection.client_ready_seconds)
-        await greeting.say()
+        client_ready.set()
 
     async def caller_is_gone(reason: str, detail: str, *_event: object) -> None:
         client_ready.set()

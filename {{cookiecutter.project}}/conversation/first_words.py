@@ -58,15 +58,12 @@ class FirstWords:
                 caller.add_messages(instruction(about).messages)
             self._caller_has_spoken = True
 
-    def prepare(self) -> None:
-        """The caller is there; they may speak before their client can play anything."""
+    async def say(self) -> None:
+        """Greet the caller now, unless they spoke first: the answer to that is the greeting."""
         self._floor.bot_owes(has_text=bool(self._greeting))
         if not self._greeting:
             # Whatever the LLM says first, it greets. Not by a frame, which speech would drop.
             self._caller.add_messages(instruction(self._told).messages)
-
-    async def say(self) -> None:
-        """Greet the caller now, unless they spoke first: the answer to that is the greeting."""
         if self._caller_has_spoken or self._floor.caller_turns or self._ending.has_begun:
             return
         if self._greeting:

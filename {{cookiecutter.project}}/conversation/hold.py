@@ -1,4 +1,4 @@
-"""The bot does not begin to speak while the caller makes a sound.
+"""The bot does not begin to speak before the client can play it, nor while the caller sounds.
 
 A pause may be taken for the end of a turn, and the answer be ready when the caller goes on. Whether
 that is a word or a cough is known half a second later; people wait for it before they speak.
@@ -30,10 +30,11 @@ class Hold(FrameProcessor):
     An interruption drops what is held, as whatever else is on its way.
     """
 
-    def __init__(self, floor: Floor) -> None:
-        """Ask `floor` who makes a sound."""
+    def __init__(self, floor: Floor, client_ready: asyncio.Event) -> None:
+        """Ask `floor` who makes a sound; hold the first of all until `client_ready` is set."""
         super().__init__()
         self._floor = floor
+        self._client_ready = client_ready
         self._has_begun = False
 
     async def process_frame(self, frame: Frame, direction: FrameDirection) -> None:
@@ -42,6 +43,7 @@ class Hold(FrameProcessor):
         match frame:
             # Its first word may come before its sound, and would be taken for heard.
             case TTSAudioRawFrame() | TTSTextFrame() if not self._has_begun:
+                await self._client_ready.wait()
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._silence(), LONGEST_HOLD_SECONDS)
                 self._has_begun = True

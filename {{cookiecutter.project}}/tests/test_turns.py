@@ -286,6 +286,12 @@ class Sounds(Floor):
         pass
 
 
+def set_event() -> asyncio.Event:
+    event = asyncio.Event()
+    event.set()
+    return event
+
+
 AUDIO = TTSAudioRawFrame(bytes(640), 16000, 1)
 WORD = TTSTextFrame("Yes.", TextType.SENTENCE)
 
@@ -295,7 +301,7 @@ async def test_an_answer_does_not_begin_while_the_caller_makes_a_sound_and_goes_
 ):
     floor = Sounds()
     await run_test(
-        Hold(floor),
+        Hold(floor, set_event()),
         frames_to_send=[WORD, AUDIO],
         expected_down_frames=[TTSTextFrame, TTSAudioRawFrame],
     )
@@ -306,7 +312,7 @@ async def test_an_answer_held_back_is_dropped_by_the_interruption() -> None:
     floor = Sounds()
     floor.until = 1_000_000
     await run_test(
-        Hold(floor),
+        Hold(floor, set_event()),
         frames_to_send=[WORD, AUDIO, SleepFrame(0.05), InterruptionFrame()],
         expected_down_frames=[InterruptionFrame],
     )
@@ -318,7 +324,24 @@ async def test_a_sound_that_does_not_end_holds_no_answer_for_long(
     monkeypatch.setattr(hold, "LONGEST_HOLD_SECONDS", 0.01)
     floor = Sounds()
     floor.until = 1_000_000
-    await run_test(Hold(floor), frames_to_send=[AUDIO], expected_down_frames=[TTSAudioRawFrame])
+    await run_test(
+        Hold(floor, set_event()), frames_to_send=[AUDIO], expected_down_frames=[TTSAudioRawFrame]
+    )
+
+
+async def test_what_is_ready_before_the_client_can_play_it_waits_and_is_not_lost() -> None:
+    client_ready = asyncio.Event()
+    asyncio.get_running_loop().call_later(0.05, client_ready.set)
+    waits = Hold(Floor(), client_ready)
+    was_ready: list[bool] = []
+
+    @waits.event_handler("on_after_push_frame")
+    async def on_after_push_frame(_hold: Hold, frame: Frame) -> None:
+        if isinstance(frame, TTSAudioRawFrame):
+            was_ready.append(client_ready.is_set())
+
+    await run_test(waits, frames_to_send=[AUDIO], expected_down_frames=[TTSAudioRawFrame])
+    assert was_ready == [True]
 
 
 async def test_while_the_bot_is_silent_the_first_sound_takes_the_turn() -> None:
