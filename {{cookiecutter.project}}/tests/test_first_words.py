@@ -29,10 +29,17 @@ async def harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("transport", "options"),
+    [
+        pytest.param("twilio", {}, id="by phone"),
+        pytest.param("webrtc", {"rtvi": False}, id="a client that never says it is ready"),
+    ],
+)
 async def test_the_given_greeting_is_spoken_before_the_llm_is_asked_and_remembered(
-    harness: Harness,
+    harness: Harness, transport: str, options: dict[str, bool]
 ) -> None:
-    async with harness.caller("twilio") as caller:
+    async with harness.caller(transport, **options) as caller:
         await harness.hear_greeting(caller)
         assert not harness.engine.asked
         await harness.ask(caller)
