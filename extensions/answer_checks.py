@@ -104,9 +104,11 @@ def taken_names(template: Path) -> list[str]:
     return (template / "extensions" / "taken_names.txt").read_text(encoding="utf-8").split()
 
 
+@cache
 def given_answers() -> list[tuple[str, Any]]:
     """Return what the cookiecutter command was given; nothing where it is not what runs.
 
+    Kept: the hooks run in other folders, from which a relative path leads nowhere.
     ~/.cookiecutterrc is left alone: it may hold answers to other templates.
     """
     if not is_the_command():
