@@ -17,6 +17,10 @@ from machine import machine
 
 __all__ = ["machine"]
 
+# Of the many processes that tests start each would compile Pipecat again: three seconds of work.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put tests in an order in which xdist's workers seldom wait for one another.

@@ -20,12 +20,7 @@ def run_bot(*arguments: str, cwd: Path, **environment: str) -> subprocess.Comple
     return subprocess.run(
         [sys.executable, str(PROJECT / "bot.py"), *arguments],
         cwd=cwd,
-        env={
-            "PATH": os.environ["PATH"],
-            "PYTHON_DOTENV_DISABLED": "1",
-            "PYTHONDONTWRITEBYTECODE": "1",
-            **environment,
-        },
+        env={"PATH": os.environ["PATH"], "PYTHON_DOTENV_DISABLED": "1", **environment},
         capture_output=True,
         text=True,
         timeout=60,

@@ -245,7 +245,7 @@ async def deployed(folder: Path) -> AsyncIterator[tuple[str, asyncio.subprocess.
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "rehearsal.host.base_image"),
         cwd=app,
-        env=os.environ | {"PYTHONPATH": str(harness.parent), "PYTHONDONTWRITEBYTECODE": "1"},
+        env=os.environ | {"PYTHONPATH": str(harness.parent)},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
     )

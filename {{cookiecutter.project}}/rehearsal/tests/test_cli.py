@@ -101,7 +101,7 @@ async def started(
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "rehearsal", *arguments),
         cwd=project,
-        env={**clean, "PYTHONDONTWRITEBYTECODE": "1", **(environment or {})},
+        env={**clean, **(environment or {})},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
