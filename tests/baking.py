@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = "{{cookiecutter.project}}"
+# For whole projects whose calls are not about time: on a busy machine the answer may be late.
+PATIENT = ("ANSWER_SECONDS", "30")
 
 
 @dataclass(frozen=True)

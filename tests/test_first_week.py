@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from baking import Bake, BakedProject, succeed
+from baking import PATIENT, Bake, BakedProject, succeed
 from config import required
 from deploy.check import check_secrets
 
@@ -42,8 +42,9 @@ def add_tool(project: BakedProject) -> None:
 
 @pytest.mark.slow
 def test_with_groq_and_rime_swapped_in_calls_and_tests_go_on_and_say_what_stands_in(
-    bake: Bake,
+    bake: Bake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(*PATIENT)
     project = bake()
     services = swapped(project.read("README.md"), project.read("services.py"))
     (project.path / "services.py").write_text(services)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from baking import Bake, succeed
+from baking import PATIENT, Bake, succeed
 
 # For every Python process that finds it: only this machine has a name and an address.
 NO_NETWORK = """\
@@ -46,6 +46,7 @@ def test_a_bot_with_whisper_and_piper_holds_its_calls(
     monkeypatch.setenv("ASKED_FOR", str(asked_for))
     # Nothing is there that an earlier download has left.
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv(*PATIENT)
     called = project.tool("rehearsal", "call", "-t", "twilio", "--engine", "scripted")
     succeed(called)
     assert not asked_for.exists(), asked_for.read_text()

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from baking import ROOT, BakedProject, succeed
+from baking import PATIENT, ROOT, BakedProject, succeed
 
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
 OLDEST, NEWEST_TRIED = PYTHONS[0], "3.13"
@@ -59,9 +59,10 @@ def test_every_python_generates_the_same_project_and_compiles_it_without_a_warni
 
 @pytest.mark.slow
 def test_a_project_holds_a_call_on_the_newest_python_tried(
-    default_project: BakedProject, tmp_path: Path
+    default_project: BakedProject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All of its tests would take minutes; on 3.11 they run elsewhere."""
+    monkeypatch.setenv(*PATIENT)
     program = interpreter(NEWEST_TRIED)
     project = BakedProject(Path(shutil.copytree(default_project.path, tmp_path / "bot")))
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from baking import FOLDER, ROOT, Bake, BakedProject, succeed
+from baking import FOLDER, PATIENT, ROOT, Bake, BakedProject, succeed
 
 FORM = json.loads((ROOT / "cookiecutter.json").read_text(encoding="utf-8"))
 
@@ -213,7 +213,10 @@ def test_what_cannot_be_swept_is_named_and_the_project_stays(
 @pytest.mark.parametrize(
     "answers", WHOSE_CALLS_ARE_HELD, ids=lambda answers: "-".join(map(str, answers.values()))
 )
-def test_a_rendering_holds_calls_with_its_own_services(bake: Bake, answers: dict[str, Any]) -> None:
+def test_a_rendering_holds_calls_with_its_own_services(
+    bake: Bake, answers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(*PATIENT)
     files = ["tests/test_calls.py", "tests/test_preflight.py"]
     succeed(bake(**answers).tool("pytest", "-q", "-n", "0", "-m", "not slow", *files))
 
