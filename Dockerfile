@@ -17,7 +17,11 @@ RUN --mount=type=cache,target=/root/.cache/uv \
     else \
         echo "No uv.lock: today's newest versions. Run 'uv lock' and commit it to pin them." >&2; \
         uv sync --no-install-project --no-dev; \
-    fi
+    fi \
+    && apt-get update && apt-get install -y --no-install-recommends binutils \
+    && find .venv -name '*.so*' -type f -exec strip --strip-unneeded {} ';' \
+    && apt-get purge -y --auto-remove binutils \
+    && apt-get clean && rm -rf /var/lib/apt/lists/*
 COPY --from=bake /bot/*.py /bot/prompt.md /bot/outbound.md /bot/voicemail.md /bot/outcome.jso[n] ./
 COPY --from=bake /bot/conversation/ conversation/
 COPY --from=bake /bot/host/ host/

@@ -17,6 +17,7 @@ from benchmarks import (
     frames,
     generation,
     growth,
+    images,
     long_call,
     markers,
     openings,
@@ -44,9 +45,10 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "report": report.report,
     "growth": growth.report,
     "stalls": stalls.report,
+    "images": images.report,
 }
 
-LONG = ("soak", "stalls")
+LONG = ("images", "soak", "stalls")
 """Only when they are named."""
 
 

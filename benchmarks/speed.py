@@ -214,7 +214,7 @@ async def running(bot: Bot, environment: dict[str, str]) -> AsyncIterator[Runnin
     ours = {**environment, "TWILIO_AUTH_TOKEN": ""} if bot.name == OURS else environment
     async with _process(command, bot, ours) as process:
         url = f"http://127.0.0.1:{port}"
-        await _until_ok(process, f"{url}/status")
+        await until_ok(process, f"{url}/status")
         yield Running(process, url)
 
 
@@ -228,7 +228,7 @@ async def under_image(
     async with _process(bot.image, bot, ours) as process:
         assert process.stdout
         url = (await asyncio.wait_for(process.stdout.readline(), SECONDS)).decode().strip()
-        await _until_ok(process, f"{url}/readyz")
+        await until_ok(process, f"{url}/readyz")
         yield Running(process, url), time.monotonic() - began
 
 
@@ -262,7 +262,13 @@ async def _process(
             await process.wait()
 
 
-async def _until_ok(process: asyncio.subprocess.Process, url: str) -> None:
+async def until_ok(process: asyncio.subprocess.Process, url: str) -> None:
+    """Ask an address until it answers with success.
+
+    Raises:
+        TimeoutError: It did not within SECONDS.
+        RuntimeError: The process ended.
+    """
     async with asyncio.timeout(SECONDS), aiohttp.ClientSession() as http:
         while process.returncode is None:
             with suppress(aiohttp.ClientError):

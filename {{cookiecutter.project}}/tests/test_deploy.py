@@ -130,21 +130,30 @@ class TestDockerfile:
     def test_dependencies_install_with_and_without_a_lock(
         self, tmp_path: Path, locked: bool
     ) -> None:
-        """The line is run by a real shell, with a uv that writes down how it was called."""
+        """The line is run by a real shell, with programs that write down how they were called.
+
+        In the same line debug symbols are taken out: the layer would keep them.
+        """
         (line,) = [
             rest for word, rest in deploy.instructions(PROJECT / "Dockerfile") if "uv sync" in rest
         ]
-        command = re.sub(r"^--mount=\S+\s*", "", line)
-        uv = tmp_path / "bin" / "uv"
-        uv.parent.mkdir()
-        uv.write_text('#!/bin/sh\necho "$@" >> calls-of-uv\n')
-        uv.chmod(0o755)
+        command = re.sub(r"^--mount=\S+\s*", "", line).replace(
+            "/var/lib/apt", str(tmp_path / "apt")
+        )
+        for name in ("uv", "apt-get", "strip"):
+            program = tmp_path / "bin" / name
+            program.parent.mkdir(exist_ok=True)
+            program.write_text(f'#!/bin/sh\necho "$@" >> calls-of-{name}\n')
+            program.chmod(0o755)
+        library = tmp_path / ".venv/lib/with-symbols.cpython-312.so"
+        library.parent.mkdir(parents=True)
+        library.touch()
         if locked:
             (tmp_path / "uv.lock").touch()
         shell = subprocess.run(
             ["/bin/sh", "-ec", command],
             cwd=tmp_path,
-            env={"PATH": f"{uv.parent}:/usr/bin:/bin"},
+            env={"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"},
             capture_output=True,
             text=True,
             check=True,
@@ -153,6 +162,10 @@ class TestDockerfile:
         called = (tmp_path / "calls-of-uv").read_text().strip()
         assert called == (expected if locked else expected.replace("--locked ", ""))
         assert ("uv lock" in shell.stderr) is not locked
+        stripped = (tmp_path / "calls-of-strip").read_text()
+        assert str(library.relative_to(tmp_path)) in stripped
+        told = (tmp_path / "calls-of-apt-get").read_text()
+        assert told.index("install") < told.index("purge"), "the tool is not left in the image"
 
     def test_the_dependencies_hold_what_the_images_server_needs(self) -> None:
         """`uv sync` removes from the image whatever the project does not depend on."""

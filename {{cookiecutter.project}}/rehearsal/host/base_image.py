@@ -17,6 +17,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Annotated, Any
 
@@ -24,12 +25,6 @@ import uvicorn
 from fastapi import BackgroundTasks, FastAPI, Header, Request, WebSocket
 from fastapi.responses import JSONResponse
 from loguru import logger
-from pipecat.transports.smallwebrtc.request_handler import (
-    ConnectionMode,
-    SmallWebRTCPatchRequest,
-    SmallWebRTCRequest,
-    SmallWebRTCRequestHandler,
-)
 from pipecatcloud.agent import (
     DailySessionArguments,
     PipecatSessionArguments,
@@ -71,10 +66,6 @@ class BaseImage:
         self._readyz: Callable[[], Readiness | Awaitable[Readiness]] = getattr(
             bot_module, "readyz", lambda: True
         )
-        # One call at a time, and no ICE server but those the platform names: here none.
-        self._offers = SmallWebRTCRequestHandler(
-            ice_servers=[], connection_mode=ConnectionMode.SINGLE
-        )
         # What /bot of a room-less session leaves for the offer that follows.
         self._waiting: asyncio.Future[None] | None = None
         self._body: Any = None
@@ -82,9 +73,9 @@ class BaseImage:
         self.app.add_api_route("/livez", self.livez)
         self.app.add_api_route("/readyz", self.readyz)
         self.app.add_api_route("/bot", self.start, methods=["POST"])
-        self.app.add_api_route("/api/offer", self.offer, methods=["POST"])
-        self.app.add_api_route("/api/offer", self.candidates, methods=["PATCH"])
         self.app.add_api_websocket_route("/ws", self.websocket)
+        if find_spec("aiortc"):
+            self._serve_offers()
 
     @property
     def awaits_offer(self) -> bool:
@@ -145,29 +136,42 @@ class BaseImage:
             )
         )
 
-    async def offer(
-        self,
-        request: Request,
-        background: BackgroundTasks,
-        x_daily_session_id: Annotated[str | None, Header()] = None,
-    ) -> dict[str, str] | None:
-        """Answer a WebRTC offer; the session runs on after the response."""
-        offered = SmallWebRTCRequest.from_dict(await request.json())
+    def _serve_offers(self) -> None:
+        """Answer WebRTC offers, as the image does where aiortc is installed."""
+        from pipecat.transports.smallwebrtc.request_handler import (
+            ConnectionMode,
+            SmallWebRTCPatchRequest,
+            SmallWebRTCRequest,
+            SmallWebRTCRequestHandler,
+        )
 
-        async def connected(connection: Any) -> None:
-            args = SmallWebRTCSessionArguments(
-                session_id=x_daily_session_id,
-                webrtc_connection=connection,
-                body=offered.request_data or self._body,
-            )
-            background.add_task(self._run, args)
+        # One call at a time, and no ICE server but those the platform names: here none.
+        offers = SmallWebRTCRequestHandler(ice_servers=[], connection_mode=ConnectionMode.SINGLE)
 
-        return await self._offers.handle_web_request(offered, connected)
+        @self.app.post("/api/offer")
+        async def offer(
+            request: Request,
+            background: BackgroundTasks,
+            x_daily_session_id: Annotated[str | None, Header()] = None,
+        ) -> dict[str, str] | None:
+            """Answer an offer; the session runs on after the response."""
+            offered = SmallWebRTCRequest.from_dict(await request.json())
 
-    async def candidates(self, request: SmallWebRTCPatchRequest) -> dict[str, str]:
-        """Take ICE candidates that come after the offer."""
-        await self._offers.handle_patch_request(request)
-        return {"status": "success"}
+            async def connected(connection: Any) -> None:
+                args = SmallWebRTCSessionArguments(
+                    session_id=x_daily_session_id,
+                    webrtc_connection=connection,
+                    body=offered.request_data or self._body,
+                )
+                background.add_task(self._run, args)
+
+            return await offers.handle_web_request(offered, connected)
+
+        @self.app.patch("/api/offer")
+        async def candidates(request: SmallWebRTCPatchRequest) -> dict[str, str]:
+            """Take ICE candidates that come after the offer."""
+            await offers.handle_patch_request(request)
+            return {"status": "success"}
 
     async def _run(self, args: SessionArguments) -> None:
         """Run bot() to its end: its exceptions are one log line, its time is limited."""
