@@ -131,11 +131,16 @@ class Listener:
 
     A person says something short and waits. A machine talks, and is known by its words or its beep,
     also after it was taken for a person: greetings have pauses.
+
+    Attributes:
+        who: Who picked up, as far as is known.
+        is_spoken_to: Whether the bot is speaking to them; nobody hangs up in mid-sentence.
     """
 
     def __init__(self, *, clock: Callable[[], float]) -> None:
         """Begin when the call is picked up; `clock` counts seconds."""
         self.who: Who | None = None
+        self.is_spoken_to = False
         self._clock = clock
         self._picked_up_at = clock()
         self._is_speaking = self._has_fallen_silent = False
@@ -232,7 +237,8 @@ class Listener:
             if known.search(said):
                 return who if quiet >= QUESTION_QUIET_SECONDS else None
         if self._heard_at is None:
-            return Who.NOBODY if now - self._picked_up_at >= NOBODY_SECONDS else None
+            is_late = now - self._picked_up_at >= NOBODY_SECONDS
+            return Who.NOBODY if is_late and not self.is_spoken_to else None
         is_short = len(said.split()) <= HELLO_WORDS and len(said) <= HELLO_CHARACTERS
         # Words can be here before the voice activity detector has said that there is a voice.
         is_hello = is_short and self._has_fallen_silent
@@ -286,8 +292,8 @@ class Opening:
     """The first half minute of a call that the bot placed.
 
     Attributes:
-        ears: Hear what is said; stand before the user aggregator.
-        gate: Keeps what the LLM is not to answer from it; stands before the LLM.
+        ears: Hear words and tones; stand before the user aggregator, which takes the words.
+        gate: Hears voices, and keeps what the LLM is not to answer from it; stands before the LLM.
     """
 
     def __init__(self, errand: "Errand", floor: Floor, *, to_say: str = "") -> None:
@@ -319,7 +325,8 @@ class Opening:
         """Begin to listen: somebody, or something, has picked up."""
         self._worker, self._ending = worker, ending
         # The time of what is heard, not of this machine, which may stumble.
-        self._listener = self.ears.listener = Listener(clock=lambda: self.ears.seconds)
+        listener = Listener(clock=lambda: self.gate.seconds)
+        self._listener = self.ears.listener = self.gate.listener = listener
         floor_observer.look(self._look)
 
     def how_it_ended(self) -> tuple[str, str]:
@@ -340,6 +347,7 @@ class Opening:
             return
         if listener.is_quiet_from_the_start and not self._has_spoken:
             self._start(self._greet())
+        listener.is_spoken_to = self._floor.bot_speaks or self._floor.answer_is_due
         who = listener.look()
         if who and who is not self._who:
             self._who = who
@@ -410,7 +418,6 @@ class _Ears(FrameProcessor):
     """Tells the listener what is heard; once `is_deaf`, lets no more words through.
 
     Attributes:
-        seconds: How much sound has come from the other side.
         answered_words: So many of the first words are answered by the greeting; where the last of
             them come late, they are not to interrupt it.
     """
@@ -418,7 +425,6 @@ class _Ears(FrameProcessor):
     def __init__(self) -> None:
         super().__init__()
         self.is_deaf = False
-        self.seconds = 0.0
         self.answered_words = 0
         self._listener: Listener | None = None
         self._tones: Tones | None = None
@@ -436,33 +442,47 @@ class _Ears(FrameProcessor):
         if listener := self._listener:
             match frame:
                 case InputAudioRawFrame() if self._tones:
-                    self.seconds += frame.num_frames / frame.sample_rate
                     self._tones.feed(frame.audio, frame.sample_rate)
                 case TranscriptionFrame() | InterimTranscriptionFrame():
                     is_final = not isinstance(frame, InterimTranscriptionFrame)
                     listener.words(frame.text, is_final=is_final)
                     if self.is_deaf or listener.word_count <= self.answered_words:
                         return
-                case VADUserStartedSpeakingFrame() if direction is FrameDirection.UPSTREAM:
-                    listener.speech_began(frame.start_secs)
-                case VADUserStoppedSpeakingFrame() if direction is FrameDirection.UPSTREAM:
-                    listener.speech_ended(frame.stop_secs)
                 case _:
                     pass
         await self.push_frame(frame, direction)
 
 
 class _Gate(FrameProcessor):
-    """Keeps requests from the LLM while `is_closed`, but for the next `lets_pass`."""
+    """Keeps requests from the LLM while `is_closed`, but for the next `lets_pass`.
+
+    Tells the listener when there is a voice, and counts time for it: here sound and what the voice
+    activity detector made of it come in one order, however late they are.
+
+    Attributes:
+        seconds: How much sound has been looked at for a voice.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.is_closed = True
         self.has_held = False
         self.lets_pass = 0
+        self.seconds = 0.0
+        self.listener: Listener | None = None
 
     async def process_frame(self, frame: Frame, direction: FrameDirection) -> None:
         await super().process_frame(frame, direction)
+        if (listener := self.listener) and direction is FrameDirection.DOWNSTREAM:
+            match frame:
+                case InputAudioRawFrame():
+                    self.seconds += frame.num_frames / frame.sample_rate
+                case VADUserStartedSpeakingFrame():
+                    listener.speech_began(frame.start_secs)
+                case VADUserStoppedSpeakingFrame():
+                    listener.speech_ended(frame.stop_secs)
+                case _:
+                    pass
         is_request = isinstance(frame, LLMContextFrame) and direction is FrameDirection.DOWNSTREAM
         if is_request and self.is_closed:
             if not self.lets_pass:

@@ -256,6 +256,10 @@ def test_silence_is_nobody_and_the_bot_begins_after_two_seconds() -> None:
     assert listener.is_quiet_from_the_start
     _, verdicts = listen()
     assert verdicts == [(10.0, Who.NOBODY)]
+    listener.is_spoken_to, clock.now = True, 11.0
+    assert listener.look() is None
+    listener.is_spoken_to = False
+    assert listener.look() is Who.NOBODY
 
 
 async def test_a_beep_and_a_fax_are_heard_and_no_voice_is_taken_for_one() -> None:
