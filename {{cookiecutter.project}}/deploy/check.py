@@ -16,6 +16,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from dotenv import dotenv_values
@@ -125,8 +126,10 @@ def lay_out_image(context: Path, app: Path, dockerfile: Path) -> None:
                     shutil.copytree(path, inside, dirs_exist_ok=True)
 
 
-def mentioned(source: str) -> Iterator[str]:
-    """Yield what Python source names: imported modules as file and folder, file-like strings."""
+@cache
+def mentioned(source: str) -> frozenset[str]:
+    """Return what Python source names: imported modules as file and folder, file-like strings."""
+    found = set[str]()
     for node in ast.walk(ast.parse(source)):
         match node:
             case ast.Import(names=names):
@@ -134,12 +137,13 @@ def mentioned(source: str) -> Iterator[str]:
             case ast.ImportFrom(module=str(module), level=0):
                 modules = [module]
             case ast.Constant(value=str(text)) if re.fullmatch(r"[\w-]+\.(?!py$)\w+", text):
-                yield text
+                found.add(text)
                 continue
             case _:
                 continue
         for top in (module.partition(".")[0] for module in modules):
-            yield from (f"{top}.py", top)
+            found |= {f"{top}.py", top}
+    return frozenset(found)
 
 
 def modules_of(package: Path) -> list[Path]:
