@@ -223,7 +223,7 @@ class Built:
 
     Parameters:
         base: How much of the image is the stand-in's.
-        libraries: Compiled libraries, every one of which was loaded.
+        libraries: Compiled libraries, every one of which was loaded; not tried with the scaffold's.
         ready: From the start of the process until `/readyz` says yes.
         greeted: From the start of the process to the first sound of the first caller's greeting.
     """
@@ -318,11 +318,12 @@ async def look(store: Store, built: Built, program: tuple[str, ...], starts: int
         built.bytecode = megabytes(root / "app/.venv", "*.pyc")
         built.whole = megabytes(root)
         built.intruders = intruders(root)
-        async with started(root, {}, "python", "-c", LOAD_EACH) as process:
-            told, _ = await process.communicate()
-            if process.returncode:
-                raise RuntimeError((root / "bot.log").read_text()[-3000:])
-            built.libraries = int(told)
+        if program == OURS:
+            async with started(root, {}, "python", "-c", LOAD_EACH) as process:
+                told, _ = await process.communicate()
+                if process.returncode:
+                    raise RuntimeError((root / "bot.log").read_text()[-3000:])
+                built.libraries = int(told)
         async with serve(ScriptedEngine(SCRIPT)) as providers, RoarkReceiver() as roark:
             for _ in range(starts):
                 ready, greeted = await call(root, program, providers, roark)
@@ -374,7 +375,7 @@ def report() -> str:
         lines.append(
             f"| {names[built.name]} | {built.venv:.0f} MB | {built.bytecode:.0f} MB "
             f"| {built.whole - built.base:.0f} MB "
-            f"| {median(built.ready):.2f} s | {median(built.greeted):.2f} s | {built.libraries} "
+            f"| {median(built.ready):.2f} s | {median(built.greeted):.2f} s | {built.libraries or 'not tried'} "
             f"| {', '.join(built.intruders) or 'nothing'} |"
         )
     return "\n".join(

@@ -1,6 +1,7 @@
 """Deploying straight from this repository, and what every answer's project would deploy."""
 
 import itertools
+import json
 import re
 import shutil
 import subprocess
@@ -25,7 +26,7 @@ def instructions(dockerfile: Path) -> list[tuple[str, str]]:
 
 def image_python(project: BakedProject) -> str:
     """Return the Python of the base image, such as 3.12."""
-    found = re.search(r"(?m)^FROM .*-py(\d+\.\d+)$", project.read("Dockerfile"))
+    found = re.search(r"(?m)^FROM .*-py(\d+\.\d+)(?:@\S+)?$", project.read("Dockerfile"))
     assert found
     return found[1]
 
@@ -183,3 +184,30 @@ def test_every_dependency_has_an_arm64_wheel_for_the_image(default_project: Bake
     names = {line.partition("==")[0] for line in resolved.stdout.splitlines()}
     assert {"pipecat-ai", "pipecatcloud", "daily-python", "aiortc", "onnxruntime"} <= names
     assert set(SOURCE_ONLY) <= names, "an exception that is needed no longer"
+
+
+@pytest.mark.slow
+def test_ci_writes_what_the_image_holds_and_fails_at_a_licence_not_allowed(
+    default_project: BakedProject, tmp_path: Path
+) -> None:
+    """The job's own commands, with the tools at the versions it pins."""
+    project = BakedProject(Path(shutil.copytree(default_project.path, tmp_path / "bot")))
+    job = yaml.safe_load(project.read(".github/workflows/ci.yml"))["jobs"]["licences"]
+    *make, list_licences = [step["run"] for step in job["steps"] if "run" in step]
+    environment = " ".join(f"{name}={value}" for name, value in job["env"].items())
+    for command in (*make, list_licences):
+        succeed(project.run("sh", "-ec", f"export {environment}\n{command}"))
+
+    bill = json.loads(project.read("sbom.json"))
+    held = {component["name"] for component in bill["components"]}
+    assert bill["bomFormat"] == "CycloneDX"
+    assert {"pipecat-ai", "onnxruntime", "num2words", "soxr", "av"} <= held
+    assert not {"pytest", "numba", "opencv-python-headless"} & held, "the image holds none of it"
+    rows = [line.split("|") for line in project.read("licences.md").splitlines()[2:]]
+    licences = {row[1].strip(): row[3].strip() for row in rows}
+    assert "LGPL" in licences["num2words"] and "LGPL" in licences["soxr"]
+
+    stricter = project.read("pyproject.toml").replace(";LGPL;Lesser General", "")
+    (project.path / "pyproject.toml").write_text(stricter)
+    refused = project.run("sh", "-ec", list_licences)
+    assert refused.returncode and "num2words" in refused.stderr + refused.stdout

@@ -33,6 +33,8 @@ SECRET_FOLDERS = {"calls", "recordings", ".aws", ".ssh", ".git"}
 DEVELOPMENT = {"rehearsal", "tests", "evals", "deploy", "preflight.py"}
 # The server inside the base image is made of these: ours must not overwrite them.
 BASE_IMAGE = re.compile(r"(app|waiting_server|pipecatcloud_system|feature_manager|pcc_\w+)\.py")
+# With the image's digest beside it or without: DEPLOY.md, "The base image".
+PINNED_TAG = r"\d+\.\d+\.\d+-py3\.\d+(@sha256:[0-9a-f]{64})?"
 START_SECONDS = 60
 ASK = """\
 import asyncio, inspect, json, bot
@@ -219,7 +221,7 @@ def check_dockerfile(project: Path) -> Iterator[Finding]:
     for word, rest in instructions(dockerfile):
         if word == "FROM":
             tag = rest.split()[-1].partition(":")[2]
-            if not re.fullmatch(r"\d+\.\d+\.\d+-py3\.\d+", tag):
+            if not re.fullmatch(PINNED_TAG, tag):
                 yield Finding(
                     f"FROM {rest}: the tag is mutable or leaves the Python open",
                     "pin both, as in dailyco/pipecat-base:0.2.3-py3.12",

@@ -83,7 +83,17 @@ class TestDockerfile:
         (image,) = [
             rest for word, rest in deploy.instructions(PROJECT / "Dockerfile") if word == "FROM"
         ]
-        assert re.fullmatch(r"dailyco/pipecat-base:\d+\.\d+\.\d+-py3\.\d+", image)
+        assert re.fullmatch(f"dailyco/pipecat-base:{deploy.PINNED_TAG}", image)
+
+    def test_a_digest_may_stand_beside_the_tag(self, project: Path) -> None:
+        """As DEPLOY.md says; one that is cut short is no pin."""
+        file = project / "Dockerfile"
+        tagged = next(line for line in file.read_text().splitlines() if line.startswith("FROM"))
+        for digest, findings in ((f"@sha256:{'0af' * 21}0", 0), ("@sha256:0af", 1)):
+            pinned = file.read_text().replace(tagged, tagged + digest)
+            file.write_text(pinned)
+            assert len(list(deploy.check_dockerfile(project))) == findings
+            file.write_text(pinned.replace(digest, ""))
 
     def test_what_the_base_image_owns_is_left_alone(self) -> None:
         """Its server is started by its own CMD as its own user."""
