@@ -15,7 +15,7 @@ ANSWERS: dict[str, list[Any]] = {
     "purpose": ["You tell callers the time.", "You take orders for a pizzeria."],
     "language": ["en", "de", "es", "fr", "it", "ja", "nl", "pt"],
     "transport": ["webrtc", "daily", "twilio"],
-    "stt": ["deepgram", "assemblyai", "openai", "local"],
+    "stt": ["deepgram", "deepgram-flux", "assemblyai", "openai", "local"],
     "llm": ["openai", "anthropic", "google", "compatible"],
     "tts": ["cartesia", "elevenlabs", "deepgram", "local"],
     "region": ["us-west", "us-east", "eu-central", "ap-south"],
@@ -44,10 +44,11 @@ and appointments.): \
     Choose from [1/2/3] (1): \
   [5/9] Speech recognition: who hears the caller
     1 - Deepgram
-    2 - AssemblyAI
-    3 - OpenAI
-    4 - Whisper in the bot's own process: no key, slower, needs a good CPU
-    Choose from [1/2/3/4] (1): \
+    2 - Deepgram Flux: it also tells when the caller's turn ends
+    3 - AssemblyAI
+    4 - OpenAI
+    5 - Whisper in the bot's own process: no key, slower, needs a good CPU
+    Choose from [1/2/3/4/5] (1): \
   [6/9] Language model: who decides what to say
     1 - OpenAI
     2 - Anthropic
@@ -101,7 +102,7 @@ def test_answers_typed_at_the_prompts_are_the_answers_given_as_arguments(
     command_line: CommandLine, template: Path, tmp_path: Path, bake: Bake
 ) -> None:
     purpose = 'Say {{ "hi" }} and # <% raw %> \\ with \U0001f600 {%'
-    lines = ["another-bot", purpose, "2", "3", "2", "3", "4", "4", "no"]
+    lines = ["another-bot", purpose, "2", "3", "3", "3", "4", "4", "no"]
 
     succeed(command_line(template, "--output-dir", tmp_path, lines=lines))
 

@@ -40,6 +40,9 @@ class Service:
 SERVICES = {
     "stt": {
         "deepgram": Service("DeepgramSTTService", "deepgram", ("DEEPGRAM_API_KEY",), "Deepgram"),
+        "deepgram-flux": Service(
+            "DeepgramFluxSTTService", "deepgram", ("DEEPGRAM_API_KEY",), "Deepgram Flux"
+        ),
         "assemblyai": Service(
             "AssemblyAISTTService", "assemblyai", ("ASSEMBLYAI_API_KEY",), "AssemblyAI"
         ),
@@ -69,13 +72,16 @@ SERVICES = {
     },
 }
 STT, LLM, TTS = (list(choices) for choices in SERVICES.values())
-# Any two choices once, as a Latin square has them: no block of a file asks for three.
+# Any two choices meet, as in a Latin square: no block of a file asks for three.
 PAIRS = [
     {"stt": STT[row], "llm": LLM[column], "tts": TTS[(row + column) % len(TTS)]}
     for row, column in product(range(len(STT)), range(len(LLM)))
 ]
-# Every choice once.
-FEW = [dict(zip(SERVICES, choice, strict=True)) for choice in zip(STT, LLM, TTS, strict=True)]
+# Every choice at least once.
+FEW = [
+    {kind: list(choices)[number % len(choices)] for kind, choices in SERVICES.items()}
+    for number in range(max(map(len, SERVICES.values())))
+]
 EXTRAS_OF_EVERY_BOT = {"daily", "runner", "silero", "webrtc"}
 
 

@@ -9,7 +9,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 SERVICES = Path(__file__).with_name("services.py")
 # Where to get what it needs.
 FROM_WHERE = {
-    # <% if "deepgram" in (cookiecutter.stt, cookiecutter.tts) %>
+    # <% if "deepgram" in cookiecutter.stt + cookiecutter.tts %>
     "DEEPGRAM_API_KEY": "Deepgram (https://console.deepgram.com)",
     # <% endif %>
     # <% if cookiecutter.stt == "assemblyai" %>

@@ -50,6 +50,10 @@ DEEPGRAM_REGIONS = set(
     "da-DK de-CH en-AU en-GB en-IN en-NZ en-US es-419 fr-CA ko-KR nl-BE pt-BR pt-PT sv-SE".split()
 )
 # <% endif %>
+# <% if cookiecutter.stt == "deepgram-flux" %>
+# What flux-general-multi hears. https://developers.deepgram.com/docs/flux/language-prompting
+FLUX_LANGUAGES = set("de en es fr hi it ja nl pt ru".split())
+# <% endif %>
 # <% if cookiecutter.tts == "local" %>
 # A voice speaks one language. https://huggingface.co/rhasspy/piper-voices
 PIPER_VOICES = {
@@ -76,6 +80,30 @@ DEEPGRAM_VOICES = {
 # <% endif %>
 
 
+# <% if cookiecutter.stt == "deepgram-flux" %>
+def create_stt() -> "STTService":
+    """Deepgram Flux: speech to text, and when the caller's turn begins and ends."""
+    from pipecat.services.deepgram.flux.stt import DeepgramFluxSTTService
+    from pipecat.transcriptions.language import Language
+
+    from config import is_on
+
+    model = setting(
+        "DEEPGRAM_FLUX_MODEL", "flux-general-en" if _spoken() == "en" else "flux-general-multi"
+    )
+    is_multilingual = model == "flux-general-multi"
+    return DeepgramFluxSTTService(
+        api_key=setting("DEEPGRAM_API_KEY"),
+        url=setting("DEEPGRAM_FLUX_URL", "wss://api.deepgram.com/v2/listen"),
+        # It tells where a turn may be over: the LLM begins there, for more requests.
+        enable_eager_end_of_turn=is_on("SPECULATE", True),
+        settings=DeepgramFluxSTTService.Settings(
+            model=model, language_hints=[Language(_spoken())] if is_multilingual else None
+        ),
+    )
+
+
+# <% endif %>
 # <% if cookiecutter.stt == "assemblyai" %>
 def create_stt() -> "STTService":
     """AssemblyAI: speech to text."""
@@ -386,6 +414,10 @@ def create_tts() -> "TTSService":
 def language_doubts() -> list[str]:
     """What of the above cannot hear or speak LANGUAGE, in a sentence each."""
     doubts: list[str] = []
+    # <% if cookiecutter.stt == "deepgram-flux" %>
+    if _spoken() not in FLUX_LANGUAGES:
+        doubts.append(f"Deepgram Flux does not hear {_spoken()}")
+    # <% endif %>
     # <% if cookiecutter.stt == "local" %>
     if _whisper_model().endswith(".en") and _spoken() != "en":
         doubts.append(f"WHISPER_MODEL is {_whisper_model()}, which hears English only")

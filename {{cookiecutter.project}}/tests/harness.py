@@ -108,6 +108,12 @@ def skip_unless_scripted() -> None:
         pytest.skip(f"{classes()['stt']} hears what is said, not what a script says")
 
 
+def skip_where_the_recogniser_ends_turns() -> None:
+    """Skip a test of the pauses of turn_end.py, which then have no part in a call."""
+    if classes()["stt"] == "DeepgramFluxSTTService":
+        pytest.skip("the recogniser decides when the caller's turn begins and ends")
+
+
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the factories of services for which the rehearsal has no server."""
     for name, factory in stand_ins.replacements().items():

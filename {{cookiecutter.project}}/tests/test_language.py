@@ -40,6 +40,7 @@ def wire_of(harness: Harness, kind: str) -> tuple[dict[str, str], list[dict[str,
 # Where each service is told the language, by its class.
 TOLD = {
     "DeepgramSTTService": lambda query, _: query["language"],
+    "DeepgramFluxSTTService": lambda query, _: query["language_hint"],
     "AssemblyAISTTService": lambda query, _: query["language_codes"].strip('["]'),
     "OpenAIRealtimeSTTService": lambda _, messages: next(
         message["session"]["audio"]["input"]["transcription"]["language"]

@@ -19,6 +19,7 @@ S = TypeVar("S", bound=ProviderServer)
 # name is the file's, and that by which faults are switched.
 WIRES = {
     "deepgram": "DeepgramServer",
+    "deepgram_flux": "DeepgramFluxServer",
     "assemblyai": "AssemblyAIServer",
     "openai_stt": "OpenAIListenServer",
     "openai": "OpenAIServer",
