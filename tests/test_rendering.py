@@ -27,7 +27,7 @@ CHOICES: dict[str, list[Any]] = {
 # where the template lies, and in a fresh environment those of the one farthest from it.
 WHOSE_CALLS_ARE_HELD = (
     {"stt": "openai", "llm": "google", "tts": "deepgram", "transport": "daily"},
-    {"stt": "deepgram", "llm": "compatible", "tts": "cartesia", "record_audio": False},
+    {"stt": "deepgram-flux", "llm": "compatible", "tts": "cartesia", "record_audio": False},
 )
 FARTHEST = {
     "project": "another-bot",
