@@ -375,7 +375,8 @@ def report() -> str:
         lines.append(
             f"| {names[built.name]} | {built.venv:.0f} MB | {built.bytecode:.0f} MB "
             f"| {built.whole - built.base:.0f} MB "
-            f"| {median(built.ready):.2f} s | {median(built.greeted):.2f} s | {built.libraries or 'not tried'} "
+            f"| {median(built.ready):.2f} s | {median(built.greeted):.2f} s "
+            f"| {built.libraries or 'not tried'} "
             f"| {', '.join(built.intruders) or 'nothing'} |"
         )
     return "\n".join(
