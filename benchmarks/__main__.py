@@ -39,6 +39,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "destinations": destinations.report,
     "speed": speed.report,
     "crowd": crowd.report,
+    "bound": crowd.bound_report,
     "conversation": conversation.report,
     "openings": openings.report,
     "generation": generation.report,

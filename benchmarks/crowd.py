@@ -9,11 +9,13 @@ that `pipecat init` writes shows what of it is Pipecat's: it neither records nor
 import asyncio
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+from host.calls import MAX_CALLS
 
 from benchmarks.speed import (
     TRANSPORTS,
@@ -112,15 +114,68 @@ async def _crowds(
         return [alone, *[await crowd(host, speech, size, TURNS) for size in sizes]]
 
 
-async def measure(sizes: tuple[int, ...] = CROWDS) -> dict[str, list[Crowd]]:
-    """Measure one call alone and crowds of several sizes, on one process of either bot."""
+async def _at_the_bound(
+    bot: Bot, environment: dict[str, str], speech: Speech
+) -> dict[str, tuple[Crowd, Crowd]]:
+    async with running(bot, environment) as host:
+        await crowd(host, speech, len(TRANSPORTS), 1)
+        return {
+            transport: (
+                await crowd(host, speech, 1, 2 * ALONE_TURNS, (transport,)),
+                await crowd(host, speech, MAX_CALLS, ALONE_TURNS, (transport,)),
+            )
+            for transport in TRANSPORTS
+        }
+
+
+@asynccontextmanager
+async def _both() -> AsyncIterator[tuple[tuple[Bot, Bot], dict[str, str], Speech]]:
     with TemporaryDirectory(prefix="crowd-") as folder:
         async with world(Path(folder)) as environment:
             # Callers who wait for the others are not to be asked whether they are still there.
             environment |= {"SILENCE_SECONDS": "600"}
-            speech = await Speech.make()
-            both = bots(Path(folder), environment)
-            return {bot.name: await _crowds(bot, environment, speech, sizes) for bot in both}
+            yield bots(Path(folder), environment), environment, await Speech.make()
+
+
+async def measure(sizes: tuple[int, ...] = CROWDS) -> dict[str, list[Crowd]]:
+    """Measure one call alone and crowds of several sizes, on one process of either bot."""
+    async with _both() as (both, environment, speech):
+        return {bot.name: await _crowds(bot, environment, speech, sizes) for bot in both}
+
+
+async def measure_bound() -> dict[str, dict[str, tuple[Crowd, Crowd]]]:
+    """Measure one call alone and MAX_CALLS at once, either transport, either bot."""
+    async with _both() as (both, environment, speech):
+        return {bot.name: await _at_the_bound(bot, environment, speech) for bot in both}
+
+
+def bound_report() -> str:
+    """Measure as many calls as one process takes, and return the section for README.md."""
+    lines = [
+        f"| bot | transport | median, 1 call | median, {MAX_CALLS} calls | p95, 1 call "
+        f"| p95, {MAX_CALLS} calls | p95 is | broken | bot, cores |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, kinds in asyncio.run(measure_bound()).items():
+        for transport, (alone, full) in kinds.items():
+            figures = [
+                f"{1000 * figure(each.answers):.0f} ms"
+                for figure in (statistics.median, p95)
+                for each in (alone, full)
+            ]
+            lines.append(
+                f"| {name} | {transport} | {' | '.join(figures)} "
+                f"| {p95(full.answers) / p95(alone.answers):.2f}x | {full.broken} "
+                f"| {full.cores:.2f} |"
+            )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"`MAX_CALLS` is {MAX_CALLS} on this machine. {2 * ALONE_TURNS} answers to one caller, "
+            f"{ALONE_TURNS} to each of {MAX_CALLS}. Goal: p95 at most 1.5x.",
+        ]
+    )
 
 
 def report() -> str:
