@@ -212,12 +212,10 @@ async def _hand_over(options: argparse.Namespace) -> int:
     language = _language()
     words = script(language)
     port = free_port()
-    async with _engine(options) as voice:
-        if isinstance(voice, LocalEngine) and language.lower().startswith("de"):
-            voice.read_german()
+    async with _engine(options, by_script=True) as voice:
         _tell("What is heard and thought is by script, rehearsal/transfer.*.toml.")
         engine = Dialogue(words, voice)
-        voices = [await spoken_voice(engine, text) for text in words.hears]
+        voices = await _spoken(engine, words.hears)
         public = ("-x", f"{HOST}:{port}")
         async with _world(engine, "twilio", port, ENVIRONMENT, public) as world:
             try:
@@ -258,11 +256,8 @@ async def _have_it_call(options: argparse.Namespace) -> int:
     """Have the bot call one of CALLEES, in LANGUAGE, with the command that its owner has."""
     said, callee = words(_language()), options.callee
     port = free_port()
-    async with _engine(options) as engine:
-        voices = [await spoken_voice(engine, text) for text in said.of(callee)]
-        voices = [
-            replace(one, source=text) for one, text in zip(voices, said.of(callee), strict=True)
-        ]
+    async with _engine(options, by_script=True) as engine:
+        voices = await _spoken(engine, said.of(callee))
         hears_by_itself = isinstance(engine, LocalEngine) and _language().lower().startswith("en")
         behind = engine if hears_by_itself else Dialogue(said.script(callee), engine)
         public = f"{HOST}:{port}"
@@ -292,6 +287,11 @@ async def _voices(options: argparse.Namespace, engine: Engine) -> list[Voice]:
     return [await spoken_voice(engine, text) for text in words] or [recorded_voice(HUMAN_VOICE)]
 
 
+async def _spoken(engine: Engine, texts: Sequence[str]) -> list[Voice]:
+    """Let the engine say each of them; whoever is told of it is told the words."""
+    return [replace(await spoken_voice(engine, text), source=text) for text in texts]
+
+
 async def _serve_providers(options: argparse.Namespace) -> int:
     async with _engine(options) as engine, _providers(engine, options.port) as providers:
         next_port = free_port(providers.servers[-1].port + 1) if options.port else 0
@@ -314,7 +314,8 @@ class _World:
 
 
 @asynccontextmanager
-async def _engine(options: argparse.Namespace) -> AsyncIterator[Engine]:
+async def _engine(options: argparse.Namespace, *, by_script: bool = False) -> AsyncIterator[Engine]:
+    """What hears, thinks and speaks; `by_script`: what is heard is known beforehand."""
     engine: Engine
     if options.engine == "scripted":
         engine = ScriptedEngine(Script.load(options.script) if options.script else None)
@@ -323,7 +324,11 @@ async def _engine(options: argparse.Namespace) -> AsyncIterator[Engine]:
         voice = user_settings().get("REHEARSAL_VOICE", "").strip()
         engine = await LocalEngine.load(answerer, Path(voice) if voice else None)
         _tell(f"Moonshine hears and Piper speaks for the providers; {answerer.description} thinks.")
-        if not _is_english():
+        if by_script and _language().lower().startswith("de"):
+            engine.read_german()
+        if by_script and not _is_english():
+            _tell("The installed voice is English, with an accent; REHEARSAL_VOICE takes another.")
+        elif not _is_english():
             _tell("Both know English only: rehearse LANGUAGE with --engine scripted --script FILE.")
     try:
         yield engine

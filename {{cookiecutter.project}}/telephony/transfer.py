@@ -78,6 +78,28 @@ WHISPER = """<?xml version="1.0" encoding="UTF-8"?>
 <Response>
   <Say language="{language}">{text}</Say>
 </Response>"""
+# A mailbox presses nothing: Twilio hangs up on it, and the caller comes back. A key that is pressed
+# is sent to the address of this document. https://www.twilio.com/docs/voice/twiml/gather
+WHISPER_AND_ASK = """<?xml version="1.0" encoding="UTF-8"?>
+<Response>
+  <Gather numDigits="1" timeout="{seconds}">
+    <Say language="{language}">{text} {press}</Say>
+  </Gather>
+  <Hangup />
+</Response>"""
+CONNECT = """<?xml version="1.0" encoding="UTF-8"?>
+<Response />"""
+KEY_SECONDS = 8
+PRESS = {
+    "de": "Drücken Sie eine Taste, um das Gespräch anzunehmen.",
+    "en": "Press any key to take the call.",
+    "es": "Pulse cualquier tecla para aceptar la llamada.",
+    "fr": "Appuyez sur une touche pour prendre l'appel.",
+    "it": "Prema un tasto per accettare la chiamata.",
+    "ja": "電話に出るには、いずれかのキーを押してください。",
+    "nl": "Druk op een toets om het gesprek aan te nemen.",
+    "pt": "Pressione uma tecla para atender a chamada.",
+}
 
 
 class NotTransferred(Exception):
@@ -213,8 +235,15 @@ class Note:
     @property
     def whisper(self) -> str:
         """The TwiML that tells the person what it is about, before they are connected."""
-        language = VOICES.get(config.language().partition("-")[0], VOICES["en"])
-        return WHISPER.format(language=language, text=escape(self.summary))
+        code = config.language().partition("-")[0]
+        code = code if code in VOICES else "en"
+        document = WHISPER_AND_ASK if setting("TRANSFER_ASK") == "1" else WHISPER
+        return document.format(
+            language=VOICES[code],
+            text=escape(self.summary),
+            press=PRESS[code],
+            seconds=KEY_SECONDS,
+        )
 
 
 def outcome_of_dial(fields: Mapping[str, str]) -> str:

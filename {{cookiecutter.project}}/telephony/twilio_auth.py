@@ -317,10 +317,11 @@ def _whisper(gate: Gate, host: str) -> "Callable[[Request], Coroutine[None, None
     from starlette.responses import Response
 
     async def answer(request: "Request") -> "Response":
-        _, note = await _about_transfer(gate, host, request)
+        fields, note = await _about_transfer(gate, host, request)
         if note is None:
             return _not_signed(host)
-        return Response(note.whisper, media_type="application/xml")
+        told = transfer.CONNECT if fields.get("Digits") else note.whisper
+        return Response(told, media_type="application/xml")
 
     return answer
 

@@ -10,6 +10,7 @@ from urllib.parse import urlencode
 from xml.etree import ElementTree
 
 import pytest
+import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from harness import SECONDS, Harness, run_harness
@@ -248,6 +249,57 @@ def test_the_person_is_told_what_it_is_about_in_the_language_of_the_call(
     assert (status, say.tag, say.get("language"), say.text) == (
         *(200, "Say", "de-DE", "Müller & Söhne"),
     )
+
+
+def test_where_a_key_is_asked_for_a_mailbox_is_hung_up_on_and_a_person_is_connected(
+    twilio: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRANSFER_ASK", "1")
+    note = transfer.Note("ann", "Müller & Söhne")
+    _, (gather, hang_up) = twilio(transfer.WHISPER_PATH, note)
+    assert (gather.tag, gather.get("numDigits"), hang_up.tag) == ("Gather", "1", "Hangup")
+    (say,) = gather
+    assert (say.get("language"), say.text) == ("de-DE", f"Müller & Söhne {transfer.PRESS['de']}")
+    status, connected = twilio(transfer.WHISPER_PATH, note, Digits="5")
+    assert (status, list(connected)) == (200, [])
+    assert set(transfer.PRESS) == set(transfer.VOICES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("presses", "is_connected"), [("", False), ("1", True)])
+async def test_twilio_as_it_is_rehearsed_connects_who_has_pressed_a_key_and_nobody_else(
+    monkeypatch: pytest.MonkeyPatch, presses: str, is_connected: bool
+) -> None:
+    port = free_port()
+    for name, value in {"TWILIO_AUTH_TOKEN": KEY, "TRANSFER_ASK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    app = FastAPI()
+    twilio_auth.guard(app, ["-t", "twilio", "-x", f"{HOST}:{port}"])
+    handing: Any = transfer.TwilioTransfer(
+        call_sid=CALL,
+        stream_url="",
+        parameters={},
+        line=None,  # type: ignore[arg-type]
+        has_failover=False,
+        host=f"{HOST}:{port}",
+    )
+    server = uvicorn.Server(uvicorn.Config(app, HOST, port, log_level="warning"))
+    serving = asyncio.create_task(server.serve())
+    try:
+        async with serve_providers(ScriptedEngine()) as providers:
+            twilio, phone = providers.twilio, TwilioCaller("")
+            twilio.auth_token, phone.call_sid = KEY, CALL
+            twilio.colleagues[COLLEAGUE] = Colleague("completed", talks_s=0.0, presses=presses)
+            async with asyncio.timeout(SECONDS):
+                while not server.started:
+                    await asyncio.sleep(0.02)
+            (dial,) = ElementTree.fromstring(handing._twiml(COLLEAGUE, transfer.Note("ann", ABOUT)))
+            posted = await twilio._dial(phone, dial)
+    finally:
+        server.should_exit = True
+        await serving
+    assert twilio.whispered == [f"{ABOUT} {transfer.PRESS['en']}"]
+    assert transfer.outcome_of_dial(posted) == ("completed" if is_connected else "no-answer")
 
 
 @pytest.mark.parametrize("path", [transfer.OUTCOME_PATH, transfer.WHISPER_PATH])

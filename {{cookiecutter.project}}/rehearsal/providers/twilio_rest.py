@@ -14,10 +14,10 @@ Asked by the bot, with basic authentication:
   https://www.twilio.com/docs/voice/api/call-resource
 
 Of TwiML these verbs are played, one after the other: `<Connect><Stream>` until the bot closes the
-stream, `<Dial>` with its `action` and the `url` of its `<Number>`, `<Play digits>`, `<Hangup>`,
-`<Reject>`. What is
-fetched for them is posted and signed as Twilio does it, over the address of HTTPS, and goes to this
-machine. https://www.twilio.com/docs/voice/twiml
+stream, `<Dial>` with its `action` and the `url` of its `<Number>` (there `<Say>`, and a `<Gather>`
+for one key), `<Play digits>`, `<Hangup>`, `<Reject>`. What is fetched for them is posted and signed
+as Twilio does it, over the address of HTTPS, and goes to this machine.
+https://www.twilio.com/docs/voice/twiml
 """
 
 import asyncio
@@ -90,11 +90,13 @@ class Colleague:
             "no-answer" or "failed".
         rings_s: How long it rings at theirs, seconds.
         talks_s: How long they talk until they hang up, seconds; None for as long as the caller.
+        presses: The key they press when a whisper asks for one; empty for none, as of a mailbox.
     """
 
     does: str = "busy"
     rings_s: float = 0.0
     talks_s: float | None = None
+    presses: str = ""
 
 
 @dataclass
@@ -360,8 +362,20 @@ class TwilioServer(ProviderServer):
             if noun is not None and (url := noun.get("url")):
                 leg = {"CallSid": child["sid"], "ParentCallSid": phone.call_sid, "To": number}
                 said = await self._fetch(url, leg)
-                self.whispered += [(one.text or "").strip() for one in said if one.tag == "Say"]
+                self.whispered += [
+                    (say.text or "").strip() for one in said for say in one.iter("Say")
+                ]
                 self._log.changed()
+                if any(one.tag == "Gather" for one in said) and colleague.presses:
+                    said = await self._fetch(url, {**leg, "Digits": colleague.presses})
+                if any(one.tag == "Hangup" for one in said):
+                    child["status"] = "completed"
+                    # They have answered, and talked to nobody.
+                    return {
+                        "DialCallSid": child["sid"],
+                        "DialCallStatus": "completed",
+                        "DialBridged": "false",
+                    }
             with suppress(TimeoutError):
                 async with asyncio.timeout(colleague.talks_s):
                     await phone.ended.wait()
@@ -387,7 +401,7 @@ class TwilioServer(ProviderServer):
                 aiohttp.ClientSession() as http,
                 http.post(here, data=form, headers=headers) as answer,
             ):
-                return _verbs(await answer.text(), {*_VERBS, "Say"}) if answer.ok else []
+                return _verbs(await answer.text(), {*_VERBS, "Say", "Gather"}) if answer.ok else []
         except aiohttp.ClientError:
             return []
 

@@ -509,7 +509,7 @@ async def test_a_caller_is_handed_to_a_colleague_who_is_busy_and_comes_back_in_g
 @pytest.mark.slow
 async def test_the_bot_calls_a_voicemail_by_one_command_in_german(project: Path) -> None:
     """By the owner's own command, through the gate, with the message of voicemail.md."""
-    (project / "voicemail.md").write_text("Guten Tag {name}, es geht um {reason}.", "utf-8")
+    (project / "voicemail.md").write_text("Guten Tag {name}, es geht um: {reason}.", "utf-8")
     status, output = await run(
         *("dial", "--callee", "voicemail", "--engine", "scripted"),
         project=project,
@@ -519,7 +519,7 @@ async def test_the_bot_calls_a_voicemail_by_one_command_in_german(project: Path)
     )
     assert status == 0, output
     assert "Picked up." in output
-    assert re.search(r"bot +Guten Tag Anna, es geht um Ihren Termin am Freitag\.", output)
+    assert re.search(r"bot +Guten Tag Anna, es geht um: Ihr Termin am Freitag\.", output)
     assert output.splitlines()[-1] == "Ending: voicemail"
     (record,) = [json.loads(one.read_bytes()) for one in project.glob("kept/*/call.json")]
     assert record["metadata"]["direction"] == "outbound"
