@@ -64,8 +64,8 @@ class Words:
         return said.get(callee, [])
 
     def script(self, callee: str) -> Script:
-        """For a recogniser and a brain that know it all."""
-        return Script(hears=tuple(self.of(callee)), answers=(Answer(says=self.answer),))
+        """For a recogniser and a brain that know it all; what sounds after that has no words."""
+        return Script(hears=(*self.of(callee), ""), answers=(Answer(says=self.answer),))
 
 
 def words(language: str) -> Words:

@@ -110,7 +110,7 @@ async def be_handed_over(
         tell("Twilio has fetched the bot's TwiML, and opens the stream.")
         await caller.hear(within=GREETING_SECONDS)
         await caller.hear_out(quiet=QUIET_SECONDS)
-        tell(f"The caller asks for a person: {asking.source}.")
+        tell(f"The caller asks for a person: {asking.source}")
         await caller.say(asking.pcm, asking.sample_rate)
         async with asyncio.timeout(ANSWER_WAIT_SECONDS):
             while not twilio.dialled:
@@ -128,7 +128,7 @@ async def be_handed_over(
         since = time.monotonic()
         await caller.hear(since=since, within=ANSWER_WAIT_SECONDS)
         await caller.hear_out(quiet=QUIET_SECONDS)
-        tell(f"The caller answers: {answering.source}.")
+        tell(f"The caller answers: {answering.source}")
         said = await caller.say(answering.pcm, answering.sample_rate)
         answer = await caller.hear(within=ANSWER_WAIT_SECONDS)
         at = time.time() - (time.monotonic() - answer.start)
