@@ -49,6 +49,7 @@ EVALS = "tests/test_evals.py::test_the_starter_scenarios_hold"
 
 DIAL = "rehearsal/tests/test_cli.py::test_the_bot_calls_a_voicemail_by_one_command"
 CALLS = "tests/test_outbound.py::test_the_command_says_what_is_missing_and_calls_nobody"
+DIAL_OUT = "tests/test_daily.py::test_the_command_has_pipecats_runner_make_a_room_that_may_dial_out"
 
 # The beginning of the name of a test that runs the same program, or sees to it that CI does.
 TESTED = {
@@ -72,6 +73,7 @@ TESTED = {
     "LANGUAGE=de uv run python -m rehearsal dial --callee voicemail": DIAL,
     'uv run python -m telephony call +4930123456 --name Anna --reason "your appointment on Friday" '
     "--webhook-host HOST": CALLS,
+    "python bot.py -t daily": DIAL_OUT,
     "uv sync --extra dialout": FRESH,
     "python -m rehearsal providers": PROVIDERS,
     "python -m rehearsal call --latencies llm=450,tts=150,stt=100": LATENCIES,
