@@ -83,7 +83,8 @@ async def test_what_is_meant_for_eyes_does_not_reach_the_voice(harness: Harness)
         }
     )
     async with harness.caller("twilio") as caller:
-        await harness.hear_greeting(caller)
+        # On a busy machine there are pauses between the sentences.
+        await harness.hear_said(caller, "It is no four thousand dollars, fifty cents now.")
     await harness.over()
     spoken = " ".join(harness.spoken)
     assert not set(spoken) & set("#*[]()_/")
