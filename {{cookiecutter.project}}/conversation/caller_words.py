@@ -49,7 +49,8 @@ class CallerWords(DTMFAggregator):
             match frame:
                 # The first words of a turn are asked about too, before it is over.
                 case TranscriptionFrame() | InterimTranscriptionFrame() | EagerTranscriptionFrame():
-                    if self._is_echo(frame.text):
+                    is_interim = isinstance(frame, InterimTranscriptionFrame)
+                    if self._is_echo(frame.text, may_grow=is_interim):
                         return
                     frame.text = frame.text.translate(ROUND)
                 case LLMMessagesAppendFrame():
@@ -62,12 +63,13 @@ class CallerWords(DTMFAggregator):
                     pass
         await super().process_frame(frame, direction)
 
-    def _is_echo(self, text: str) -> bool:
-        is_own = self._floor.is_own(text)
-        if is_own and not self._floor.hears_itself:
+    def _is_echo(self, text: str, *, may_grow: bool) -> bool:
+        if not self._floor.is_own(text, may_grow=may_grow):
+            return False
+        if not self._floor.hears_itself and self._floor.is_own(text):
             logger.warning("The bot hears itself: from now on only words cut it off")
-        self._floor.hears_itself = self._floor.hears_itself or is_own
-        return is_own
+            self._floor.hears_itself = True
+        return True
 
 
 class CallerAudio(FrameProcessor):

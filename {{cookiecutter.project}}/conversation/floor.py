@@ -83,6 +83,8 @@ class Floor:
         self.hears_itself = False
         self.caller_sounds = False
         self._said: deque[str] = deque(maxlen=OWN_WORDS)
+        self._saying: list[str] = []
+        self._cut_off_words: list[str] = []
         self._bot_silent_at: float | None = None
         self._began_under_bot = False
         self._clock = clock
@@ -117,14 +119,21 @@ class Floor:
         """Whether a sound may be the bot's own, made just now; it has come back before."""
         return self.hears_itself and self._was_just_heard()
 
-    def is_own(self, text: str) -> bool:
+    def is_own(self, text: str, *, may_grow: bool = False) -> bool:
         """Whether these words, recognised on the caller's side, are what the bot has just said.
 
-        A single word is not enough: people repeat what they choose.
+        A single word is not enough, for people repeat what they choose; unless the bot has heard
+        itself before, or was cut off when it had said no other. With `may_grow` there may be more
+        words to come: then the first one of what the bot says is its own too.
         """
         words = _words(text)
-        if len(words) < 2 or not (self._began_under_bot or self._was_just_heard()):
+        if not words or not (self._began_under_bot or self._was_just_heard()):
             return False
+        if words == self._cut_off_words[: len(words)]:
+            return True
+        if len(words) == 1:
+            is_first = may_grow and words == self._saying[:1]
+            return is_first or (self.hears_itself and words[0] in self._saying)
         blocks = SequenceMatcher(None, words, [*self._said], autojunk=False).get_matching_blocks()
         is_run = max(block.size for block in blocks) >= max(2, len(words) / 2)
         return is_run and sum(block.size for block in blocks) >= OWN_SHARE * len(words)
@@ -236,6 +245,8 @@ class Floor:
         """What the bot was about to say is dropped; tools may go on."""
         if self._is_due or self._is_thinking or self.bot_speaks:
             self._was_cut_off = True
+        if self.bot_speaks and self._saying:
+            self._cut_off_words, self._saying = self._saying, []
         self._is_due = self._is_thinking = self._has_text = self._voice_is_asked = False
         self._change()
 
@@ -291,11 +302,14 @@ class Floor:
         self.is_greeting = False
         self._bot_silent_at = self._clock()
         self._bot_heard_at = None
+        self._saying = []
         self._change()
 
     def bot_said(self, text: str) -> None:
         """The voice says `text`, or is about to."""
-        self._said.extend(_words(text))
+        words = _words(text)
+        self._said.extend(words)
+        self._saying.extend(words)
 
     def _was_just_heard(self) -> bool:
         silent_at = self._bot_silent_at

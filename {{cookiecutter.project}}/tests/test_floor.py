@@ -194,3 +194,30 @@ def test_the_bot_knows_its_own_words_when_they_come_back(heard: str, is_own: boo
     clock.now += 1.0
     floor.caller_heard()
     assert not floor.is_own(heard), "the caller repeats them"
+
+
+@pytest.mark.parametrize(("heard", "is_own"), [("Tuesday.", True), ("Wednesday.", False)])
+def test_a_single_word_is_the_bots_own_where_it_was_cut_off_with_it(
+    heard: str, is_own: bool
+) -> None:
+    floor, clock = floor_and_clock()
+    floor.bot_said("Tuesday or Wednesday?")
+    floor.bot_heard()
+    clock.now += 0.5
+    floor.caller_heard()
+    assert not floor.is_own(heard), "people choose while it speaks"
+    assert floor.is_own(heard, may_grow=True) is is_own, "if it is an echo, more will follow"
+    floor.turn_began()
+    floor.interrupted()
+    floor.bot_silent()
+    assert floor.is_own(heard) is is_own
+
+
+def test_a_single_word_out_of_what_it_says_is_the_bots_own_where_it_hears_itself() -> None:
+    floor, _ = floor_and_clock()
+    floor.hears_itself = True
+    floor.bot_said("On Monday. Then on Tuesday.")
+    floor.bot_heard()
+    assert floor.is_own("Then")
+    floor.bot_silent()
+    assert not floor.is_own("Tuesday"), "the caller's answer"
