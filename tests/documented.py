@@ -118,7 +118,6 @@ NEEDS = {
     'python -m benchmarks conversation --transport twilio --rows "no pause,0.6 s" --stories': QUIET,
     "uv run python -m pipecat.evals run evals/simulated --verbose --logs-dir /tmp": "an Ollama",
     "uv run python bot.py -t daily": "an account at Daily",
-    "python bot.py -t daily": "an account at Daily",
     'curl https://api.daily.co/v1 -H "Authorization: Bearer $DAILY_API_KEY" '
     '-H "Content-Type: application/json" -d \'{"properties": {"pinless_dialin": [{': CLOUD,
     "ALLOW_EVAL=1 ROARK_API_KEY= uv run python bot.py": KEYS,

@@ -28,10 +28,12 @@ START_SECONDS = 90.0
 """A cold start imports Pipecat; on a busy machine that takes long."""
 
 STOP_SECONDS = 20.0
-"""More than the bot may take to deliver its last call; after that it is killed."""
+"""More than the bot may take to deliver its last call; after that it is killed, and its log tells
+what each of its threads was doing."""
 
 _POLL_SECONDS = 0.1
 _TAIL_LINES = 15
+_TAIL_LINES_WITH_THREADS = 150
 
 _REACHES_OUT = re.compile(
     r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL|PROXY|URL|_SID|^OTEL_|^SENTRY_|"
@@ -91,17 +93,20 @@ class BotProcess:
         try:
             await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
         except TimeoutError:
+            with suppress(ProcessLookupError):
+                self._process.send_signal(signal.SIGABRT)
+            await self._process.wait()
             late = f"The bot did not end within {STOP_SECONDS:g} s of being asked to."
-            raise BotFailed(f"{late}\n{self.tail()}") from None
+            raise BotFailed(f"{late}\n{self.tail(_TAIL_LINES_WITH_THREADS)}") from None
         finally:
             with suppress(ProcessLookupError):
                 self._process.kill()
             await self._process.wait()
 
-    def tail(self) -> str:
+    def tail(self, count: int = _TAIL_LINES) -> str:
         """Return the end of its log."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        shown = "\n".join(f"  {line}" for line in lines[-_TAIL_LINES:])
+        shown = "\n".join(f"  {line}" for line in lines[-count:])
         return f"The end of its log ({self.log}):\n{shown}" if shown else "Its log is empty."
 
     def _gone(self) -> BotFailed:

@@ -9,6 +9,7 @@ alone; and when the rehearsal dies, however it dies, the bot ends too. Its serve
 more, /rehearsal, for talking to it in a browser without any part loaded from elsewhere.
 """
 
+import faulthandler
 import os
 import runpy
 import signal
@@ -23,6 +24,8 @@ STAND_IN = "--stand-in"
 
 def main() -> None:
     """Run the bot file named by the first argument, with the others as its own."""
+    # Of a bot that does not end the rehearsal asks by SIGABRT what it is doing.
+    faulthandler.enable()
     threading.Thread(target=_end_with_the_rehearsal, daemon=True).start()
     # Pipecat's runner imports this name and calls it with override=True.
     dotenv.load_dotenv = _read_no_env_file
