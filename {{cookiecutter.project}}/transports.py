@@ -5,7 +5,6 @@ WebRTC's, nor dies of Daily's where those do not load.
 """
 
 import asyncio
-import re
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -27,6 +26,7 @@ from config import setting
 from host import calls
 from telephony import twilio_auth
 from telephony.transfer import (
+    DAILY_ID,
     DailyTransfer,
     Note,
     SipLine,
@@ -48,8 +48,6 @@ HANDSHAKE_SECONDS = 10.0
 # How long a web client may take to say it is ready to play audio. One that speaks no RTVI, the
 # protocol of Pipecat's client SDKs, never says so and is greeted then.
 CLIENT_READY_SECONDS = 2.0
-# Of a Daily dial-in: ids in the body of a session, which whoever starts one can write.
-DAILY_ID = re.compile(r"[\w.@:+-]{1,200}")
 DAILY_API = "https://api.daily.co/v1"
 
 

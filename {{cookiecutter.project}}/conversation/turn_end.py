@@ -204,8 +204,8 @@ class TurnEnd:
         """Seconds until `step` may say something else by itself; None: not before something is."""
         if (pause := self._pause()) is None:
             return None
-        moments = [*ASK_AGAIN_SECONDS, LONGEST_PAUSE_SECONDS, NO_WORDS_SECONDS]
-        moments += [self.patience, self._transcript_due]
+        limits = (LONGEST_PAUSE_SECONDS, NO_WORDS_SECONDS, self.patience, self._transcript_due)
+        moments = (*ASK_AGAIN_SECONDS, *limits)
         ahead = [moment - pause for moment in moments if moment > pause]
         return max(min(ahead), SOONEST_SECONDS) if ahead else None
 

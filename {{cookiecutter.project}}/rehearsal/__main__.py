@@ -258,7 +258,7 @@ async def _have_it_call(options: argparse.Namespace) -> int:
     port = free_port()
     async with _engine(options, by_script=True) as engine:
         voices = await _spoken(engine, said.of(callee))
-        hears_by_itself = isinstance(engine, LocalEngine) and _language().lower().startswith("en")
+        hears_by_itself = isinstance(engine, LocalEngine) and _is_english()
         behind = engine if hears_by_itself else Dialogue(said.script(callee), engine)
         public = f"{HOST}:{port}"
         settings = {**DIAL_ENVIRONMENT, **greeting_to_callees()}

@@ -35,17 +35,8 @@ SAME_SOUND_SECONDS = 2.0
 
 VOICE_HZ = 16000
 
-PARTS = {
-    "pause": "pause",
-    "verdict": "verdict",
-    "transcript": "transcript",
-    "llm": "LLM",
-    "tools": "tools",
-    "voice": "voice",
-    "line": "line",
-    "rest": "rest",
-}
-"""What a caller waits for, by its name in the record, as it is shown."""
+PARTS = ("pause", "verdict", "transcript", "LLM", "tools", "voice", "line", "rest")
+"""What a caller waits for, as it is shown; in the record the same in lower case."""
 
 
 class NoAnswer(Exception):
@@ -204,10 +195,15 @@ def _parts(latency: Mapping[str, Any], after: float) -> str:
     if not parts:
         return ""
     parts["line"] = max(0.0, after - sum(ms for name, ms in parts.items() if name != "line"))
-    shown = {name: f"{PARTS[name]} {parts[name]:.2f}" for name in PARTS if name in parts}
+    about: dict[str, str] = {}
     if saved := latency.get("llm_saved_ms", 0) / 1000:
-        shown["llm"] = f"LLM {parts.get('llm', 0.0):.2f} ({saved:.2f} saved)"
-    return ", ".join(shown[name] for name in PARTS if name in shown)
+        parts.setdefault("llm", 0.0)
+        about["LLM"] = f" ({saved:.2f} saved)"
+    return ", ".join(
+        f"{part} {parts[part.lower()]:.2f}{about.get(part, '')}"
+        for part in PARTS
+        if part.lower() in parts
+    )
 
 
 def speculation(record: Mapping[str, Any]) -> str:

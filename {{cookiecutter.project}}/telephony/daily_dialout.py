@@ -23,7 +23,7 @@ from loguru import logger
 
 from config import setting
 from telephony.errand import DIGITS, HOST, Errand, NotPlaced, check
-from telephony.transfer import DailyTransfer
+from telephony.transfer import DAILY_ID, DailyTransfer
 from telephony.twilio_auth import Gate
 
 # https://docs.pipecat.ai/pipecat-cloud/guides/telephony/daily-dial-out
@@ -38,7 +38,6 @@ RING_SECONDS = 30.0
 STOP_SECONDS = 3.0
 # Of a `w` among the digits, as in Twilio's.
 WAIT_SECONDS = 0.5
-DAILY_ID = re.compile(r"[\w.@:+-]{1,200}")
 
 
 class DailyOutbound:

@@ -57,6 +57,8 @@ VOICES = {
     **{"it": "it-IT", "ja": "ja-JP", "nl": "nl-NL", "pt": "pt-PT"},
 }
 
+# Of a session's telephone: ids in its body, which whoever starts one can write.
+DAILY_ID = re.compile(r"[\w.@:+-]{1,200}")
 PERSON = re.compile(r"\s*([\w-]+)\s*=\s*(\+[1-9]\d{6,14})\s*")
 TWIML = """<?xml version="1.0" encoding="UTF-8"?>
 <Response>
@@ -237,7 +239,7 @@ class Note:
         """The TwiML that tells the person what it is about, before they are connected."""
         code = config.language().partition("-")[0]
         code = code if code in VOICES else "en"
-        document = WHISPER_AND_ASK if setting("TRANSFER_ASK") == "1" else WHISPER
+        document = WHISPER_AND_ASK if config.is_on("TRANSFER_ASK") else WHISPER
         return document.format(
             language=VOICES[code],
             text=escape(self.summary),
