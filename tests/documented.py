@@ -42,14 +42,14 @@ LATENCIES = "rehearsal/tests/test_delayed.py::test_latencies_are_drawn_around_th
 TRANSFER = "rehearsal/tests/test_cli.py::test_a_caller_is_handed_to_a_colleague_who_is_busy"
 DELIVER = "roark/tests/test_cli.py::test_deliver_delivers_what_is_left_with_a_line_per_call"
 CHECK = "tests/test_deploy.py::test_a_project_that_can_be_deployed_passes"
-REPLACED = "tests/test_twilio_auth.py::test_one_process_is_replaced_and_no_call_is_cut"
-GATE = "tests/test_twilio_auth.py::test_a_call_enters_with_its_token_and_nobody_else"
+REPLACED = "telephony/tests/test_twilio_auth.py::test_one_process_is_replaced_and_no_call_is_cut"
+GATE = "telephony/tests/test_twilio_auth.py::test_a_call_enters_with_its_token_and_nobody_else"
 TWIML = "tests/test_deploy.py::test_it_alone_is_on_stdout_to_be_pasted"
 EVALS = "tests/test_evals.py::test_the_starter_scenarios_hold"
 
 DIAL = "rehearsal/tests/test_cli.py::test_the_bot_calls_a_voicemail_by_one_command"
 CALLS = "tests/test_outbound.py::test_the_command_says_what_is_missing_and_calls_nobody"
-DIAL_OUT = "tests/test_daily.py::test_the_command_has_pipecats_runner_make_a_room_that_may_dial_out"
+DIAL_OUT = "telephony/tests/test_daily.py::test_the_command_has_pipecats_runner_make_a_room"
 
 # The beginning of the name of a test that runs the same program, or sees to it that CI does.
 TESTED = {
@@ -83,8 +83,8 @@ TESTED = {
     ".ci/run": CI,
     "uv run pytest": CI,
     'uv run pytest -m "not slow"': CI,
-    'uv run pytest -m "" tests host roark rehearsal': CI,
-    "uv run pytest host roark rehearsal": CI,
+    "uv run pytest .": CI,
+    'uv run pytest -m "" .': CI,
     'uv run pytest -m "" tests/test_tools.py': CI,
     "uv sync": FRESH,
     "uv sync && uv run pytest": FRESH,
@@ -97,7 +97,7 @@ TESTED = {
     "python bot.py -t twilio": GATE,
     "for port in 7861 7862; do sudo systemctl restart bot@$port; done": REPLACED,
     "uv run python bot.py -t twilio -x HOST": GATE,
-    "uv run python -m preflight": "tests/test_preflight.py::test_the_exit_status_tells",
+    "uv run python -m preflight": "deploy/tests/test_preflight.py::test_the_exit_status_tells",
     "uv run python -m roark deliver": DELIVER,
     "python -m roark deliver": DELIVER,
     "uv run python -m deploy check": CHECK,

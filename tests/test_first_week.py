@@ -64,7 +64,7 @@ def test_with_groq_and_rime_swapped_in_calls_and_tests_go_on_and_say_what_stands
 
     add_tool(project)
     succeed(project.tool("ruff", "check", "--no-cache", "."))
-    files = ("tests/test_preflight.py", "tests/test_opening_hours.py")
+    files = ("deploy/tests/test_preflight.py", "tests/test_opening_hours.py")
     tested = project.tool("pytest", "-q", "-n", "0", *files)
     succeed(tested)
     assert all(sentence in tested.stdout for sentence in STANDS_IN)

@@ -29,6 +29,7 @@ WHOSE_CALLS_ARE_HELD = (
     {"stt": "openai", "llm": "google", "tts": "deepgram", "transport": "daily"},
     {"stt": "deepgram-flux", "llm": "compatible", "tts": "cartesia", "record_audio": False},
 )
+WHAT_ANSWERS_TOUCH = ("tests", "deploy", "host", "telephony", "conversation/tests/test_turns.py")
 FARTHEST = {
     "project": "another-bot",
     "purpose": 'Say "hello" \\ {{ and }} """goodbye""".',
@@ -217,7 +218,7 @@ def test_a_rendering_holds_calls_with_its_own_services(
     bake: Bake, answers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(*PATIENT)
-    files = ["tests/test_calls.py", "tests/test_preflight.py"]
+    files = ["tests/test_calls.py", "deploy/tests/test_preflight.py"]
     succeed(bake(**answers).tool("pytest", "-q", "-n", "0", "-m", "not slow", *files))
 
 
@@ -233,7 +234,7 @@ def test_the_rendering_farthest_from_the_default_passes_its_own_tests_in_a_fresh
         ("uv", "sync", "--locked"),
         # The folders are those of the default, which the followed README checks whole.
         ("uv", "run", "--locked", "pyright", *(path.name for path in project.path.glob("*.py"))),
-        ("uv", "run", "--locked", "pytest", "-q", "-rs", "tests", "host"),
+        ("uv", "run", "--locked", "pytest", "-q", "-rs", *WHAT_ANSWERS_TOUCH),
     ):
         done = project.run(*command)
         succeed(done)
