@@ -44,11 +44,11 @@ DELIVER = "roark/tests/test_cli.py::test_deliver_delivers_what_is_left_with_a_li
 CHECK = "tests/test_deploy.py::test_a_project_that_can_be_deployed_passes"
 REPLACED = "telephony/tests/test_twilio_auth.py::test_one_process_is_replaced_and_no_call_is_cut"
 GATE = "telephony/tests/test_twilio_auth.py::test_a_call_enters_with_its_token_and_nobody_else"
-TWIML = "tests/test_deploy.py::test_it_alone_is_on_stdout_to_be_pasted"
+TWIML = "deploy/tests/test_deploy.py::test_it_alone_is_on_stdout_to_be_pasted"
 EVALS = "tests/test_evals.py::test_the_starter_scenarios_hold"
 
 DIAL = "rehearsal/tests/test_cli.py::test_the_bot_calls_a_voicemail_by_one_command"
-CALLS = "tests/test_outbound.py::test_the_command_says_what_is_missing_and_calls_nobody"
+CALLS = "telephony/tests/test_outbound.py::test_the_command_says_what_is_missing_and_calls_nobody"
 DIAL_OUT = "telephony/tests/test_daily.py::test_the_command_has_pipecats_runner_make_a_room"
 
 # The beginning of the name of a test that runs the same program, or sees to it that CI does.

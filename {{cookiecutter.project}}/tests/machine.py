@@ -1,12 +1,15 @@
-"""What all tests share, those of the parts too: the loop, the machine and its weights."""
+"""What all tests share, those of the folders too: the loop, the machine, a copy of the project."""
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+import config
 
 try:
     import fcntl
@@ -14,6 +17,8 @@ except ImportError:  # Windows: there they share it.
     fcntl = None
 
 
+KEYS = {name: f"value-of-{name.lower()}" for name in config.REQUIRED}
+A_KEY = next(iter(KEYS), "")
 HOLDS_CALLS = re.compile(r"^ *(?:from|import) (?:harness|rehearsal)\b", re.MULTILINE)
 
 
@@ -59,3 +64,18 @@ def weights_of_this_machine() -> Iterator[None]:
         for name, value in weights.environment().items():
             patch.setenv(name, value)
         yield
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A copy of this project under a name that the platform takes, its keys filled in."""
+    caches = shutil.ignore_patterns(
+        ".venv", "*cache*", ".env", "uv.lock", "calls", "rehearsal", "tests"
+    )
+    copy = Path(shutil.copytree(Path(config.__file__).parent, tmp_path / "project", ignore=caches))
+    toml = (copy / "pcc-deploy.toml").read_text()
+    for key, value in (("agent_name", "my-bot"), ("region", "us-east"), ("secret_set", "keys")):
+        toml = re.sub(rf'(?m)^{key} = ".*"$', f'{key} = "{value}"', toml)
+    (copy / "pcc-deploy.toml").write_text(toml)
+    (copy / ".env").write_text("".join(f"{name}={value}\n" for name, value in KEYS.items()))
+    return copy

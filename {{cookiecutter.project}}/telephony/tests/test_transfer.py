@@ -1,0 +1,221 @@
+"""What goes to and from Twilio when a caller is handed over, and who may read it."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlencode
+from xml.etree import ElementTree
+
+import pytest
+import uvicorn
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from harness import SECONDS
+
+from rehearsal.callers.twilio import TwilioCaller
+from rehearsal.engines.scripted import ScriptedEngine
+from rehearsal.providers.all import serve as serve_providers
+from rehearsal.providers.server import HOST, free_port
+from rehearsal.providers.twilio_rest import Colleague, sign
+from telephony import transfer, twilio_auth
+
+pytestmark = pytest.mark.anyio
+
+ACCOUNT = "AC" + "0123456789abcdef" * 2
+CALL = "CA" + "0123456789abcdef" * 2
+COLLEAGUE = "+493012345678"
+KEY = "an-auth-token"
+ABOUT = "Frau Özdemir möchte ihren Termin verlegen."
+
+
+def test_a_failover_to_nobody_known_is_refused_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TRANSFER_TO", f"ann={COLLEAGUE}")
+    monkeypatch.setenv("TRANSFER_ON_FAILURE", "bob")
+    with pytest.raises(RuntimeError, match="'bob' is not"):
+        transfer.failover()
+
+
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [("+493012345678", "'+493012345678'"), ("ann=030123", "'ann'"), ("a=+4930123456;b=1", "'a'")],
+)
+def test_what_is_no_list_of_numbers_is_refused_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, value: str, named: str
+) -> None:
+    monkeypatch.setenv("TRANSFER_TO", value)
+    with pytest.raises(RuntimeError, match=r"in E\.164 form") as refusal:
+        transfer.people()
+    assert f"the entry for {named} is not" in str(refusal.value)
+
+
+@pytest.mark.parametrize("summary", ["", ABOUT, "ö" * 2000])
+def test_a_note_fits_into_a_parameter_and_is_read_by_the_bot_that_sealed_it(summary: str) -> None:
+    sealed = transfer.Note("ann", summary, "busy").seal(CALL, KEY)
+    assert len(transfer.NOTE) + len(sealed) <= 500
+    parameters: dict[str, object] = {transfer.NOTE: sealed, "from_number": "+15550100"}
+    note = transfer.Note.take(parameters, CALL, KEY)
+    assert note and (note.name, note.outcome) == ("ann", "busy")
+    assert summary.startswith(note.summary) and bool(note.summary) == bool(summary)
+    assert parameters == {"from_number": "+15550100"}
+
+
+@pytest.mark.parametrize(("call", "key"), [(CALL[:-1] + "0", KEY), (CALL, "another"), (CALL, "")])
+def test_a_note_of_another_call_or_hand_is_none(call: str, key: str) -> None:
+    parameters: dict[str, object] = {transfer.NOTE: transfer.Note("ann", ABOUT).seal(CALL, KEY)}
+    assert transfer.Note.take(parameters, call, key) is None
+
+
+@pytest.mark.parametrize("forged", ["", "x", "=", "ö", "A" * 400])
+def test_what_is_no_note_is_none(forged: str) -> None:
+    assert transfer.Note.take({transfer.NOTE: forged}, CALL, KEY) is None
+
+
+PUBLIC = "voice.example.org"
+
+
+@pytest.fixture
+def twilio(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, ElementTree.Element | str]]:
+    """What Twilio gets of the server at PUBLIC for a path, a note and the fields of a call."""
+    monkeypatch.setenv("TWILIO_AUTH_TOKEN", KEY)
+    monkeypatch.setenv("LANGUAGE", "de-AT")
+    app = FastAPI()
+    twilio_auth.guard(app, ["-t", "twilio", "-x", PUBLIC])
+    client = TestClient(app, follow_redirects=False)
+
+    def post(
+        path: str, note: transfer.Note, key: str = KEY, **fields: str
+    ) -> tuple[int, ElementTree.Element | str]:
+        address = f"{path}?{urlencode({'call': CALL, 'note': note.seal(CALL, KEY)})}"
+        headers = {"X-Twilio-Signature": sign(key, f"https://{PUBLIC}{address}", fields)}
+        answer = client.post(address, data=fields, headers=headers)
+        is_twiml = "xml" in answer.headers.get("Content-Type", "")
+        return answer.status_code, ElementTree.fromstring(answer.text) if is_twiml else answer.text
+
+    return post
+
+
+@pytest.mark.parametrize(
+    ("fields", "outcome", "told"),
+    [
+        ({"DialCallStatus": "busy"}, "busy", "the line of ann is busy"),
+        ({"DialCallStatus": "no-answer"}, "no-answer", "ann did not answer"),
+        ({"DialCallStatus": "failed"}, "failed", "could not be put through"),
+        ({"DialCallStatus": "canceled"}, "canceled", "could not be reached"),
+        # Who hung up during the whisper.
+        ({"DialCallStatus": "completed", "DialBridged": "false"}, "no-answer", "did not answer"),
+    ],
+)
+def test_what_twilio_says_of_a_dial_comes_back_with_the_caller(
+    twilio: Callable[..., Any], fields: dict[str, str], outcome: str, told: str
+) -> None:
+    note = transfer.Note("ann", ABOUT, parameters={"from_number": "+15550100"})
+    status, twiml = twilio(transfer.OUTCOME_PATH, note, **fields)
+    assert status == 200
+    brought = {one.get("name"): one.get("value") for one in twiml.iter("Parameter")}
+    assert brought["from_number"] == "+15550100"
+    assert twilio_auth.Gate(KEY).lets_in(CALL, brought[twilio_auth.TOKEN_PARAMETER])
+    back = transfer.Note.take(brought, CALL, KEY)
+    assert back and (back.outcome, back.summary) == (outcome, ABOUT)
+    assert told in back.instruction and ABOUT in back.instruction
+
+
+def test_once_they_have_talked_the_line_closes(twilio: Callable[..., Any]) -> None:
+    status, twiml = twilio(
+        transfer.OUTCOME_PATH, transfer.Note("ann", ABOUT), DialCallStatus="completed"
+    )
+    assert (status, [verb.tag for verb in twiml]) == (200, ["Hangup"])
+
+
+def test_the_person_is_told_what_it_is_about_in_the_language_of_the_call(
+    twilio: Callable[..., Any],
+) -> None:
+    status, twiml = twilio(transfer.WHISPER_PATH, transfer.Note("ann", "Müller & Söhne"))
+    (say,) = twiml
+    assert (status, say.tag, say.get("language"), say.text) == (
+        *(200, "Say", "de-DE", "Müller & Söhne"),
+    )
+
+
+def test_where_a_key_is_asked_for_a_mailbox_is_hung_up_on_and_a_person_is_connected(
+    twilio: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRANSFER_ASK", "1")
+    note = transfer.Note("ann", "Müller & Söhne")
+    _, (gather, hang_up) = twilio(transfer.WHISPER_PATH, note)
+    assert (gather.tag, gather.get("numDigits"), hang_up.tag) == ("Gather", "1", "Hangup")
+    (say,) = gather
+    assert (say.get("language"), say.text) == ("de-DE", f"Müller & Söhne {transfer.PRESS['de']}")
+    status, connected = twilio(transfer.WHISPER_PATH, note, Digits="5")
+    assert (status, list(connected)) == (200, [])
+    assert set(transfer.PRESS) == set(transfer.VOICES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("presses", "is_connected"), [("", False), ("1", True)])
+async def test_twilio_as_it_is_rehearsed_connects_who_has_pressed_a_key_and_nobody_else(
+    monkeypatch: pytest.MonkeyPatch, presses: str, is_connected: bool
+) -> None:
+    port = free_port()
+    for name, value in {"TWILIO_AUTH_TOKEN": KEY, "TRANSFER_ASK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    app = FastAPI()
+    twilio_auth.guard(app, ["-t", "twilio", "-x", f"{HOST}:{port}"])
+    handing: Any = transfer.TwilioTransfer(
+        call_sid=CALL,
+        stream_url="",
+        parameters={},
+        line=None,  # type: ignore[arg-type]
+        has_failover=False,
+        host=f"{HOST}:{port}",
+    )
+    server = uvicorn.Server(uvicorn.Config(app, HOST, port, log_level="warning"))
+    serving = asyncio.create_task(server.serve())
+    try:
+        async with serve_providers(ScriptedEngine()) as providers:
+            twilio, phone = providers.twilio, TwilioCaller("")
+            twilio.auth_token, phone.call_sid = KEY, CALL
+            twilio.colleagues[COLLEAGUE] = Colleague("completed", talks_s=0.0, presses=presses)
+            async with asyncio.timeout(SECONDS):
+                while not server.started:
+                    await asyncio.sleep(0.02)
+            (dial,) = ElementTree.fromstring(handing._twiml(COLLEAGUE, transfer.Note("ann", ABOUT)))
+            posted = await twilio._dial(phone, dial)
+    finally:
+        server.should_exit = True
+        await serving
+    assert twilio.whispered == [f"{ABOUT} {transfer.PRESS['en']}"]
+    assert transfer.outcome_of_dial(posted) == ("completed" if is_connected else "no-answer")
+
+
+@pytest.mark.parametrize("path", [transfer.OUTCOME_PATH, transfer.WHISPER_PATH])
+def test_nobody_but_twilio_learns_or_changes_anything(
+    twilio: Callable[..., Any], path: str
+) -> None:
+    status, text = twilio(path, transfer.Note("ann", ABOUT), key="another")
+    assert status == 403
+    assert ABOUT not in text
+
+
+@pytest.mark.parametrize("host", ["", PUBLIC])
+@pytest.mark.parametrize("summary", [ABOUT, "ö" * 5000])
+def test_the_instructions_for_twilio_fit_and_show_nobody_what_was_said(
+    monkeypatch: pytest.MonkeyPatch, host: str, summary: str
+) -> None:
+    """Twilio takes 4000 characters. Addresses end up in the logs of proxies."""
+    monkeypatch.setenv("TWILIO_AUTH_TOKEN", KEY)
+    handing: Any = transfer.TwilioTransfer(
+        call_sid=CALL,
+        stream_url=f"wss://{PUBLIC}/ws",
+        parameters={"from_number": "+15550100"},
+        line=None,  # type: ignore[arg-type]
+        has_failover=False,
+        host=host,
+    )
+    twiml = handing._twiml(COLLEAGUE, transfer.Note("ann", summary, parameters={"a": "+15550100"}))
+    assert len(twiml) < 4000
+    assert summary not in twiml
+    dial, *then = ElementTree.fromstring(twiml)
+    assert bool(dial.get("action")) == bool(host) == (not then)
+    assert "+15550100" not in dial.get("action", "")
