@@ -62,7 +62,7 @@ def waits_for_call() -> Iterator[None]:
     call = object()
     if not _process.calls:
         _process.drain_seconds = config.seconds("DRAIN_SECONDS", 0.0)
-        _take_signals(asyncio.get_running_loop())
+        _take_signals(_process, asyncio.get_running_loop())
     _process.calls.add(call)
     try:
         yield
@@ -115,48 +115,57 @@ def _is_ours_to_handle() -> bool:
     return signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def _take_signals(loop: asyncio.AbstractEventLoop) -> None:
+def _take_signals(process: _Process, loop: asyncio.AbstractEventLoop) -> None:
+    # A signal may come between any two lines here and in _give_signals_back(): as soon as this
+    # handler is there, and until the server's own is there again, it knows whom to pass it on to.
     def on_signal(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGTERM and _process.drain_seconds and not is_draining():
-            _process.draining_since = time.monotonic()
+        if (
+            number == signal.SIGTERM
+            and process.drain_seconds
+            and process.draining_since is None
+            and process.calls
+        ):
+            process.draining_since = time.monotonic()
             # In the loop: a handler of signals may run in the middle of anything.
-            loop.call_soon_threadsafe(_drain, loop)
+            loop.call_soon_threadsafe(_drain, process, loop)
         else:
-            _end_calls(number, frame)
+            _end_calls(process, number, frame)
 
-    _process.previous = {number: signal.signal(number, on_signal) for number in SIGNALS}
+    process.previous = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        signal.signal(number, on_signal)
 
 
-def _drain(loop: asyncio.AbstractEventLoop) -> None:
+def _drain(process: _Process, loop: asyncio.AbstractEventLoop) -> None:
     logger.info(
-        f"Draining: {len(_process.calls)} calls may go on for {_process.drain_seconds:g} s; "
+        f"Draining: {len(process.calls)} calls may go on for {process.drain_seconds:g} s; "
         "another SIGTERM ends them now"
     )
-    over = _process
 
     def end_now() -> None:
-        if over is _process and is_draining():
-            _end_calls(signal.SIGTERM, None)
+        if process is _process:
+            _end_calls(process, signal.SIGTERM, None)
 
-    loop.call_later(_process.drain_seconds, end_now)
+    loop.call_later(process.drain_seconds, end_now)
 
 
-def _end_calls(number: int, frame: FrameType | None) -> None:
-    _process.ended_by = signal.Signals(number).name
-    for end in list(_process.ends.values()):
-        end(_process.ended_by)
-    previous = _process.previous.get(number)
+def _end_calls(process: _Process, number: int, frame: FrameType | None) -> None:
+    process.ended_by = signal.Signals(number).name
+    for end in list(process.ends.values()):
+        end(process.ended_by)
+    previous = process.previous.get(number)
     if callable(previous):
         previous(number, frame)
 
 
 def _give_signals_back() -> None:
     global _process
-    over, _process = _process, _Process()
+    over = _process
     for number, handler in over.previous.items():
         # Somebody took the signal over since: theirs to keep.
         if getattr(signal.getsignal(number), "__module__", None) == __name__:
             signal.signal(number, handler)
+    _process = _Process()
     if over.draining_since is not None and not over.ended_by:
         # The last call is over: now for what the signal was about.
         os.kill(os.getpid(), signal.SIGTERM)

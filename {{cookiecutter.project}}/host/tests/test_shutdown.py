@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -176,3 +177,32 @@ async def test_a_signal_does_not_miss_a_call_whose_pipeline_is_being_built(
         with shutdown.ends_call(call.end):
             await asyncio.wait_for(call.ended.wait(), 5)
     assert call.names == ["SIGTERM"]
+
+
+@pytest.mark.parametrize("step", ["getsignal", "signal"])
+@pytest.mark.parametrize("moment", ["first call", "last call"])
+async def test_a_signal_in_the_very_moment_in_which_handlers_change_is_not_lost(
+    reached: list[int], monkeypatch: pytest.MonkeyPatch, moment: str, step: str
+) -> None:
+    """Whoever ends a bot as soon as its call is delivered meets that moment."""
+    monkeypatch.setenv("DRAIN_SECONDS", "0")
+    change = getattr(signal, step)
+
+    def a_signal_comes(*arguments: Any) -> Any:
+        monkeypatch.setattr(signal, step, change)
+        changed = change(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return changed
+
+    if moment == "first call":
+        monkeypatch.setattr(signal, step, a_signal_comes)
+    with shutdown.waits_for_call():
+        if moment == "last call":
+            monkeypatch.setattr(signal, step, a_signal_comes)
+    assert getattr(signal, step) is change
+    assert reached == [signal.SIGTERM]
+
+    another = Call()
+    with shutdown.ends_call(another.end):
+        await turn_of_the_loop()
+    assert another.names == [], "it was about the calls before"
