@@ -2,11 +2,14 @@
 
     uv run python -m benchmarks soak --minutes 20
 
-Callers dial, ask, hang up or vanish in any moment, and dial again. Meanwhile one provider after the
-other fails in some way for some seconds, Roark goes down and comes back, and the bot is killed with
-SIGKILL and started again. Every call has a number of its own, that its caller says and the bot has
-to say back: one that turns up in another call is cross-talk. At the end all is mended, what is left
-is delivered, and every call that was answered has to be at Roark.
+The bot is served as DEPLOY.md says: so many processes as hold eight calls within their `MAX_CALLS`,
+with one `calls/`, each caller put through to the one with the fewest calls. Callers dial, ask, hang
+up or vanish in any moment, and dial again. Meanwhile one provider after the other fails in some way
+for some seconds, Roark goes down and comes back, and processes are killed with SIGKILL and started
+again, all but one, which lives from the first minute to the last. Every call has a number of its
+own, that its caller says and the bot has to say back: one that turns up in another call is
+cross-talk. At the end all is mended, what is left is delivered, and every call that was answered
+has to be at Roark.
 """
 
 import asyncio
@@ -14,9 +17,10 @@ import json
 import os
 import random
 import re
+import statistics
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +29,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import aiohttp
+from host.calls import MAX_CALLS
 from rehearsal.callers.twilio import TwilioCaller
 from rehearsal.engines.engine import TextDelta, ToolCall
 from rehearsal.engines.scripted import Script, ScriptedEngine, ScriptedRecogniser
@@ -32,19 +37,26 @@ from rehearsal.providers.all import Providers, serve
 from rehearsal.providers.faults import Faults
 from rehearsal.providers.roark import RoarkReceiver
 
-from benchmarks.speed import VOICE_HZ, Running, environment_of, our_bot, running
+from benchmarks.speed import VOICE_HZ, Bot, Running, environment_of, our_bot, running
 
 MINUTES = 20.0
 CALLERS = 8
-KILLS = 2
-"""How often the bot is killed, at even distances."""
+PROCESSES = -(-CALLERS // MAX_CALLS)
+"""As many as have lines for them all. One process with all eight would be far over its bound."""
 FAULT_SECONDS, HEALTHY_SECONDS = (2.0, 8.0), (3.0, 10.0)
 ROARK_DOWN_SECONDS, ROARK_UP_SECONDS = (5.0, 20.0), (15.0, 40.0)
 PATIENCE_SECONDS = 20.0
 """How long a caller waits for the bot to say something."""
+BUSY = "found every line busy"
+REDIAL_SECONDS = (0.5, 2.0)
+"""After the busy tone."""
 SAMPLE_SECONDS = 5.0
+POINTS = 5
+"""Of a process's life so many parts are shown, each by its median."""
 SETTLE_SECONDS = 60.0
 """For the last calls' delivery, once all is mended."""
+REST_SECONDS = 3.0
+"""After that, until a process is looked at that holds no call."""
 SEED = 14
 NUMBER = re.compile(r"\b\d{4}\b")
 PROVIDERS = ("deepgram", "openai", "cartesia")
@@ -88,20 +100,45 @@ class Numbered(ScriptedEngine):
 class Holds:
     """What a process of the bot holds at one moment."""
 
-    at: float
-    process: int
+    minute: float
     memory_mib: float
     descriptors: int
     threads: int
 
-    @classmethod
-    def of(cls, running: Running) -> "Holds":
-        """Look at a process."""
-        pid = running.process.pid
-        return cls(
-            time.monotonic(),
-            pid,
-            running.memory(),
+
+@dataclass
+class Life:
+    """One process of the bot, from its start to its end.
+
+    Parameters:
+        running: The process.
+        lines: How many calls it has, as the proxy counts them.
+        calls: How many it has taken.
+        holds: What it held, every SAMPLE_SECONDS.
+        at_rest: What it held when all calls were over.
+        cpu_seconds: The processor time it took.
+    """
+
+    running: Running
+    lines: int = 0
+    calls: int = 0
+    holds: list[Holds] = field(default_factory=list[Holds])
+    at_rest: Holds | None = None
+    cpu_seconds: float = 0.0
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the process is there."""
+        return self.running.process.returncode is None
+
+    def look(self) -> Holds:
+        """What the process holds now."""
+        pid = self.running.process.pid
+        self.cpu_seconds = self.running.cpu_seconds()
+        return Holds(
+            (time.monotonic() - self.began) / 60,
+            self.running.memory(),
             len(os.listdir(f"/proc/{pid}/fd")),
             len(os.listdir(f"/proc/{pid}/task")),
         )
@@ -114,28 +151,42 @@ class Soak:
     Parameters:
         ended: How often calls came to which end, as their callers saw it.
         faults: How often which provider failed.
-        greeted: Calls whose caller heard something.
+        greeted: The ids of the calls whose caller heard something.
         answered: Answers heard.
         asked: Questions asked.
+        at_once: How many calls there were, every SAMPLE_SECONDS.
+        kills: How often a process was killed.
+        roark_downs: How often Roark was down.
         records: Calls on disk at the end.
-        undelivered: Those of them that Roark does not have whole.
-        missing: Calls that were greeted and of which there is no record.
-        crossed: Numbers that turned up in two calls, or were said back to another caller.
-        holds: Samples of the bot's process.
+        undelivered: Of these, not whole at Roark.
+        missing: Calls that were greeted and have no record.
+        crossed: Numbers in a call that is not theirs.
+        lives: Every process there was.
+        seconds: How long calls were held.
     """
 
     ended: Counter[str] = field(default_factory=Counter[str])
     faults: Counter[str] = field(default_factory=Counter[str])
-    greeted: int = 0
+    greeted: set[str] = field(default_factory=set[str])
     answered: int = 0
     asked: int = 0
+    at_once: list[int] = field(default_factory=list[int])
     kills: int = 0
     roark_downs: int = 0
     records: int = 0
     undelivered: int = 0
     missing: int = 0
     crossed: int = 0
-    holds: list[Holds] = field(default_factory=list[Holds])
+    lives: list[Life] = field(default_factory=list[Life])
+    seconds: float = 0.0
+
+    def least_busy(self) -> Life | None:
+        """The process with the fewest calls, as Caddy's `least_conn` chooses."""
+        return min((life for life in self.lives if life.is_up), key=_lines, default=None)
+
+
+def _lines(life: Life) -> int:
+    return life.lines
 
 
 class Weather:
@@ -179,33 +230,49 @@ class Weather:
                 await self._roark.start()
 
 
-async def _calls(host: Callable[[], Running | None], found: Soak, speech: bytes, seed: int) -> None:
+async def _calls(found: Soak, speech: bytes, number: int) -> None:
     """Be one caller who calls again and again, until cancelled."""
-    chance = random.Random(seed)
+    chance = random.Random(number)
     while True:
-        if (bot := host()) is None:
+        life = found.least_busy()
+        if life is None:
             await asyncio.sleep(0.5)
             continue
         line = TwilioCaller(
-            bot.url.replace("http", "ws", 1) + "/ws", from_number=f"+1555{seed:04}{0:03}"
+            life.running.url.replace("http", "ws", 1) + "/ws", from_number=f"+1555{number:07}"
         )
+        life.lines += 1
         end = "the bot was not there"
         try:
-            await line.dial()
-            end = await _talk(line, found, speech, chance)
+            if await _is_busy(life, line):
+                end = BUSY
+            else:
+                await line.dial()
+                life.calls += 1
+                end = await _talk(line, found, speech, chance)
         except (OSError, aiohttp.ClientError):
-            if bot.process.returncode is not None:
+            if not life.is_up:
                 end = "cut by SIGKILL"
             elif line.heard.utterances:
                 end = "the bot ended the call"
         finally:
             await (line.vanish() if chance.random() < 0.3 else line.hang_up())
+            life.lines -= 1
         found.ended[end] += 1
+        if end == BUSY:
+            await asyncio.sleep(chance.uniform(*REDIAL_SECONDS))
+
+
+async def _is_busy(life: Life, line: TwilioCaller) -> bool:
+    """Ask for the call's TwiML, as Twilio does."""
+    form = {"CallSid": line.call_sid, "From": line.from_number, "To": line.to_number}
+    async with aiohttp.ClientSession() as twilio, twilio.post(life.running.url, data=form) as asked:
+        return "<Reject" in await asked.text()
 
 
 async def _talk(line: TwilioCaller, found: Soak, speech: bytes, chance: random.Random) -> str:
     await line.hear(within=PATIENCE_SECONDS)
-    found.greeted += 1
+    found.greeted.add(line.call_sid)
     if chance.random() < 0.15:
         return "hung up into the greeting"
     await line.hear_out(quiet=0.8)
@@ -222,12 +289,35 @@ async def _talk(line: TwilioCaller, found: Soak, speech: bytes, chance: random.R
     return "hung up at the end"
 
 
-async def _look(host: Callable[[], Running | None], found: Soak) -> None:
+async def _look(found: Soak) -> None:
     while True:
         await asyncio.sleep(SAMPLE_SECONDS)
-        if bot := host():
+        found.at_once.append(sum(life.lines for life in found.lives))
+        for life in found.lives:
             with suppress(OSError, ValueError):
-                found.holds.append(Holds.of(bot))
+                life.holds.append(life.look())
+
+
+async def _keep_up(
+    bot: Bot,
+    environment: dict[str, str],
+    found: Soak,
+    killed_after: float | None,
+    over: asyncio.Event,
+) -> None:
+    """Run one process of the bot until all is over, killed and started again in the middle."""
+    while not over.is_set():
+        async with running(bot, environment, "-t", "twilio", "-x", "voice.example.org") as process:
+            life = Life(process)
+            found.lives.append(life)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(over.wait(), killed_after)
+            if over.is_set():
+                return
+            found.kills += 1
+            killed_after = None
+            process.process.send_signal(SIGKILL)
+            await process.process.wait()
 
 
 async def measure(minutes: float = MINUTES) -> Soak:
@@ -239,34 +329,41 @@ async def measure(minutes: float = MINUTES) -> Soak:
         folder = Path(name)
         async with serve(engine) as providers, RoarkReceiver() as roark:
             environment = environment_of(providers, roark, folder)
-            bot = our_bot(folder)
-            here: Running | None = None
+            del environment["MAX_CALLS"]
+            bot, over = our_bot(folder), asyncio.Event()
             weather = Weather(providers, roark, found)
-            tasks = [
-                asyncio.create_task(weather.of_providers()),
-                asyncio.create_task(weather.of_roark()),
-                asyncio.create_task(_look(lambda: here, found)),
-                *(
-                    asyncio.create_task(_calls(lambda: here, found, b"".join(pieces), number))
-                    for number in range(CALLERS)
-                ),
-            ]
-            for life in range(KILLS + 1):
-                async with running(bot, environment) as process:
-                    here = process
-                    await asyncio.sleep(60 * minutes / (KILLS + 1))
-                    if life < KILLS:
-                        found.kills += 1
-                        process.process.send_signal(SIGKILL)
-                        await process.process.wait()
-                    else:
-                        for task in tasks:
-                            task.cancel()
-                        await asyncio.gather(*tasks, return_exceptions=True)
-                        await weather.clear()
-                        await _settled(folder / "calls", roark)
-                        found.holds.append(Holds.of(process))
-                here = None
+            async with asyncio.TaskGroup() as group:
+                for number in range(PROCESSES):
+                    # All but the last, one after the other.
+                    kill_at = 60 * minutes * (number + 1) / PROCESSES
+                    is_last = number == PROCESSES - 1
+                    group.create_task(
+                        _keep_up(bot, environment, found, None if is_last else kill_at, over)
+                    )
+                while len(found.lives) < PROCESSES:
+                    await asyncio.sleep(0.1)
+                began = time.monotonic()
+                tasks = [
+                    asyncio.create_task(weather.of_providers()),
+                    asyncio.create_task(weather.of_roark()),
+                    asyncio.create_task(_look(found)),
+                    *(
+                        asyncio.create_task(_calls(found, b"".join(pieces), number))
+                        for number in range(CALLERS)
+                    ),
+                ]
+                await asyncio.sleep(60 * minutes)
+                found.seconds = time.monotonic() - began
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                await weather.clear()
+                await _settled(folder / "calls", roark)
+                await asyncio.sleep(REST_SECONDS)
+                for life in found.lives:
+                    if life.is_up:
+                        life.at_rest = life.look()
+                over.set()
             _judge(found, folder / "calls", roark)
     return found
 
@@ -283,18 +380,23 @@ def _records(calls: Path) -> list[Path]:
     return sorted(path for path in calls.iterdir() if (path / "delivery.jsonl").exists())
 
 
+def _record(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "call.json").read_text(encoding="utf-8"))
+    except OSError:
+        return {}
+
+
 def _is_whole(folder: Path, roark: RoarkReceiver) -> bool:
-    record = folder / "call.json"
-    if not record.exists():
-        return False
-    call_id = json.loads(record.read_text(encoding="utf-8"))["call_id"]
+    call_id = _record(folder).get("call_id")
     return call_id in roark.calls and roark.calls[call_id].whole
 
 
 def _judge(found: Soak, calls: Path, roark: RoarkReceiver) -> None:
     records = _records(calls)
     found.records = len(records)
-    found.missing = max(0, found.greeted - len(records))
+    kept = {_record(record).get("phone", {}).get("call_id") for record in records}
+    found.missing = len(found.greeted - kept)
     found.undelivered = sum(not _is_whole(record, roark) for record in records)
     said_in: dict[str, set[str]] = {}
     for call in roark.calls.values():
@@ -311,33 +413,61 @@ def _judge(found: Soak, calls: Path, roark: RoarkReceiver) -> None:
 
 def report(minutes: float = MINUTES) -> str:
     """Measure, and return the section for README.md."""
-    found = asyncio.run(measure(minutes))
-    lives = dict.fromkeys(held.process for held in found.holds)
+    return table(asyncio.run(measure(minutes)), minutes)
+
+
+def table(found: Soak, minutes: float) -> str:
+    """Return what `measure` found as a table."""
+    cores = sum(life.cpu_seconds for life in found.lives) / found.seconds
     rows = [
-        ("calls answered", f"{found.greeted}"),
+        ("calls answered", f"{len(found.greeted)}"),
         ("how they ended", ", ".join(f"{end} {n}" for end, n in found.ended.most_common())),
         ("questions asked, answered", f"{found.asked}, {found.answered}"),
+        ("calls at once, on average", f"{statistics.mean(found.at_once):.1f}"),
         ("faults", ", ".join(f"{name} {n}" for name, n in sorted(found.faults.items()))),
         ("Roark down, SIGKILL", f"{found.roark_downs} times, {found.kills} times"),
         ("records on disk", f"{found.records}"),
         ("answered and without a record", f"{found.missing}"),
         ("not whole at Roark", f"{found.undelivered}"),
         ("cross-talk", f"{found.crossed}"),
+        ("processor of the bots", f"{cores:.2f} cores"),
     ]
-    for number, life in enumerate(lives, 1):
-        holds = [held for held in found.holds if held.process == life]
-        early, late = holds[len(holds) // 3], holds[-1]
-        rows.append(
-            (
-                f"process {number}: memory, descriptors, threads",
-                f"{early.memory_mib:.0f} MiB, {early.descriptors}, {early.threads} after a third; "
-                f"{late.memory_mib:.0f} MiB, {late.descriptors}, {late.threads} at its end",
-            )
-        )
     return "\n".join(
         [
-            f"| {CALLERS} phone calls at once, {minutes:g} minutes | |",
+            f"| {CALLERS} phone calls at once, {PROCESSES} processes, {minutes:g} minutes | |",
             "|---|---|",
             *(f"| {what} | {value} |" for what, value in rows),
+            "",
+            "| process | memory, MiB | descriptors | threads | at rest |",
+            "|---|---|---|---|---|",
+            *(_row(life) for life in found.lives),
+            "",
+            f"Medians of {POINTS} equal parts of each process's life; a SIGKILL ended those that "
+            "were never at rest. At rest: when all calls were over and delivered.",
         ]
     )
+
+
+def _row(life: Life) -> str:
+    count = len(life.holds)
+    parts = [
+        life.holds[count * part // POINTS : count * (part + 1) // POINTS] for part in range(POINTS)
+    ]
+
+    def medians(name: str) -> str:
+        return ", ".join(
+            f"{statistics.median(getattr(held, name) for held in part):.0f}"
+            for part in parts
+            if part
+        )
+
+    minutes = life.holds[-1].minute if life.holds else 0.0
+    rest = life.at_rest
+    cells = [
+        f"{minutes:.1f} minutes, {life.calls} calls",
+        medians("memory_mib"),
+        medians("descriptors"),
+        medians("threads"),
+        f"{rest.memory_mib:.0f} MiB, {rest.descriptors}, {rest.threads}" if rest else "killed",
+    ]
+    return f"| {' | '.join(cells)} |"

@@ -204,11 +204,11 @@ def our_bot(folder: Path) -> Bot:
 
 
 @asynccontextmanager
-async def running(bot: Bot, environment: dict[str, str]) -> AsyncIterator[Running]:
-    """Run a bot under Pipecat's runner, for calls over both transports."""
+async def running(bot: Bot, environment: dict[str, str], *options: str) -> AsyncIterator[Running]:
+    """Run a bot under Pipecat's runner, for calls over both transports or as `options` say."""
     port = free_port()
     # WebRTC and /ws are served whatever -t says; with webrtc nothing but 127.0.0.1 is offered.
-    options = ("-t", "webrtc", "--host", "127.0.0.1", "--port", str(port))
+    options = (*(options or ("-t", "webrtc")), "--host", "127.0.0.1", "--port", str(port))
     command = (*bot.launcher, str(bot.folder / "bot.py"), *options)
     # A gate would keep out callers without a token; the scaffold's bot has none.
     ours = {**environment, "TWILIO_AUTH_TOKEN": ""} if bot.name == OURS else environment

@@ -66,7 +66,7 @@ async def bot(runner_args: RunnerArguments) -> None:
     try:
         config.require_keys()
         connection = await transports.answer(runner_args)
-        call = calls.of_process.begin(connection.caller, connection.call_id)
+        line = calls.of_process.begin(connection.caller, connection.call_id)
     except (transports.Refused, calls.Busy) as refusal:
         logger.warning(f"A call was refused: {refusal}")
         if connection:
@@ -78,7 +78,7 @@ async def bot(runner_args: RunnerArguments) -> None:
         await transports.hang_up(runner_args)
         raise
 
-    with call:
+    with line:
         instructions = PROMPT_FILE.read_text(encoding="utf-8").rstrip()
         instructions += f"\n- {phrases.instruction()}\n"
         if connection.errand:
@@ -97,11 +97,12 @@ async def bot(runner_args: RunnerArguments) -> None:
             instructions += f"- {clock.instruction()}\n"
             if connection.errand:
                 instructions = connection.errand.fill_in(instructions)
-            await run_call(connection, instructions, roark, runner_args)
+            await run_call(connection, line, instructions, roark, runner_args)
 
 
 async def run_call(
     connection: transports.Connection,
+    line: calls.Line,
     instructions: str,
     roark: RoarkObserver,
     runner_args: RunnerArguments,
@@ -124,6 +125,8 @@ async def run_call(
     finally:
         # The one place that runs after every kind of ending. The reason noted first stands.
         await transports.hang_up(runner_args)
+        # Delivery may take seconds, for which no caller has to wait.
+        line.give_back()
         try:
             await outcome.tell(roark, context)
         finally:

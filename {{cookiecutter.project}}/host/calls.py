@@ -8,7 +8,7 @@ import os
 import re
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from contextvars import ContextVar
 
 import config
@@ -39,6 +39,21 @@ class Busy(Exception):
     """This call cannot be taken now; the text says why."""
 
 
+class Line(ExitStack):
+    """The line of one call. The process waits for the call until this context is left."""
+
+    def __init__(self, lines: dict["Line", str], caller: str) -> None:
+        """Take a line, one of `lines`, for `caller`."""
+        super().__init__()
+        self._lines = lines
+        lines[self] = caller
+        self.callback(self.give_back)
+
+    def give_back(self) -> None:
+        """Let another caller have it: this one is gone, and only the call's record is left."""
+        self._lines.pop(self, None)
+
+
 class Calls:
     """The calls in progress.
 
@@ -50,13 +65,13 @@ class Calls:
         """Begin with none; `clock` counts seconds."""
         self.refused = 0
         self._clock = clock
-        self._callers: dict[object, str] = {}
+        self._lines: dict[Line, str] = {}
         # Until when a line is kept for a call on its way here.
         self._reserved: dict[str, tuple[str, float]] = {}
 
     def __len__(self) -> int:
         """How many are in progress."""
-        return len(self._callers)
+        return len(self._lines)
 
     def refusal(self, caller: str = "", call_id: str = "") -> str:
         """Why a call cannot be taken now; empty where it can.
@@ -71,7 +86,7 @@ class Calls:
         self._reserved = {
             call: kept for call, kept in self._reserved.items() if kept[1] > now and call != call_id
         }
-        lines = [*self._callers.values(), *(caller for caller, _ in self._reserved.values())]
+        lines = [*self._lines.values(), *(caller for caller, _ in self._reserved.values())]
         limit = whole_number("MAX_CALLS", MAX_CALLS)
         if limit and len(lines) >= limit:
             return "all lines are busy; please try again in a few minutes"
@@ -90,8 +105,8 @@ class Calls:
             self._reserved[call_id] = (caller, self._clock() + RESERVED_SECONDS)
         return ""
 
-    def begin(self, caller: str, call_id: str = "") -> AbstractContextManager[object]:
-        """Take a call, which is in progress until the returned context is left.
+    def begin(self, caller: str, call_id: str = "") -> Line:
+        """Take a call, which is in progress until its line is given back or its context is left.
 
         Raises:
             Busy: It cannot be taken.
@@ -99,13 +114,10 @@ class Calls:
         if refusal := self.refusal(caller, call_id):
             self.refused += 1
             raise Busy(refusal)
-        leaving = ExitStack()
-        leaving.enter_context(shutdown.waits_for_call())
-        call = object()
-        self._callers[call] = caller
-        leaving.callback(self._callers.pop, call)
+        line = Line(self._lines, caller)
+        line.enter_context(shutdown.waits_for_call())
         proves_its_connection.get()()
-        return leaving
+        return line
 
 
 of_process = Calls()

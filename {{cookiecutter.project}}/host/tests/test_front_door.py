@@ -1,6 +1,7 @@
 """A full house and slow strangers: who waits, who is told, and who takes no harm."""
 
 import asyncio
+import signal
 from pathlib import Path
 
 import aiohttp
@@ -45,6 +46,24 @@ async def test_the_next_call_is_told_that_all_lines_are_busy_until_one_ends(
             assert three_lines.refused == 1
         with three_lines.begin(""):
             assert len(three_lines) == 3
+
+
+@pytest.mark.anyio
+async def test_a_call_that_waits_for_its_delivery_keeps_no_line_and_the_process_waits_for_it(
+    three_lines: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENV", "local")
+    before = signal.getsignal(signal.SIGTERM)
+    with three_lines.begin("") as over, three_lines.begin("") as also_over, three_lines.begin(""):
+        over.give_back()
+        also_over.give_back()
+        with three_lines.begin("+15550100"):
+            assert len(three_lines) == 2
+    assert len(three_lines) == 0
+    with three_lines.begin("") as over:
+        over.give_back()
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.anyio
