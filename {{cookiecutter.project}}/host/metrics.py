@@ -103,13 +103,15 @@ class Undelivered:
         """As of the last look; what cannot be read counts, for nobody will have it."""
         now = self._clock()
         if self._counted is None or now - self._counted[0] >= LOOK_SECONDS:
-            paths = folder.call_folders(self._directory)
-            self._counted = (now, sum(map(self._is_due, paths)))
+            names = folder.call_names(self._directory, known=self._catalog.names)
+            self._counted = (now, sum(map(self._is_due, names)))
         return self._counted[1]
 
-    def _is_due(self, path: Path) -> bool:
+    def _is_due(self, name: str) -> bool:
+        if self._catalog.settled(name):
+            return False
         try:
-            call = self._catalog.look(path)
+            call = self._catalog.look(name)
         except (OSError, folder.Unreadable):
             return True
         if isinstance(call, folder.Folder):

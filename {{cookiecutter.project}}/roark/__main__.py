@@ -19,7 +19,7 @@ from loguru import logger
 from roark.catalog import Catalog, Entry, size_of
 from roark.client import RoarkClient
 from roark.destinations import from_environment
-from roark.folder import Folder, begun_at, call_folders, make_private, reason_of
+from roark.folder import Folder, begun_at, call_names, make_private, reason_of
 from roark.outbox import Flushed, Outbox, setting
 
 
@@ -52,17 +52,17 @@ def list_calls(directory: Path) -> int:
     catalog = Catalog(directory)
     rows: list[tuple[str, ...]] = [("STARTED", "LENGTH", "SIZE", "ENDED", "ROARK", "CALL")]
     undelivered = unreadable = 0
-    paths = call_folders(directory)
-    for path in paths:
+    names = call_names(directory, known=catalog.names)
+    for name in names:
         # Whatever is wrong with one folder, the others are shown.
         try:
-            call = catalog.look(path)
-            rows.append(_row(path, call))
+            call = catalog.look(name)
+            rows.append(_row(name, call))
             undelivered += _is_due(call)
         except Exception as error:
-            _name_unreadable(path, error)
+            _name_unreadable(name, error)
             unreadable += 1
-    catalog.save(path.name for path in paths)
+    catalog.save(names)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     form = "  ".join(f"{{:<{width}}}" for width in widths)
     if len(rows) > 1:
@@ -101,7 +101,7 @@ def deliver(directory: Path) -> int:
                 outcome += f", {flushed.given_up} given up"
         print(f"{folder.path.name}: {outcome}", flush=True)
 
-    unreadable: dict[Path, Exception] = {}
+    unreadable: dict[str, Exception] = {}
     try:
         outbox.deliver_leftovers(progress, unreadable.__setitem__).result()
     except KeyboardInterrupt:
@@ -110,13 +110,13 @@ def deliver(directory: Path) -> int:
         outbox.close()
     left = 0
     catalog = Catalog(directory)
-    for path in call_folders(directory):
+    for name in call_names(directory, known=catalog.names):
         try:
-            left += _is_due(catalog.look(path))
+            left += _is_due(catalog.look(name))
         except Exception as error:
-            unreadable[path] = error
-    for path, error in unreadable.items():
-        _name_unreadable(path, error)
+            unreadable[name] = error
+    for name, error in unreadable.items():
+        _name_unreadable(name, error)
     print(f"{_count(left, 'call')} left in {directory}." if left else "Nothing is left to deliver.")
     return 1 if left or unreadable else 0
 
@@ -129,15 +129,15 @@ def write_report(directory: Path, call: str | None, *, watch: bool) -> int:
     return report.main(directory, call, watch=watch)
 
 
-def _name_unreadable(path: Path, error: Exception) -> None:
-    print(f"{path.name}: cannot be read, passed over: {reason_of(error)}", file=sys.stderr)
+def _name_unreadable(name: str, error: Exception) -> None:
+    print(f"{name}: cannot be read, passed over: {reason_of(error)}", file=sys.stderr)
 
 
-def _row(path: Path, call: Entry | Folder) -> tuple[str, ...]:
+def _row(name: str, call: Entry | Folder) -> tuple[str, ...]:
     return (
-        _started(path),
+        _started(name),
         _length(call.seconds),
-        f"{(call.size if isinstance(call, Entry) else size_of(path)) / 1e6:.1f} MB",
+        f"{(call.size if isinstance(call, Entry) else size_of(call.path)) / 1e6:.1f} MB",
         call.reason,
         _state(call),
         call.call_id,
@@ -161,8 +161,8 @@ def _is_due(call: Entry | Folder) -> bool:
     return bool(call.left)
 
 
-def _started(path: Path) -> str:
-    return f"{begun_at(path).replace(tzinfo=None).isoformat(' ')} UTC"
+def _started(name: str) -> str:
+    return f"{begun_at(name).replace(tzinfo=None).isoformat(' ')} UTC"
 
 
 def _length(seconds: float) -> str:

@@ -9,7 +9,7 @@ are appended by every process, whole ones by one write; it is written anew when 
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -56,6 +56,7 @@ class Catalog:
     """The entries of one directory."""
 
     def __init__(self, directory: Path) -> None:
+        self._directory = directory
         self._path = directory / CATALOG
         self._entries: dict[str, Entry] = {}
         self._unsaved: list[Entry] = []
@@ -66,17 +67,32 @@ class Catalog:
                 entry = Entry(**{**line, "stamp": tuple(line["stamp"])})
                 self._entries[entry.name] = entry
 
-    def entry(self, path: Path, *, at_a_glance: bool = False) -> Entry | None:
-        """What is known of a closed call, if it still holds.
+    @property
+    def names(self) -> Container[str]:
+        """The names of the folders of which something is known."""
+        return self._entries
 
-        `at_a_glance` looks at the folder's own time alone: enough to know that nothing came to a
-        call of which nothing was left.
+    def settled(self, name: str) -> Entry | None:
+        """A call of which nothing was left, and to which nothing came, by one look at its folder.
+
+        The folder's own time tells that: audio that comes late is a new file.
         """
-        known = self._entries.get(path.name)
+        known = self._entries.get(name)
+        if known is None or known.left:
+            return None
+        with suppress(OSError):
+            if os.stat(f"{self._directory}/{name}").st_mtime_ns == known.looked_at:
+                return known
+        return None
+
+    def entry(self, name: str) -> Entry | None:
+        """What is known of a closed call, if it still holds."""
+        known = self._entries.get(name)
         if known is None:
             return None
+        path = f"{self._directory}/{name}"
         try:
-            if not at_a_glance and _stamp(path) != known.stamp:
+            if _stamp(path) != known.stamp:
                 return None
             looked_at = os.stat(path).st_mtime_ns
             if looked_at != known.looked_at:
@@ -89,13 +105,14 @@ class Catalog:
             return None
         return known
 
-    def look(self, path: Path, *, at_a_glance: bool = False) -> Entry | Folder:
+    def look(self, name: str) -> Entry | Folder:
         """A closed call's entry, or the folder of one that is not closed.
 
         What is not known yet is read: that raises Unreadable or OSError.
         """
-        if known := self.entry(path, at_a_glance=at_a_glance):
+        if known := self.entry(name):
             return known
+        path = self._directory / name
         stamp = _stamp(path) if os.path.exists(path / f"{ENDED}.json") else None
         folder = Folder.load(path)
         return (self.learn(folder, stamp=stamp) if stamp else None) or folder
@@ -149,7 +166,7 @@ def _lines(entries: Iterable[Entry]) -> bytes:
     return b"".join(as_json(asdict(entry)) + b"\n" for entry in entries)
 
 
-def _stamp(path: Path) -> tuple[int, ...]:
+def _stamp(path: Path | str) -> tuple[int, ...]:
     delivery, ended = os.stat(f"{path}/{DELIVERY}"), os.stat(f"{path}/{ENDED}.json")
     return delivery.st_size, delivery.st_mtime_ns, ended.st_size, ended.st_mtime_ns
 
@@ -159,7 +176,7 @@ def size_of(path: Path) -> int:
     return _size(path)[0]
 
 
-def _size(path: Path) -> tuple[int, bool]:
+def _size(path: Path | str) -> tuple[int, bool]:
     """Bytes of a folder's files, and whether chunks are among them."""
     size, has_chunks = 0, False
     with os.scandir(path) as entries:

@@ -27,7 +27,7 @@ import secrets
 import shutil
 import struct
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -66,9 +66,9 @@ def folder_name(call_id: str, at: datetime) -> str:
     return f"{at:%Y%m%dT%H%M%S}-{readable or 'call'}-{secrets.token_hex(4)}"
 
 
-def begun_at(path: Path) -> datetime:
+def begun_at(name: str) -> datetime:
     """The time (UTC) that the name of a call's folder begins with; raises Unreadable if none."""
-    text = path.name.split("-")[0]
+    text = name.split("-", 1)[0]
     try:
         # A quarter of what `strptime` takes: it is asked of every call there is.
         if len(text) == len("20261121T140509") and text[8] == "T":
@@ -78,17 +78,24 @@ def begun_at(path: Path) -> datetime:
     raise Unreadable("its name does not begin with the time of a call")
 
 
-def call_folders(directory: Path) -> list[Path]:
-    """The call folders of a directory, oldest first; whatever else lies there is not ours."""
+def call_names(directory: Path, known: Container[str] = ()) -> list[str]:
+    """The names of a directory's call folders, oldest first; whatever else lies there is not ours.
+
+    Those that are `known` to be calls need no look.
+    """
     try:
         names = [name for name in os.listdir(directory) if name[:1].isdigit()]
     except OSError:
         return []
+    names.sort()
     return [
-        directory / name
-        for name in sorted(names)
-        if os.path.exists(os.path.join(directory, name, DELIVERY))
+        name for name in names if name in known or os.path.exists(f"{directory}/{name}/{DELIVERY}")
     ]
+
+
+def call_folders(directory: Path) -> list[Path]:
+    """The call folders of a directory, oldest first."""
+    return [directory / name for name in call_names(directory)]
 
 
 class Unreadable(Exception):
@@ -401,7 +408,7 @@ class Folder:
     @property
     def begun_at(self) -> datetime:
         """When the folder was made, as its name says; raises Unreadable when it does not."""
-        return begun_at(self.path)
+        return begun_at(self.path.name)
 
     @property
     def closed_at(self) -> datetime:
@@ -549,7 +556,7 @@ class Folder:
             raise Unreadable(f"its files make no sense ({type(error).__name__})") from None
 
     def _read_files(self) -> None:
-        begun_at(self.path)
+        begun_at(self.path.name)
         self._delivery_backlog = b""
         self._has_header = False
         try:

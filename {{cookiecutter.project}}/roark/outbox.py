@@ -27,7 +27,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ from roark.folder import (
     ENDED,
     Folder,
     as_json,
-    call_folders,
+    call_names,
     folder_name,
     make_private,
     reason_of,
@@ -68,8 +68,8 @@ LEFTOVERS_PAUSE_SECONDS = 300.0
 # A round over the directory ends when this many calls in a row found nobody at the other end.
 MAX_UNREACHABLE_IN_A_ROW = 3
 TRIM_EVERY_SECONDS = 600.0
-# Old calls whose folders are looked at before live ones have their turn; each takes some 20 us.
-GLANCES_AT_ONCE = 16
+# Old calls whose folders are looked at before live ones have their turn; each takes some 3 us.
+GLANCES_AT_ONCE = 100
 MAX_SAID = 1000
 # What is in the journal survives a killed process at once, and a power cut after this long.
 JOURNAL_SYNC_SECONDS = 1.0
@@ -223,7 +223,6 @@ class Outbox:
         self._deliveries: dict[Path, dict[str, Delivery]] = {}
         self._claimed: dict[Path, tuple[Folder, int]] = {}
         self._turned_away: set[tuple[Path, str]] = set()
-        self._finished: dict[str, set[Path]] = {name: set() for name in ["", *names]}
         self._known: Catalog | None = None
         self._something_is_left = asyncio.Event()
         self._trimmed_at = 0.0
@@ -292,12 +291,12 @@ class Outbox:
     def deliver_leftovers(
         self,
         progress: Callable[[Folder, Flushed | None], None],
-        unreadable: Callable[[Path, Exception], None] = lambda *_: None,
+        unreadable: Callable[[str, Exception], None] = lambda *_: None,
     ) -> "Future[bool]":
         """Tries once to deliver every call on disk; `progress` hears of each (None: in use).
 
-        `unreadable` hears of folders that could not be read. The result says whether something is
-        left that may go later.
+        `unreadable` hears the names of folders that could not be read. The result says whether
+        something is left that may go later.
         """
         return asyncio.run_coroutine_threadsafe(
             self._deliver_each(progress, unreadable), self._loop
@@ -583,42 +582,38 @@ class Outbox:
     async def _deliver_each(
         self,
         progress: Callable[[Folder, Flushed | None], None] | None = None,
-        unreadable: Callable[[Path, Exception], None] = lambda *_: None,
+        unreadable: Callable[[str, Exception], None] = lambda *_: None,
     ) -> bool:
         """One round for each destination; says whether something is left that may go later."""
-        paths = call_folders(self.directory)
+        names = call_names(self.directory, known=self._catalog.names)
         self._turned_away = {(path, name) for path, name in self._turned_away if path.exists()}
+        unsettled = [name async for name in _in_turns(names) if not self._catalog.settled(name)]
         # Without a destination there is still to be closed whose process died.
         rounds = [
-            self._round(route, paths, progress, unreadable) for route in self._routes or [None]
+            self._round(route, unsettled, progress, unreadable) for route in self._routes or [None]
         ]
         is_anything_left = any(await asyncio.gather(*rounds))
-        self._catalog.save(path.name for path in paths)
+        self._catalog.save(names)
         return is_anything_left
 
     async def _round(
         self,
         route: Route | None,
-        paths: list[Path],
+        names: list[str],
         progress: Callable[[Folder, Flushed | None], None] | None,
-        unreadable: Callable[[Path, Exception], None],
+        unreadable: Callable[[str, Exception], None],
     ) -> bool:
-        name, addresses = (route.name, {route.address}) if route else ("", set[str]())
-        finished = self._finished[name]
-        finished.intersection_update(paths)
+        to, addresses = (route.name, {route.address}) if route else ("", set[str]())
         # The first one tells of calls that are for nobody here.
         tells_all = progress is not None and (not self._routes or route is self._routes[0])
         is_anything_left = False
         unreachable_in_a_row = 0
-        for number, path in enumerate(paths):
-            if number % GLANCES_AT_ONCE == 0:
-                # Live calls have their turn in between.
-                await asyncio.sleep(0)
-            if path in self._deliveries or (path, name) in self._turned_away or path in finished:
+        async for name in _in_turns(names):
+            path = self.directory / name
+            if path in self._deliveries or (path, to) in self._turned_away:
                 continue
-            entry = self._catalog.entry(path)
+            entry = self._catalog.entry(name)
             if entry and not (entry.left if tells_all else addresses & entry.left.keys()):
-                finished.add(path)
                 continue
             await asyncio.sleep(0)
             # Whatever is wrong with one folder, the others have their turn.
@@ -634,13 +629,12 @@ class Outbox:
                 finally:
                     self._unclaim(folder)
                 if was_finished:
-                    finished.add(path)
                     continue
                 if progress and (tells_all or delivery):
                     progress(folder, self.result(folder))
             except Exception as error:
-                self._say_once(f"{path.name} is passed over: {reason_of(error)}")
-                unreadable(path, error)
+                self._say_once(f"{name} is passed over: {reason_of(error)}")
+                unreadable(name, error)
                 continue
             if delivery is None or route is None:
                 continue
@@ -721,39 +715,43 @@ class Outbox:
             return
         self._trimmed_at = time.monotonic()
         too_old = time.time() - self._disk_days * 86400
-        sizes: dict[Path, int] = {}
-        finished: list[Path] = []
-        unfinished: list[Path] = []
-        for number, path in enumerate(call_folders(self.directory)):
-            if number % GLANCES_AT_ONCE == 0:
-                await asyncio.sleep(0)
+        sizes: dict[str, int] = {}
+        finished: list[str] = []
+        unfinished: list[str] = []
+        async for name in _in_turns(call_names(self.directory, known=self._catalog.names)):
             # What cannot be read is named by the round over what is left, and never removed.
             with suppress(Exception):
-                call = self._catalog.look(
-                    path, at_a_glance=any(path in paths for paths in self._finished.values())
-                )
+                call = self._catalog.settled(name) or self._catalog.look(name)
                 if isinstance(call, Folder) or call.left:
-                    unfinished.append(path)
-                elif call.closed_at < too_old and self._remove(path):
+                    unfinished.append(name)
+                elif call.closed_at < too_old and self._remove(name):
                     continue
                 else:
-                    finished.append(path)
-                sizes[path] = size_of(path) if isinstance(call, Folder) else call.size
+                    finished.append(name)
+                sizes[name] = size_of(call.path) if isinstance(call, Folder) else call.size
         self._catalog.save()
         excess = sum(sizes.values()) - self._disk_bytes
-        for path in [*finished, *unfinished]:
+        for name in [*finished, *unfinished]:
             if excess <= 0:
                 return
-            if self._remove(path):
-                excess -= sizes[path]
-                if path in unfinished:
-                    logger.error(f"Roark: no room for {path.name}: removed before it was delivered")
+            if self._remove(name):
+                excess -= sizes[name]
+                if name in unfinished:
+                    logger.error(f"Roark: no room for {name}: removed before it was delivered")
 
-    def _remove(self, path: Path) -> bool:
-        folder = Folder.claim(path)
+    def _remove(self, name: str) -> bool:
+        folder = Folder.claim(self.directory / name)
         if folder is not None:
             folder.remove()
         return folder is not None
+
+
+async def _in_turns(names: Sequence[str]) -> AsyncIterator[str]:
+    """One after the other; in between live calls have their turn."""
+    for number, name in enumerate(names):
+        if number % GLANCES_AT_ONCE == 0:
+            await asyncio.sleep(0)
+        yield name
 
 
 def _listed(folder: Folder) -> str:

@@ -69,13 +69,17 @@ async def test_audio_that_came_late_is_seen_at_a_glance_and_a_page_changes_only_
     calls_dir, read
 ):
     (path,) = await leave(calls_dir, None, "kept")
-    before = Catalog(calls_dir).entry(path)
+    catalog = Catalog(calls_dir)
+    before = catalog.settled(path.name)
     (path / "report.html").write_bytes(bytes(1_000_000))
-    after = Catalog(calls_dir).entry(path, at_a_glance=True)
+    assert catalog.settled(path.name) is None
+    after = catalog.entry(path.name)
     assert before is not None and after is not None
     assert after.size == before.size + 1_000_000
+    assert catalog.settled(path.name) == after
     (path / "chunk-00001.pcm").write_bytes(bytes(64))
-    assert Catalog(calls_dir).entry(path, at_a_glance=True) is None
+    assert catalog.settled(path.name) is None
+    assert catalog.entry(path.name) is None
     assert read == []
 
 
@@ -103,7 +107,7 @@ async def test_what_went_is_forgotten_when_most_lines_are_outdated(calls_dir, mo
     for number in range(6):
         (second / "report.html").write_bytes(bytes(number))
         (second / f"{number}").touch()
-        assert isinstance(catalog.look(second), Entry)
+        assert isinstance(catalog.look(second.name), Entry)
         catalog.save([second.name])
     lines = [json.loads(line) for line in (calls_dir / CATALOG).read_bytes().splitlines()]
     assert len(lines) < 6

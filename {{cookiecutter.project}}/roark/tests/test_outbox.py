@@ -1051,8 +1051,9 @@ async def test_old_calls_go_when_they_are_delivered(roark, open_outbox, calls_di
     await other.flush(0.1)
     outbox.close()
     long_ago = time.time() - 40 * 86400
-    for path in [*call.path.iterdir(), *other.path.iterdir()]:
-        os.utime(path, (long_ago, long_ago))
+    for folder in (call.path, other.path):
+        for path in [*folder.iterdir(), folder]:
+            os.utime(path, (long_ago, long_ago))
     open_outbox(roark.url, delivers_leftovers=True, disk_days=30)
     await until(lambda: not call.path.exists())
     assert other.path.exists()
