@@ -95,12 +95,13 @@ class Sounds:
         self._quiet = 0
 
     def feed(self, samples: Samples) -> None:
-        samples = np.concatenate((self._rest, samples))
+        if len(self._rest):
+            samples = np.concatenate((self._rest, samples))
         count = len(samples) // self._window
         self._rest = samples[count * self._window :]
         windows = samples[: count * self._window].reshape(count, self._window)
         levels = np.sqrt(np.mean(np.square(windows, dtype=np.float32), axis=1))
-        # Two hundred windows a second: what is looked up for each of them is looked up once.
+        # A hundred windows a second: what is looked up for each of them is looked up once.
         loudest, decay, of_loudest = self._loudest, self._decay, self._of_loudest
         for level in levels.tolist():
             self._position += 1
@@ -147,14 +148,18 @@ def sounds_of(sample_rate: int, on_sound: Sound) -> dict[str, Sounds]:
 
 
 class Track:
-    """One speaker's audio on the call's timeline, resampled to the recording's rate."""
+    """One speaker's audio on the call's timeline, resampled to the recording's rate.
+
+    `sounds` listens to what is taken.
+    """
 
     def __init__(self, sample_rate: int, sounds: Sounds) -> None:
         self._rate = sample_rate
         self._native_rate = 0
         self._resampler: soxr.ResampleStream | None = None
-        # (arrived, earliest start) in seconds, samples at the native rate.
-        self._pending: deque[tuple[float, float, Samples]] = deque()
+        # (arrived, earliest start) in seconds, PCM16 at the native rate: as bytes, because most of
+        # what a frame costs is the way into numpy, and many go it together.
+        self._pending: deque[tuple[float, float, bytes]] = deque()
         self._cursor = 0
         # Where the latest frame ended, s.
         self._spoken_until = 0.0
@@ -162,14 +167,14 @@ class Track:
         self._done_samples = 0
         # (arrived, by how much too late) of the latest frames that were.
         self._late: deque[tuple[float, float]] = deque(maxlen=LATE_FRAMES)
-        self._sounds = sounds
+        self.sounds = sounds
 
     @property
     def ready(self) -> int:
         """Samples that can be taken."""
         return self._done_samples
 
-    def add(self, samples: Samples, rate: int, arrived: float, start: float) -> None:
+    def add(self, pcm: bytes, rate: int, arrived: float, start: float) -> None:
         """Queue a frame that arrived at `arrived` s and cannot have begun after `start` s."""
         if not self._native_rate:
             self._native_rate = rate
@@ -177,39 +182,38 @@ class Track:
             if rate != self._rate:
                 self._resampler = soxr.ResampleStream(rate, self._rate, 1, dtype="int16")
         if rate != self._native_rate:
-            samples = np.asarray(soxr.resample(samples, rate, self._native_rate), np.int16)
-        self._pending.append((arrived, start, samples))
+            samples = soxr.resample(_samples(pcm), rate, self._native_rate)
+            pcm = np.asarray(samples, np.int16).tobytes()
+        self._pending.append((arrived, start, pcm))
 
     def settle(self, until: float, was_late: Callable[[float], float] | None = None) -> None:
         """Place every frame that arrived before `until` s, in the light of all that came since.
 
         `was_late` tells how late, in s, whatever arrived at a moment was.
         """
-        if not self._pending or self._pending[0][0] > until:
+        frames = self._pending
+        if not frames or frames[0][0] > until:
             return
-        frames = list(self._pending)
-        starts = [0.0] * len(frames)
+        byte_seconds = 0.5 / self._native_rate
+        starts: list[float] = []
         latest = float("inf")
-        for index in range(len(frames) - 1, -1, -1):
-            _, start, samples = frames[index]
-            latest = min(start, latest - len(samples) / self._native_rate)
-            starts[index] = latest
-        placed: list[Samples] = []
-        for (arrived, earliest, samples), start in zip(frames, starts, strict=True):
-            if arrived > until:
-                break
-            self._pending.popleft()
+        for _, start, pcm in reversed(frames):
+            latest = min(start, latest - len(pcm) * byte_seconds)
+            starts.append(latest)
+        placed: list[bytes] = []
+        while frames and frames[0][0] <= until:
+            arrived, earliest, pcm = frames.popleft()
+            start = starts.pop()
             if earliest - start > GAP_SECONDS:
                 self._late.append((arrived, earliest - start))
             late = was_late(arrived) if was_late else 0.0
             # Speech that begins was not held up: nothing of it had been said before.
             if start - late - self._spoken_until > LATE_SECONDS:
                 late = 0.0
-            placed += self._placed(samples, start - late)
+            placed += self._placed(pcm, start - late)
             self._spoken_until = self._cursor / self._native_rate
-        # All at once: most of what a frame costs is the way into numpy and the resampler.
         if placed:
-            self._emit(self._resampled(np.concatenate(placed)))
+            self._emit(self._resampled(_samples(b"".join(placed))))
 
     def was_late(self, arrived: float) -> float:
         """How late, in s, the frames were that arrived at that moment."""
@@ -242,7 +246,6 @@ class Track:
         short = length - self._done_samples
         if short > 0:
             self._emit(np.zeros(short, np.int16))
-        self._sounds.finish()
 
     def take(self, count: int) -> Samples:
         """Remove and return the next `count` samples."""
@@ -255,18 +258,23 @@ class Track:
                 part = part[:count]
             parts.append(part)
             count -= len(part)
-        return np.concatenate(parts) if parts else np.zeros(0, np.int16)
+        taken = np.concatenate(parts) if parts else np.zeros(0, np.int16)
+        # All at once, and not as it comes: what is heard in the recording is told with it.
+        self.sounds.feed(taken)
+        return taken
 
-    def _placed(self, samples: Samples, start: float) -> list[Samples]:
+    def _placed(self, pcm: bytes, start: float) -> list[bytes]:
         """What a frame that begins at `start` s adds to the track: silence before it, itself."""
         offset = start - self._cursor / self._native_rate
-        added = [samples]
+        self._cursor += len(pcm) // 2
         if offset > GAP_SECONDS:
-            added.insert(0, np.zeros(round(offset * self._native_rate), np.int16))
-        elif offset < -AHEAD_SECONDS and np.abs(samples).max(initial=0) < AUDIBLE_LEVEL:
+            missing = round(offset * self._native_rate)
+            self._cursor += missing
+            return [bytes(2 * missing), pcm]
+        if offset < -AHEAD_SECONDS and np.abs(_samples(pcm)).max(initial=0) < AUDIBLE_LEVEL:
+            self._cursor -= len(pcm) // 2
             return []
-        self._cursor += sum(map(len, added))
-        return added
+        return [pcm]
 
     def _resampled(self, samples: Samples) -> Samples:
         return self._resampler.resample_chunk(samples) if self._resampler else samples
@@ -275,7 +283,6 @@ class Track:
         if len(samples):
             self._done.append(samples)
             self._done_samples += len(samples)
-            self._sounds.feed(samples)
 
 
 class Recording:
@@ -297,14 +304,17 @@ class Recording:
 
     def add(self, role: str, frame: AudioRawFrame, arrived: float, start: float) -> None:
         """Place a frame that got here at `arrived` and cannot have begun after `start`."""
-        samples = np.frombuffer(frame.audio, np.int16)
+        pcm = frame.audio
         if frame.num_channels > 1:
-            mixed = samples.reshape(-1, frame.num_channels).mean(axis=1)
-            samples = mixed.astype(np.int16)
-        if len(samples):
+            mixed = _samples(pcm).reshape(-1, frame.num_channels).mean(axis=1)
+            pcm = mixed.astype(np.int16).tobytes()
+        if len(pcm) % 2:
+            # Half a sample would make noise of all that is joined to it.
+            pcm = pcm[:-1]
+        if pcm:
             self._heard_anything = True
-            self._tracks[role].add(samples, frame.sample_rate, arrived, start)
-        if arrived - self._settled_at >= SETTLE_SECONDS / 4:
+            self._tracks[role].add(pcm, frame.sample_rate, arrived, start)
+        if arrived - self._settled_at >= SETTLE_SECONDS / 2:
             self._settled_at = arrived
             self._advance(arrived)
 
@@ -318,6 +328,8 @@ class Recording:
             track.finish(max(0, total - self._samples), end)
         while self._samples < total:
             self._cut(min(self._chunk_samples, total - self._samples))
+        for track in self._tracks.values():
+            track.sounds.finish()
 
     def _advance(self, now: float) -> None:
         self._settle(now - SETTLE_SECONDS)
@@ -455,6 +467,10 @@ class CallRecorder(FrameProcessor):
 
     def _now(self) -> float:
         return (self._time or self.get_clock().get_time)() / 1e9
+
+
+def _samples(pcm: bytes) -> Samples:
+    return np.frombuffer(pcm, np.int16)
 
 
 def seconds(frame: AudioRawFrame) -> float:

@@ -226,6 +226,17 @@ def test_breath_and_room_around_speech_are_not_speech(recording, tape):
     assert any(np.allclose(sound[1:], (1000, 2000), atol=21) for sound in tape.sounds)
 
 
+def test_half_a_sample_spoils_nothing_behind_it(recording, tape):
+    for at in sends(2.0):
+        frame = caller(loud=at > 1.0)
+        if at <= 1.0:
+            frame.audio += b"\x7f"
+        feed(recording, at, frame)
+    recording.finish(2.0)
+    [(start, end)] = tape.loud(0)
+    assert (start, end) == pytest.approx((1.0, 2.0), abs=0.011)
+
+
 def test_without_audio_there_is_no_recording(recording, tape):
     recording.finish(3.0)
     assert tape.chunks == []
