@@ -31,7 +31,8 @@ Every event has `event` (its name) and `at` (epoch nanoseconds of the moment it 
     metric        kind, service, model?, value
     error         processor, message, category?, unusable
     node          name (Pipecat Flows)
-    phone         from_number?, to_number?, call_id?, stream_id?, call_domain?, sip_headers?
+    phone         from_number?, to_number?, call_id?, stream_id?, call_domain?, sip_call_id?,
+                  sip_headers?
     annotation    values: what the bot attaches to the call
     prices        values: by which its cost is computed (`prices.py`)
     turn-text     turn, text: what a redaction made of a turn

@@ -301,7 +301,7 @@ def tuner_payload(record: dict[str, Any]) -> dict[str, Any]:
             ),
         },
         disconnection_reason=TUNER_REASONS.get(record["ending"]["reason"], "unknown"),
-        sip_call_id=phone.get("call_id"),
+        sip_call_id=phone.get("sip_call_id") or phone.get("call_id"),
         sip_headers=phone.get("sip_headers"),
         agent_version=_build_number((record.get("metadata") or {}).get("version")),
         # Tuner's is in cents of a dollar; nobody here knows another currency's rate.

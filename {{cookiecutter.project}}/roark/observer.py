@@ -86,6 +86,7 @@ FLUSH_SECONDS = 20.0
 GRACE_SECONDS = 1.0
 
 # What is kept of a phone call: the name in Pipecat's call_data, and in Daily's dial-in settings.
+# A Twilio call that came over a SIP trunk has more among the parameters of its stream.
 PHONE_FIELDS = {
     "from_number": "From",
     "to_number": "To",
@@ -93,6 +94,8 @@ PHONE_FIELDS = {
     "stream_id": "stream_id",
     "call_domain": "call_domain",
 }
+# How Twilio names the headers of the INVITE.
+SIP_HEADER = "SipHeader_"
 
 Handler = Callable[[Any, int, Any], None]
 
@@ -159,7 +162,8 @@ class RoarkObserver(BaseObserver):
         self._routes: dict[type[Frame], Handler | None] = {}
         self._is_downstream = True
         self._failures: set[str] = set()
-        self._made_at = time.time_ns()
+        # The wall's clock is read once: set back later, it would end the call before it began.
+        self._made_at, self._made_on = time.time_ns(), time.monotonic_ns()
         self._origin: int | None = None
         self._clock: Any = None
         self._observes = False
@@ -733,20 +737,24 @@ class RoarkObserver(BaseObserver):
         return self._origin_of(data.source, data.timestamp) + data.timestamp
 
     def _origin_of(self, processor: Any, elapsed: int = 0) -> int:
-        """Epoch ns at the zero of the pipeline's clock, which is tied to the wall's clock once."""
+        """Epoch ns at the zero of the pipeline's clock."""
         if self._origin is None:
             try:
                 self._clock = processor.get_clock()
                 elapsed = self._clock.get_time()
             except Exception:
                 self._clock = None
-            self._origin = time.time_ns() - elapsed
+            self._origin = self._since_made() - elapsed
         return self._origin
 
     def _now(self) -> int:
         if self._clock is not None and self._origin is not None:
             return self._origin + self._clock.get_time()
-        return time.time_ns()
+        return self._since_made()
+
+    def _since_made(self) -> int:
+        """Epoch ns of now, by the wall's clock as it was when the observer was made."""
+        return self._made_at + time.monotonic_ns() - self._made_on
 
     def _emit(self, event_name: str, at: int, /, **fields: Any) -> None:
         known = {key: value for key, value in fields.items() if value is not None}
@@ -786,7 +794,19 @@ class RoarkObserver(BaseObserver):
             for name, daily in PHONE_FIELDS.items()
             if (value := field_of(call_data, name) or field_of(dialin, daily))
         }
-        if isinstance(headers := field_of(dialin, "sip_headers"), Mapping):
+        brought = field_of(call_data, "body")
+        brought = brought if isinstance(brought, Mapping) else {}
+        if sip_call_id := brought.get("SipCallId"):
+            found["sip_call_id"] = self._shown(str(sip_call_id))
+        headers = field_of(dialin, "sip_headers")
+        if not isinstance(headers, Mapping):
+            named = ((str(name), value) for name, value in brought.items())
+            headers = {
+                name.removeprefix(SIP_HEADER): value
+                for name, value in named
+                if name.startswith(SIP_HEADER)
+            }
+        if headers:
             found["sip_headers"] = {
                 str(name): self._shown(str(value)) for name, value in headers.items()
             }

@@ -37,6 +37,8 @@ TOKEN_PARAMETER = "gate_token"
 CALLEE_PARAMETER = "callee_number"
 # Twilio opens the stream as soon as it has read the TwiML.
 TOKEN_SECONDS = 60
+# Twilio takes less than 500 for a parameter's name and value.
+PARAMETER_CHARACTERS = 500
 # What `-t twilio` serves behind a gate. Pipecat's server has more: a browser could call by
 # /api/offer, whatever -t says.
 OPEN_PATHS = {"/", "/ws", "/status", "/calls", transfer.OUTCOME_PATH, transfer.WHISPER_PATH}
@@ -272,9 +274,19 @@ def _answer_with_twiml(
             logger.warning(f"A call was refused: {refusal}")
             return Response(BUSY, media_type="application/xml")
         parameters = {"from_number": caller, "to_number": fields.get("To", "")} if call_sid else {}
-        return _connect(gate, host, call_sid, parameters)
+        return _connect(gate, host, call_sid, parameters | _sip(fields))
 
     return answer
+
+
+def _sip(fields: Mapping[str, str]) -> dict[str, str]:
+    """What a call that came over a SIP trunk brings along, as far as a stream may carry it."""
+    return {
+        name: value
+        for name, value in fields.items()
+        if (name == "SipCallId" or name.startswith("SipHeader_"))
+        and len(name) + len(value) < PARAMETER_CHARACTERS
+    }
 
 
 def _connect(

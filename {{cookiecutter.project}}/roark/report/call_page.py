@@ -410,6 +410,7 @@ def _details_card(call: Call) -> str:
         "call_id": "Carrier's call id",
         "stream_id": "Carrier's stream id",
         "call_domain": "Daily domain",
+        "sip_call_id": "SIP call id",
     }
     pairs = [
         (label, text_span(text_of(phone, name)))

@@ -255,6 +255,19 @@ async def test_times_are_those_of_the_push_and_not_of_the_handling(call):
     assert (turn["start_ms"], turn["end_ms"]) == (1000.0, 2000.0)
 
 
+@pytest.mark.parametrize("frames", [[], [StartFrame(), EndFrame()]], ids=["never started", "held"])
+async def test_a_clock_that_is_set_back_ends_no_call_before_it_began(call, frames, monkeypatch):
+    observer = observer_of(call)
+    hours_ago = time.time_ns() - 2 * 3600 * 10**9
+    monkeypatch.setattr("roark.observer.time.time_ns", lambda: hours_ago)
+    for frame in frames:
+        await observer.on_push_frame(pushed(frame))
+    await observer.aflush()
+    made, *later = (event["at"] for event in call.events)
+    assert all(made <= at < made + 60 * 10**9 for at in later)
+    assert call.ended_body["callStartedAt"] <= call.ended_body["callEndedAt"]
+
+
 async def test_a_frame_sent_both_ways_counts_once(call):
     down = FunctionCallInProgressFrame("book", "t1", {"seats": 2})
     up = FunctionCallInProgressFrame("book", "t1", {"seats": 2})
@@ -456,6 +469,19 @@ async def test_phone_numbers_are_read_when_the_call_starts(call):
     await observer.on_push_frame(pushed(EndFrame()))
     await observer.aflush()
     assert call.record["phone"] == {"call_id": "CA1", "stream_id": "MZ1", "from_number": "+1"}
+
+
+async def test_a_twilio_call_over_a_sip_trunk_keeps_its_sip_ids_and_nothing_else(call):
+    brought = {"SipCallId": "a84b@10.0.0.1", "SipHeader_X-Customer": "7", "token": "secret"}
+    call_data = SimpleNamespace(call_id="CA1", stream_id="MZ1", body=brought)
+    observer = observer_of(call, runner_args=SimpleNamespace(call_data=call_data))
+    await observer.aflush()
+    assert call.record["phone"] == {
+        "call_id": "CA1",
+        "stream_id": "MZ1",
+        "sip_call_id": "a84b@10.0.0.1",
+        "sip_headers": {"X-Customer": "7"},
+    }
 
 
 async def test_a_dial_in_is_kept_without_the_key_that_comes_with_it(call):

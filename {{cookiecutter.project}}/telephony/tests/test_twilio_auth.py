@@ -213,8 +213,12 @@ def test_without_the_auth_token_every_request_gets_the_twiml_and_the_log_warns(
         client = webhook(monkeypatch, " ", "-x", HOST)
         assert f'<Stream url="wss://{HOST}/ws">' in client.post("/").text
         form = {"CallSid": CALL, "From": "+15550100"}
-        for answer in (client.post("/", data=form), client.get("/", params=form)):
+        trunk = {"SipCallId": "a84b@10.0.0.1", "SipHeader_X-Id": "7", "SipHeader_X-Long": "x" * 500}
+        for answer in (client.post("/", data=form | trunk), client.get("/", params=form | trunk)):
             assert 'name="from_number" value="+15550100"' in answer.text
+            assert 'name="SipCallId" value="a84b@10.0.0.1"' in answer.text
+            assert 'name="SipHeader_X-Id" value="7"' in answer.text
+            assert "X-Long" not in answer.text
         assert client.get("/").headers["Location"] == "/client/"
     assert len(lines) == 1
     assert "TWILIO_AUTH_TOKEN" in lines[0]
