@@ -456,8 +456,15 @@ class Folder:
 
     def sync_journal(self) -> None:
         """Makes the journal survive a power cut."""
+
+        def sync() -> None:
+            if self._journal is None:
+                _sync(self.path / JOURNAL)
+            else:
+                os.fsync(self._journal)
+
         if self._journal_is_dirty and self._is_on_disk:
-            self._journal_is_dirty = not self._try(lambda: _sync(self.path / JOURNAL))
+            self._journal_is_dirty = not self._try(sync)
 
     def keep_chunk(self, index: int, pcm: bytes, sample_rate: int, num_channels: int) -> None:
         """Keeps a chunk and adds it to the recording; the first of an index counts."""

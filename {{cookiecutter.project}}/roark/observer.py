@@ -757,8 +757,11 @@ class RoarkObserver(BaseObserver):
         return self._made_at + time.monotonic_ns() - self._made_on
 
     def _emit(self, event_name: str, at: int, /, **fields: Any) -> None:
-        known = {key: value for key, value in fields.items() if value is not None}
-        self._publish({"event": event_name, "at": at, **known})
+        event: Event = {"event": event_name, "at": at}
+        for name, value in fields.items():
+            if value is not None:
+                event[name] = value
+        self._publish(event)
 
     def _emit_voiced(self, at: int) -> None:
         if self._voiced:

@@ -30,9 +30,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from roark.folder import DELIVERY, JOURNAL, RECORD, RECORDING, reason_of
+from roark.folder import JOURNAL, RECORD, RECORDING, reason_of
 from roark.report import call_page, index_page
-from roark.report.index_page import UNREADABLE, KnownIndex
+from roark.report.index_page import KnownIndex
 from roark.report.page import SOURCES, write
 from roark.report.reading import Call, Files, files_of, is_a_call
 
@@ -88,8 +88,8 @@ def write_index(calls_dir: Path, *, watched: bool = False) -> Report:
                 write_report(folder)
             row = known.row(folder, files)
             rows.append(row)
-            if row["roark"] == UNREADABLE:
-                unreadable.append((folder.name, f"{DELIVERY} is damaged"))
+            if "damage" in row:
+                unreadable.append((folder.name, row["damage"]))
         # Whatever lies in one folder must not keep the others from being shown.
         except Exception as error:
             # The outbox may tidy a call away while we look; what is not named like one may be

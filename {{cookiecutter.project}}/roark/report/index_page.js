@@ -64,7 +64,7 @@
     ["slowest", "Slowest", "number slowest", (c) => c.slowest ?? -1, true],
     ["trouble", "Trouble", "trouble", (c) => c.failed + c.errors, true],
     ["ending", "Ending", "end", (c) => c.ending],
-    ["roark", "Roark", "delivery", (c) => c.roark],
+    ["roark", "Delivery", "delivery", (c) => c.roark],
   ];
 
   // The state is in the address, so that a reload or a way back finds it again.

@@ -7,7 +7,7 @@ import json
 from itertools import accumulate
 from pathlib import Path
 
-from roark.folder import DELIVERY, RECORD, Folder
+from roark.folder import DELIVERY, RECORD, Folder, reason_of
 from roark.report.page import SOURCES, data, h, page
 from roark.report.reading import SIDES, Call, Files, Row, end_ms, start_ms, text_of
 
@@ -58,6 +58,7 @@ class KnownIndex:
 def index_row(call: Call) -> Row:
     """What the index shows of a call and searches in."""
     reason, sentence = call.ending
+    state, damage = _delivery(call.folder)
     return {
         "folder": call.folder.name,
         "started": call.started_at.timestamp() * 1000 if call.started_at else None,
@@ -73,7 +74,8 @@ def index_row(call: Call) -> Row:
         "errors": len(call.errors),
         "ending": reason,
         "sentence": sentence,
-        "roark": _delivery(call.folder),
+        "roark": state,
+        **({"damage": damage} if damage else {}),
         "strip": [_strip(call, side) for side in SIDES],
         "words": " \u2013 ".join(
             [text_of(turn, "text") for turn in call.turns]
@@ -172,19 +174,19 @@ def _strip(call: Call, side: str) -> list[int]:
     return [value for first, end in stretches for value in (first, end - first)]
 
 
-def _delivery(folder: Path) -> str:
-    """What of the call has reached Roark, in a few words."""
+def _delivery(folder: Path) -> tuple[str, str]:
+    """Whether the call is where it is to go, in a few words, and why that cannot be told if so."""
     if not (folder / DELIVERY).exists():
-        return ""
+        return "", ""
     # Whatever is wrong with it: what was said in the call is still worth showing.
     try:
         kept = Folder.load(folder)
-    except Exception:
-        return UNREADABLE
-    if kept.destination is None:
-        return "kept here"
+    except Exception as error:
+        return UNREADABLE, reason_of(error)
+    if not kept.destinations:
+        return "kept here", ""
     if kept.steps_left or kept.ended is None:
-        return "undelivered"
+        return "undelivered", ""
     if kept.steps_given_up:
-        return f"{len(kept.steps_given_up)} given up"
-    return "delivered"
+        return f"{len(kept.steps_given_up)} given up", ""
+    return "delivered", ""

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,7 @@ async def run(*arguments: str) -> int:
 
 @pytest.mark.anyio
 async def test_calls_shows_what_is_kept_delivered_and_undelivered(roark, calls_dir, capsys):
-    await leave(calls_dir, roark.url, "there", within=20)
+    (there,) = await leave(calls_dir, roark.url, "there", within=20)
     await roark.stop()
     await leave(calls_dir, roark.url, "left")
     await leave(calls_dir, None, "kept")
@@ -64,6 +65,9 @@ async def test_calls_shows_what_is_kept_delivered_and_undelivered(roark, calls_d
     assert re.split(r"\s{2,}", lines[0]) == ["STARTED", "LENGTH", "SIZE", "ENDED", "ROARK", "CALL"]
     rows = {line.split()[-1]: line for line in lines[1:-1]}
     assert re.search(r"0:02 +0\.1 MB +agent-ended +delivered +there", rows["there"])
+    # As the folder's name says it, and the pages do.
+    begun = datetime.strptime(there.name[:15], "%Y%m%dT%H%M%S")
+    assert rows["there"].startswith(f"{begun} UTC ")
     assert "3 to deliver" in rows["left"]
     assert " kept " in rows["kept"]
     assert lines[-1] == f"3 calls in {calls_dir}, 1 undelivered."

@@ -139,6 +139,11 @@ async def test_what_cannot_be_read_is_named_and_passed_over(
     assert "first" not in roark.calls
     assert {path.name for path in first.iterdir()} == before
 
+    assert await asyncio.to_thread(main, ["report"]) == 1
+    output = capsys.readouterr()
+    assert re.search(rf"{first.name}: cannot be read, passed over: .*{why}", output.err)
+    assert len(list(calls_dir.glob("*-second-*/report.html"))) == 1
+
 
 @pytest.mark.anyio
 async def test_a_folder_that_cannot_be_read_does_not_hold_up_the_next_process(

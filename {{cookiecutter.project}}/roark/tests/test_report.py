@@ -459,10 +459,16 @@ def test_a_recording_cut_in_the_middle_is_played_as_far_as_it_goes(call: Path):
 
 def test_the_index_lists_newest_first_with_what_roark_has(tmp_path: Path):
     states: dict[str, str] = {}
-    for day, state in enumerate(("kept here", "delivered", "undelivered", "1 given up"), 11):
+    all_states = ("kept here", "delivered", "undelivered", "1 given up", "undelivered")
+    for day, state in enumerate(all_states, 11):
         path = tmp_path / f"202611{day}T140509-call-{day}-00000000"
-        destination = None if state == "kept here" else "https://api.roark.ai"
-        kept = Folder(path, call_id=f"call-{day}", destination=destination)
+        is_for_roark = state != "kept here" and day < 15
+        kept = Folder(
+            path,
+            call_id=f"call-{day}",
+            destination="https://api.roark.ai" if is_for_roark else None,
+            posts={"webhook": "https://my.example/#0"} if day == 15 else None,
+        )
         record = CallRecord.replay(events(CONVERSATION, *ENDED))
         kept.keep_started(json.dumps(record.call_started()).encode())
         kept.keep_ended(
