@@ -120,24 +120,22 @@ async def test_a_browser_that_vanishes_is_noticed_within_ten_seconds(harness: Ha
 
 
 @pytest.mark.slow
-@BOTH_TRANSPORTS
 async def test_the_time_limit_ends_the_call_with_a_goodbye(
-    harness: Harness, transport: str, monkeypatch: pytest.MonkeyPatch
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     harness.engine.script = Script.parse(
         {"greeting": "Hello.", "answers": [{"told": "time limit", "says": "Time is up. Goodbye."}]}
     )
     monkeypatch.setenv("MAX_CALL_SECONDS", "3")
-    async with harness.caller(transport) as caller:
+    async with harness.caller("twilio") as caller:
         await asyncio.wait_for(caller.ended.wait(), SECONDS)
     await assert_ended(harness, "max-duration", detail="MAX_CALL_SECONDS")
     assert said_by_bot(harness).endswith("Time is up. Goodbye.")
 
 
 @pytest.mark.slow
-@BOTH_TRANSPORTS
 async def test_the_platforms_session_limit_is_recorded_as_such(
-    harness: Harness, transport: str
+    harness: Harness,
 ) -> None:
     headers = {"x-daily-transport-type": "webrtc", "x-pcc-max-session-seconds": "4"}
     async with aiohttp.ClientSession() as platform:
@@ -145,35 +143,33 @@ async def test_the_platforms_session_limit_is_recorded_as_such(
         async with asyncio.timeout(SECONDS):
             while not harness.image.awaits_offer:
                 await asyncio.sleep(0.01)
-        async with harness.caller(transport) as caller:
+        async with harness.caller("webrtc") as caller:
             await asyncio.wait_for(caller.ended.wait(), SECONDS)
         await assert_ended(harness, "max-duration", detail="session limit")
         await waiting
 
 
 @pytest.mark.slow
-@BOTH_TRANSPORTS
 async def test_a_goodbye_that_hangs_does_not_hang_the_call(
-    harness: Harness, transport: str, monkeypatch: pytest.MonkeyPatch
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(endings, "GOODBYE_SECONDS", 0.5)
     monkeypatch.setenv("MAX_CALL_SECONDS", "3")
     # So does the greeting: it may be under way when the time is up.
     harness.server("llm").faults.hang = True
-    async with harness.caller(transport) as caller:
+    async with harness.caller("webrtc") as caller:
         await asyncio.wait_for(caller.ended.wait(), SECONDS)
     await assert_ended(harness, "max-duration")
 
 
-@BOTH_TRANSPORTS
 async def test_hanging_up_during_the_goodbye_ends_the_call_at_once(
-    harness: Harness, transport: str, monkeypatch: pytest.MonkeyPatch
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     harness.engine.script = Script.parse(
         {"greeting": "Hello.", "answers": [{"told": "time limit", "says": LONG_STORY}]}
     )
     monkeypatch.setenv("MAX_CALL_SECONDS", "1")
-    async with harness.caller(transport) as caller:
+    async with harness.caller("twilio") as caller:
         await harness.providers.log.until(
             lambda: any(LONG_STORY.startswith(text) for text in harness.spoken),
             within_s=SECONDS,
@@ -235,15 +231,14 @@ async def test_an_exception_of_ours_ends_the_call_and_closes_the_line(
 
 
 @pytest.mark.slow
-@BOTH_TRANSPORTS
 async def test_a_call_that_cannot_be_answered_is_hung_up(
-    harness: Harness, transport: str, monkeypatch: pytest.MonkeyPatch
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed = next(iter(config.REQUIRED), None)
     if needed is None:
         pytest.skip("this bot needs no key")
     monkeypatch.setenv(needed, "")
-    await assert_hung_up(harness, transport, monkeypatch)
+    await assert_hung_up(harness, "webrtc", monkeypatch)
     assert needed in str((await harness.over()).error)
 
 

@@ -384,17 +384,6 @@ async def test_a_webrtc_server_with_the_auth_token_takes_no_phone_calls(tmp_path
 
 @pytest.mark.slow
 @pytest.mark.anyio
-async def test_a_server_without_the_auth_token_takes_every_call(tmp_path: Path) -> None:
-    """As Pipecat's own does: the rehearsal and the first try need no account."""
-    engine = ScriptedEngine(Script(greeting="Hello there."))
-    async with serve_providers(engine) as providers:
-        world = {**providers.environment, "CALLS_DIR": str(tmp_path / "calls")}
-        async with run_bot("twilio", free_port(), world) as bot:
-            assert not await is_turned_away(TwilioCaller(bot.url.replace("http", "ws", 1) + "/ws"))
-
-
-@pytest.mark.slow
-@pytest.mark.anyio
 async def test_one_process_is_replaced_and_no_call_is_cut(tmp_path: Path) -> None:
     """Two processes of one server, as behind a proxy: a call that one announced the other holds."""
     async with (
