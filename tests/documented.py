@@ -47,6 +47,7 @@ GATE = "telephony/tests/test_twilio_auth.py::test_a_call_enters_with_its_token_a
 TWIML = "deploy/tests/test_deploy.py::test_it_alone_is_on_stdout_to_be_pasted"
 EVALS = "tests/test_evals.py::test_the_starter_scenarios_hold"
 
+PIN = "deploy/tests/test_deploy.py::test_the_registry_is_asked_for_the_digest_that_pins"
 DIAL = "rehearsal/tests/test_cli.py::test_the_bot_calls_a_voicemail_by_one_command"
 CALLS = "telephony/tests/test_outbound.py::test_the_command_says_what_is_missing_and_calls_nobody"
 DIAL_OUT = "telephony/tests/test_daily.py::test_the_command_has_pipecats_runner_make_a_room"
@@ -102,6 +103,8 @@ TESTED = {
     "python -m roark deliver": DELIVER,
     "uv run python -m deploy check": CHECK,
     "python -m deploy check": CHECK,
+    "uv run python -m deploy pin": PIN,
+    "python -m deploy pin": PIN,
     "python -m deploy twiml YOUR-ORG": TWIML,
     "uv run python -m pipecat.evals run evals --verbose --logs-dir /tmp": EVALS,
     "ALLOW_EVAL=1 uv run python -m rehearsal --engine scripted --script evals/script.toml": EVALS,

@@ -1,6 +1,7 @@
 """Errands of a deployment to Pipecat Cloud; DEPLOY.md says when to run which.
 
     python -m deploy check          what would fail, each with its mend, in seconds
+    python -m deploy pin            pin the Dockerfile's base image by its digest
     python -m deploy secrets        upload the keys of .env to the secret set
     python -m deploy twiml [ORG]    print the TwiML that sends a Twilio number's calls to the bot
 
@@ -15,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 from deploy.check import check, read_deploy_file, secrets
+from deploy.pin import pin
 
 
 def upload_secrets(project: Path, env_file: Path) -> int:
@@ -92,12 +94,15 @@ def main(arguments: list[str] | None = None, project: Path | None = None) -> int
     ):
         errand = errands.add_parser(name, help=purpose)
         errand.add_argument("--env-file", type=Path, default=project / ".env")
+    errands.add_parser("pin", help="pin the Dockerfile's base image by its digest")
     errands.add_parser("twiml", help="print the TwiML for Twilio").add_argument(
         "organization", nargs="?", help="default: the one `pipecat cloud` is signed in to"
     )
     chosen = parser.parse_args(arguments)
     if chosen.errand == "check":
         return 0 if check(project, chosen.env_file) else 1
+    if chosen.errand == "pin":
+        return pin(project / "Dockerfile")
     if chosen.errand == "secrets":
         return upload_secrets(project, chosen.env_file)
     return print_twiml(project, chosen.organization)

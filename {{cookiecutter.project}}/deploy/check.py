@@ -226,6 +226,12 @@ def check_dockerfile(project: Path) -> Iterator[Finding]:
                     f"FROM {rest}: the tag is mutable or leaves the Python open",
                     "pin both, as in dailyco/pipecat-base:0.2.3-py3.12",
                 )
+            elif "@" not in tag:
+                yield Finding(
+                    f"FROM {rest}: its owner can move the tag to another image",
+                    "python -m deploy pin, which writes its digest beside it",
+                    fatal=False,
+                )
             if "amd64" in rest:
                 yield Finding(f"FROM {rest}: the wrong architecture", "drop --platform")
         if word in {"CMD", "ENTRYPOINT", "USER"}:

@@ -9,12 +9,16 @@ import argparse
 import asyncio
 import ipaddress
 import json
+import re
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import uvicorn.config
+from fastapi.exceptions import RequestValidationError
 from loguru import logger
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -31,13 +35,18 @@ if TYPE_CHECKING:
 # Twilio's form is one or two kilobytes, the offer of a browser ten.
 MAX_BODY_BYTES = 256 * 1024
 BODY_SECONDS = 10.0
+# What a browser may upload in a call, where that is switched on.
+MAX_FILE_BYTES = 25 * 1024 * 1024
 # A message of Twilio's is less than one; a burst is many messages.
 MAX_MESSAGE_BYTES = 64 * 1024
-# For everything up to the proof: header, body, the first messages of a stream.
+# For everything up to the proof: header, body, the first messages of a stream. Counts anew when a
+# request was answered: a proxy sends many through one connection.
 UNPROVEN_SECONDS = 30.0
 # Far below the 1024 files that a process may have open.
 MAX_UNPROVEN = 128
 TRANSPORTS = ["webrtc", "daily", "twilio"]
+# What Pipecat's server answers itself, in whatever way a stranger asks.
+PIPECATS = re.compile(r"(/.+)?/api/offer|/start|/daily|/daily-dialin-webhook|/sessions/.+|/files")
 
 
 class Connections:
@@ -62,6 +71,12 @@ class Connections:
             self.forget(oldest)
             oldest.abort()
 
+    def renew(self, connection: asyncio.Transport) -> None:
+        """Take a connection for the newest, if it has still to prove something."""
+        if connection in self._unproven:
+            self.forget(connection)
+            self._unproven[connection] = None
+
     def forget(self, connection: asyncio.Transport) -> None:
         """Let a connection be: it is proven, or gone."""
         self._unproven.pop(connection, None)
@@ -85,19 +100,34 @@ class Protocol(AutoHTTPProtocol):
         config.ws_max_size = MAX_MESSAGE_BYTES
         super().__init__(config, *args, **options)  # type: ignore[call-arg]
         self._connection: asyncio.Transport | None = None
+        self._time_is_up: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to count its time."""
         super().connection_made(transport)
         self._connection = transport
         connections.opened(transport)
+        self._count_time(transport)
+
+    def on_response_complete(self) -> None:
+        """Begin to count anew."""
+        if self._connection:
+            connections.renew(self._connection)
+            self._count_time(self._connection)
+        super().on_response_complete()  # type: ignore[misc]
+
+    def _count_time(self, connection: asyncio.Transport) -> None:
+        if self._time_is_up:
+            self._time_is_up.cancel()
         loop = asyncio.get_running_loop()
-        loop.call_later(UNPROVEN_SECONDS, connections.expire, transport)
+        self._time_is_up = loop.call_later(UNPROVEN_SECONDS, connections.expire, connection)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget it."""
         if self._connection:
             connections.forget(self._connection)
+        if self._time_is_up:
+            self._time_is_up.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -146,6 +176,14 @@ def guard(app: "FastAPI", arguments: Sequence[str]) -> None:
     # Before Pipecat's own route for the same address: the first one answers.
     app.router.routes.append(Route("/status", status, methods=["GET"]))
     app.add_middleware(FrontDoor)
+    build = app.build_middleware_stack
+
+    def build_with_answer() -> "ASGIApp":
+        # Pipecat adds its own when it starts, after this: two ERROR lines for any stranger's {}.
+        app.add_exception_handler(RequestValidationError, _not_valid)
+        return build()
+
+    app.build_middleware_stack = build_with_answer
     # What uvicorn speaks HTTP with where nothing else was asked for.
     uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:{Protocol.__name__}"
 
@@ -159,8 +197,9 @@ class FrontDoor:
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         """Pass on what is within the limits."""
         calls.caller_address.set(_address(scope))
-        if scope["type"] == "http" and not scope["path"].endswith("/files"):
-            receive = _limited(receive)
+        if scope["type"] == "http":
+            is_file = scope["path"].endswith("/files")
+            receive = _limited(receive, MAX_FILE_BYTES if is_file else MAX_BODY_BYTES)
             refusal = calls.of_process.refusal(calls.caller_address.get())
             if refusal and (asks := _call_asked_for(scope)):
                 receive, is_new = (
@@ -173,9 +212,37 @@ class FrontDoor:
                     answer = JSONResponse({"detail": detail}, 503, headers={"Connection": "close"})
                     await answer(scope, receive, send)
                     return
-        # Who hangs up in the middle of a request is nobody's fault.
-        with suppress(ClientDisconnect):
-            await self._app(scope, receive, send)
+        has_answered = False
+
+        async def answering(message: "Message") -> None:
+            nonlocal has_answered
+            has_answered = True
+            await send(message)
+
+        try:
+            # Who hangs up in the middle of a request is nobody's fault.
+            with suppress(ClientDisconnect):
+                await self._app(scope, receive, answering)
+        except Exception as error:
+            if has_answered or scope["type"] != "http" or not PIPECATS.fullmatch(scope["path"]):
+                raise
+            # Nor is what a stranger asks for: one line, and no traceback.
+            await _cannot_be_answered(scope["path"], error, 400)(scope, receive, send)
+
+
+async def _not_valid(request: Request, error: Exception) -> Response:
+    return _cannot_be_answered(request.url.path, error, 422)
+
+
+def _cannot_be_answered(path: str, error: Exception, status: int) -> Response:
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    # Of an address of strangers only what is known here.
+    known = path if path in ("/api/offer", "/start", "/daily", "/files") else "/…"
+    logger.warning(
+        f"A request for {known} could not be answered: {type(error).__name__} in "
+        f"{Path(place.filename).name}:{place.lineno}"
+    )
+    return JSONResponse({"detail": "This request cannot be answered."}, status)
 
 
 def _address(scope: "Scope") -> str:
@@ -199,8 +266,8 @@ def _call_asked_for(scope: "Scope") -> str:
     return "start" if is_start else ""
 
 
-def _limited(receive: "Receive") -> "Receive":
-    """Read a body for BODY_SECONDS and up to MAX_BODY_BYTES."""
+def _limited(receive: "Receive", max_bytes: int) -> "Receive":
+    """Read a body for BODY_SECONDS and up to `max_bytes`."""
     deadline = asyncio.get_running_loop().time() + BODY_SECONDS
     size, is_whole = 0, False
 
@@ -214,7 +281,7 @@ def _limited(receive: "Receive") -> "Receive":
         except TimeoutError:
             raise _refused(408) from None
         size += len(message.get("body", b""))
-        if size > MAX_BODY_BYTES:
+        if size > max_bytes:
             raise _refused(413)
         is_whole = not message.get("more_body")
         return message

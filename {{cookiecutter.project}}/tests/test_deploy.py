@@ -86,7 +86,7 @@ def test_the_workflow_tests_every_push_and_deploys_only_when_told_to() -> None:
     assert "uv run ruff check ." in commands
     job = workflow["jobs"]["deploy"]
     assert job["if"].startswith("vars.DEPLOY == 'true' && ")
-    assert job["needs"] == "test"
+    assert job["needs"] == ["test", "licences"]
     deploys = [step.get("run", "") for step in job["steps"]]
     (checks,) = [command for command in deploys if "python -m deploy check" in command]
     assert deploys.index(checks) < deploys.index("pipecat cloud deploy --yes")

@@ -7,8 +7,10 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -20,6 +22,7 @@ from typer.main import get_command
 
 from deploy import check as deploy
 from deploy.__main__ import main, twiml
+from deploy.pin import pin
 
 PROJECT = Path(deploy.__file__).resolve().parents[1]
 
@@ -56,6 +59,48 @@ class TestDeployFile:
         assert isinstance(limit, int) and 60 <= limit <= 14400
 
 
+DIGEST = f"sha256:{'0af' * 21}0"
+
+
+class Registry(BaseHTTPRequestHandler):
+    """Tells the digest of the base image's list to whoever brings a token, which anybody gets."""
+
+    def do_HEAD(self) -> None:
+        """Answer for a manifest."""
+        if self.headers["Authorization"] != "Bearer anybody":
+            self.send_response(401)
+            host = f"http://{self.headers['Host']}"
+            challenge = f'Bearer realm="{host}/token",service="here",scope="pull"'
+            self.send_header("WWW-Authenticate", challenge)
+        elif self.path.startswith("/v2/dailyco/pipecat-base/manifests/"):
+            self.send_response(200)
+            is_list = "image.index" in self.headers["Accept"]
+            self.send_header("Docker-Content-Digest", DIGEST if is_list else "of one platform")
+        else:
+            self.send_response(404)
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        """Give out a token."""
+        assert self.path == "/token?service=here&scope=pull"
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"token": "anybody"}')
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def registry() -> Iterator[str]:
+    """The address of a registry on this machine."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Registry)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
 class TestDockerfile:
     """The image's files and how its dependencies are installed."""
 
@@ -66,15 +111,22 @@ class TestDockerfile:
         ]
         assert re.fullmatch(f"dailyco/pipecat-base:{deploy.PINNED_TAG}", image)
 
-    def test_a_digest_may_stand_beside_the_tag(self, project: Path) -> None:
-        """As DEPLOY.md says; one that is cut short is no pin."""
+    def test_the_registry_is_asked_for_the_digest_that_pins_the_base_image(
+        self, project: Path, registry: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """A tag alone is minded; a digest that is cut short is no pin."""
         file = project / "Dockerfile"
-        tagged = next(line for line in file.read_text().splitlines() if line.startswith("FROM"))
-        for digest, findings in ((f"@sha256:{'0af' * 21}0", 0), ("@sha256:0af", 1)):
-            pinned = file.read_text().replace(tagged, tagged + digest)
-            file.write_text(pinned)
-            assert len(list(deploy.check_dockerfile(project))) == findings
-            file.write_text(pinned.replace(digest, ""))
+        (minded,) = deploy.check_dockerfile(project)
+        assert not minded.fatal and "deploy pin" in minded.mend
+        assert pin(file, registry + "/not-there") == 1
+        assert "docker buildx imagetools inspect" in capsys.readouterr().err
+        for _ in range(2):
+            assert pin(file, registry) == 0
+            assert capsys.readouterr().out.endswith(f"@{DIGEST}\n")
+            assert file.read_text().count(DIGEST) == 1
+        assert not list(deploy.check_dockerfile(project))
+        edit(file, DIGEST, "sha256:0af")
+        assert [finding.fatal for finding in deploy.check_dockerfile(project)] == [True]
 
     def test_what_the_base_image_owns_is_left_alone(self) -> None:
         """Its server is started by its own CMD as its own user."""
@@ -199,7 +251,7 @@ class TestBuildContext:
         tops = {name.partition("/")[0] for name in deploy.context_names(project)}
         assert deploy.needed(project) | {"Dockerfile", "pyproject.toml", "uv.lock"} <= tops
         found = [*deploy.check_context(project), *deploy.check_dockerfile(project)]
-        assert not [f"{finding.what}: {finding.mend}" for finding in found]
+        assert not [f"{finding.what}: {finding.mend}" for finding in found if finding.fatal]
 
     def test_docker_leaves_secrets_out_of_subfolders_too(self) -> None:
         """For Docker a bare name is the top folder only: each needs its `**/` twin."""

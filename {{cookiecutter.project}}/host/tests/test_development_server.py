@@ -34,6 +34,16 @@ CHROMIUM_ARGUMENTS = [
     "--use-fake-device-for-media-stream",
     "--autoplay-policy=no-user-gesture-required",
 ]
+NONSENSE = [
+    ("POST", "/api/offer", {}),
+    ("POST", "/api/offer", {"sdp": "v=0", "type": "rubbish"}),
+    ("POST", "/api/offer", {"sdp": "v=0", "type": "answer"}),
+    ("PATCH", "/api/offer", []),
+    ("POST", "/start", [1]),
+    ("POST", "/files", None),
+    ("GET", "/daily", None),
+]
+"""What nobody asks Pipecat's server who means to call."""
 
 
 async def delivered(roark: RoarkReceiver) -> ReceivedCall:
@@ -51,6 +61,13 @@ async def test_the_server_has_pipecats_routes_and_takes_calls_on_each(tmp_path: 
                 assert "<script" in await page.text()
             async with browser.post(f"{bot.url}/start", json={"transport": "webrtc"}) as started:
                 assert (await started.json())["sessionId"]
+            for method, path, body in NONSENSE:
+                async with browser.request(method, bot.url + path, json=body) as answer:
+                    assert answer.status in (400, 422), path
+                    assert "{" not in (await answer.json())["detail"], "nothing is repeated"
+        lines = bot.log.read_text()
+        assert lines.count("could not be answered") == len(NONSENSE)
+        assert "Traceback" not in lines and "validation_exception_handler" not in lines
         async with WebRTCCaller(bot.url) as caller:
             await caller.hear(within=SECONDS)
         async with TwilioCaller(bot.url.replace("http", "ws", 1) + "/ws") as caller:

@@ -120,6 +120,10 @@ def test_whoever_only_waits_makes_room_and_a_proven_call_stays() -> None:
     for stranger in strangers:
         connections.opened(stranger)
     assert [stranger.is_broken for stranger in strangers] == [True, True, False, False, False]
+    connections.renew(call)
+    connections.renew(strangers[2])
+    connections.opened(Wire())
+    assert strangers[3].is_broken and not strangers[2].is_broken, "answered a moment ago"
     connections.expire(call)
     connections.expire(strangers[-1])
     assert strangers[-1].is_broken and not call.is_broken
