@@ -104,7 +104,6 @@ TESTED = {
     "uv run python -m deploy check": CHECK,
     "python -m deploy check": CHECK,
     "uv run python -m deploy pin": PIN,
-    "python -m deploy pin": PIN,
     "python -m deploy twiml YOUR-ORG": TWIML,
     "uv run python -m pipecat.evals run evals --verbose --logs-dir /tmp": EVALS,
     "ALLOW_EVAL=1 uv run python -m rehearsal --engine scripted --script evals/script.toml": EVALS,
