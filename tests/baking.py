@@ -1,15 +1,21 @@
 """A project baked from a clone of this repository, and what its user would do with it."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Protocol
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = "{{cookiecutter.project}}"
+FORM: dict[str, Any] = json.loads((ROOT / "cookiecutter.json").read_text(encoding="utf-8"))
+# The newest Python on which a call is held; newer ones generate and compile.
+NEWEST_TRIED = "3.13"
 # For whole projects whose calls are not about time: on a busy machine the answer may be late.
 PATIENT = ("ANSWER_SECONDS", "30")
 
@@ -72,9 +78,26 @@ class CommandLine(Protocol):
     ) -> subprocess.CompletedProcess[str]: ...
 
 
+def is_vendored(name: str) -> bool:
+    """Tell whether a file of the template is copied without rendering."""
+    return any(fnmatch(name, pattern) for pattern in FORM["_copy_without_render"])
+
+
 def succeed(done: subprocess.CompletedProcess[str]) -> None:
     """Fail with what a command printed, unless it succeeded."""
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def installed_python(python: str) -> Path | None:
+    """Return the program of a Python that is installed here."""
+    versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
+    found = [shutil.which(f"python{python}"), *versions.glob(f"{python}.*/bin/python")]
+    for program in filter(None, found):
+        say = "import sys; print('%d.%d' % sys.version_info[:2])"
+        said = subprocess.run([program, "-c", say], capture_output=True, text=True)
+        if said.stdout.strip() == python:
+            return Path(program)
+    return None
 
 
 def tracked_files(folder: Path = ROOT) -> list[str]:

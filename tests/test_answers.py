@@ -87,22 +87,32 @@ def refused_id(value: object) -> str | None:
 
 
 @pytest.fixture(scope="session")
-def prompt_around(bake: Bake) -> tuple[str, str]:
+def another(bake: Bake, rendered_part: Path) -> BakedProject:
+    """With another purpose, what is rendered of a project."""
+    return bake(template=rendered_part, purpose="SPLITHERE")
+
+
+@pytest.fixture(scope="session")
+def prompt_around(another: BakedProject) -> tuple[str, str]:
     """What stands before and after the purpose in prompt.md."""
-    before, after = bake(purpose="SPLITHERE").read("prompt.md").split("SPLITHERE")
+    before, after = another.read("prompt.md").split("SPLITHERE")
     return before, after
 
 
 @pytest.mark.parametrize("purpose", PURPOSES.values(), ids=PURPOSES)
 def test_any_purpose_arrives_verbatim_and_touches_no_other_file(
-    bake: Bake, default_project: BakedProject, prompt_around: tuple[str, str], purpose: str
+    bake: Bake,
+    rendered_part: Path,
+    another: BakedProject,
+    prompt_around: tuple[str, str],
+    purpose: str,
 ) -> None:
     before, after = prompt_around
 
-    project = bake(purpose=purpose)
+    project = bake(template=rendered_part, purpose=purpose)
 
     assert project.read("prompt.md") == before + purpose + after
-    assert project.differences(default_project) == {"prompt.md"}
+    assert project.differences(another) == {"prompt.md"}
 
 
 @pytest.fixture(scope="session")

@@ -140,8 +140,10 @@ def test_answers_come_by_arguments_or_by_a_file(
 
 
 @pytest.mark.parametrize("question", ANSWERS)
-def test_every_answer_to_a_question_gives_a_project_of_its_own(bake: Bake, question: str) -> None:
-    projects = [bake(**{question: answer}) for answer in ANSWERS[question]]
+def test_every_answer_to_a_question_gives_a_project_of_its_own(
+    bake: Bake, rendered_part: Path, question: str
+) -> None:
+    projects = [bake(template=rendered_part, **{question: answer}) for answer in ANSWERS[question]]
 
     for one, other in combinations(projects, 2):
         assert one.differences(other)

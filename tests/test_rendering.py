@@ -6,16 +6,13 @@ import re
 import runpy
 import shutil
 import tomllib
-from fnmatch import fnmatch
 from itertools import combinations, cycle, product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from baking import FOLDER, PATIENT, ROOT, Bake, BakedProject, succeed
-
-FORM = json.loads((ROOT / "cookiecutter.json").read_text(encoding="utf-8"))
+from baking import FOLDER, FORM, PATIENT, ROOT, Bake, BakedProject, is_vendored, succeed
 
 # The questions with a choice, each with its answers.
 CHOICES: dict[str, list[Any]] = {
@@ -103,11 +100,6 @@ PLANTED_FILES = (
 def project(request: pytest.FixtureRequest, bake: Bake) -> BakedProject:
     """One rendering of each kind."""
     return bake(**request.param)
-
-
-def is_vendored(name: str) -> bool:
-    """Tell whether a file of the template is copied without rendering."""
-    return any(fnmatch(name, pattern) for pattern in FORM["_copy_without_render"])
 
 
 def test_every_rendering_holds_exactly_the_files_of_the_template(
