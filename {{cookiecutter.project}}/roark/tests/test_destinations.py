@@ -228,9 +228,11 @@ async def test_what_a_lasting_fault_leaves_is_delivered_by_the_next_process(
     receiver.always = LASTING[fault]
     first = open_outbox(roark.url, KINDS[kind](receiver))
     call = hold_call(first)
-    assert (await call.flush(1.0)).left == 1
-    # Roark has it all: it does not wait for the other.
+    # Roark has it all: it does not wait for the other. On a busy machine it takes its time.
     await roark.complete(CALL)
+    async with asyncio.timeout(30):
+        while (await call.flush(0.2)).left != 1:
+            pass
     await asyncio.to_thread(first.close)
     tried = {request.headers["Idempotency-Key"] for request in receiver.arrived}
     receiver.always = 200
