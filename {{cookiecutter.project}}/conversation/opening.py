@@ -335,8 +335,8 @@ class Opening:
             return "no-answer", "nobody picked up"
         if self._who is Who.VOICEMAIL:
             return "voicemail", "it hung up before the whole message was left"
-        if self._turns_when_asked is not None and (
-            self._floor.caller_turns <= self._turns_when_asked
+        if self._who is Who.SCREENING and (
+            self._turns_when_asked is None or self._floor.caller_turns <= self._turns_when_asked
         ):
             return "declined", "they asked who is calling, and hung up when they knew"
         return "client-disconnected", "the callee hung up"
@@ -345,6 +345,9 @@ class Opening:
         listener = self._listener
         if listener is None or self._ending.has_begun or self._leaves_message:
             return
+        if self._who is Who.SCREENING and self._turns_when_asked is None:
+            # A turn is over a moment before it is counted: one look later it is.
+            self._turns_when_asked = self._floor.caller_turns
         if listener.is_quiet_from_the_start and not self._has_spoken:
             self._start(self._greet())
         listener.is_spoken_to = self._floor.bot_speaks or self._floor.answer_is_due
@@ -373,7 +376,8 @@ class Opening:
             case Who.PERSON:
                 self._start(self._greet())
             case Who.SCREENING:
-                self._turns_when_asked = self._floor.caller_turns + self._floor.turn_is_open
+                if self._floor.turn_is_open:
+                    self._turns_when_asked = self._floor.caller_turns + 1
                 self._start(self._greet())
             case Who.VOICEMAIL:
                 self.gate.is_closed = self.ears.is_deaf = True

@@ -123,7 +123,8 @@ async def test_whatever_else_picks_up_has_its_ending_and_the_llm_is_not_asked(
 ) -> None:
     called = await call(harness, kind, *words)
     assert (called.outcome, called.ending[0]) == ("completed", reason)
-    assert called.said == said
+    # On a busy machine a greeting has pauses, and is two turns.
+    assert " ".join(called.said) == " ".join(said)
     assert not harness.engine.asked
 
 

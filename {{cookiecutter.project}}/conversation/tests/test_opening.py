@@ -1,11 +1,18 @@
 """Who has picked up, told from what is said, when, and from tones."""
 
+import asyncio
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
-from conversation.opening import Listener, Tones, Who
+from conversation.floor import Floor
+from conversation.opening import Listener, Opening, Tones, Who
 from rehearsal.dial import beep
 from rehearsal.engines.scripted import ScriptedEngine
+from telephony.errand import Errand
 
 pytestmark = pytest.mark.anyio
 
@@ -126,3 +133,45 @@ async def test_a_beep_and_a_fax_are_heard_and_no_voice_is_taken_for_one() -> Non
     assert who(beep()) is Who.VOICEMAIL
     assert who(beep(2100, 1.2)) is Who.FAX
     assert who(b"".join(pieces)) is who(noise) is who(beep(seconds=0.06)) is None
+
+
+async def test_they_have_declined_unless_they_said_more_than_their_question(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where it is known what they asked in the moment in which their turn ends."""
+    monkeypatch.setenv("CALL_GREETING", "Hello.")
+    said: list[object] = []
+
+    async def say(frame: object) -> None:
+        said.append(frame)
+
+    async def end(*_: str) -> None: ...
+
+    looks: list[Callable[[], None]] = []
+    worker: Any = SimpleNamespace(queue_frame=say)
+    ending: Any = SimpleNamespace(has_begun=False, now=end)
+    floor_observer: Any = SimpleNamespace(look=looks.append)
+    for is_counted_late in (False, True):
+        floor = Floor()
+        opening = Opening(Errand(callee_number="", callee_name="", call_reason=""), floor)
+        opening.picked_up(worker, ending, floor_observer)
+        listener, look = opening.gate.listener, looks[-1]
+        assert listener
+        floor.turn_began()
+        listener.words("Please say your name.", is_final=True)
+        opening.gate.seconds = 2.0
+        if is_counted_late:
+            floor.turn_ended()
+        look()
+        if not is_counted_late:
+            floor.turn_ended()
+        floor.caller_took_turn()
+        look()
+        assert opening.how_it_ended()[0] == "declined"
+        floor.turn_began()
+        floor.turn_ended()
+        floor.caller_took_turn()
+        look()
+        assert opening.how_it_ended() == ("client-disconnected", "the callee hung up")
+        await asyncio.sleep(0)
+    assert len(said) == 2
