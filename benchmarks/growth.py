@@ -89,8 +89,9 @@ def report() -> str:
             first_calls, _ = calls(directory)
             (directory / ".catalog.jsonl").unlink()
             first_cpu, _ = start(directory, LIVES_SECONDS)
-            cpu, stall = start(directory, LIVES_SECONDS)
+            # The first start may have ended before it was through.
             later_calls = min(calls(directory)[0] for _ in range(3))
+            cpu, stall = start(directory, LIVES_SECONDS)
         lines.append(
             f"| {number:,} | {first_cpu:.2f} s | {cpu:.2f} s | {1000 * stall:.0f} ms "
             f"| {first_calls:.2f} s | {later_calls:.2f} s |"

@@ -20,6 +20,9 @@ from roark.folder import DELIVERY, ENDED, Folder, as_json
 CATALOG = ".catalog.jsonl"
 # So many outdated lines are left alone.
 OUTDATED_LINES = 1000
+# What was learnt is written when it is so much, and not only when all folders were looked through:
+# a process may end before.
+UNSAVED_LINES = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +147,8 @@ class Catalog:
     def _keep(self, entry: Entry) -> Entry:
         self._entries[entry.name] = entry
         self._unsaved.append(entry)
+        if len(self._unsaved) >= UNSAVED_LINES:
+            self.save()
         return entry
 
     def save(self, names: Iterable[str] | None = None) -> None:

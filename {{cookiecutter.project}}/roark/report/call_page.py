@@ -90,13 +90,14 @@ def render(call: Call) -> str:
 {_player(call, sound, rate)}
 <div class="columns">
 <section aria-label="Transcript">
-<p class="tools"><button class="small" id="copy">Copy</button>
+<p class="tools"><a class="small narrow" href="#beside">Waits and details</a>
+<button class="small" id="copy">Copy</button>
 <a class="small" id="download" href="#transcript">Download</a></p>
 <ol class="transcript" id="transcript">
 {_transcript(call)}
 </ol>
 </section>
-<div class="beside">
+<div class="beside" id="beside">
 {_responses_card(call)}
 {_usage_card(call)}
 {_details_card(call)}

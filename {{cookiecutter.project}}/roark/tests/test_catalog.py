@@ -100,6 +100,18 @@ async def test_without_its_lines_everything_is_read_again_and_right(
 
 
 @pytest.mark.anyio
+async def test_what_a_process_learnt_before_it_ended_is_known_to_the_next(calls_dir, monkeypatch):
+    monkeypatch.setattr("roark.catalog.UNSAVED_LINES", 2)
+    paths = await leave(calls_dir, None, "first", "second", "third")
+    (calls_dir / CATALOG).unlink()
+    catalog = Catalog(calls_dir)
+    for path in paths:
+        catalog.look(path.name)
+    known = [Catalog(calls_dir).settled(path.name) is not None for path in paths]
+    assert known == [True, True, False]
+
+
+@pytest.mark.anyio
 async def test_what_went_is_forgotten_when_most_lines_are_outdated(calls_dir, monkeypatch):
     monkeypatch.setattr("roark.catalog.OUTDATED_LINES", 3)
     first, second = await leave(calls_dir, None, "first", "second")

@@ -1082,7 +1082,10 @@ def test_waits_stand_slowest_first_or_as_they_came(open_page, folder: Path):
         ("assistant", "Second.", 6500, 7000),
     )
     write_record(folder, events(conversation, *ENDED))
-    tab = open_page(report.write_report(folder))
+    tab = open_page(report.write_report(folder), viewport={"width": 390, "height": 500})
+    # On a phone they stand behind the transcript: far, where a call was long.
+    tab.page.get_by_role("link", name="Waits and details").click()
+    tab.until("document.querySelector('#beside').getBoundingClientRect().top < innerHeight / 2")
     waits = tab.page.locator("#waits output")
     assert waits.all_inner_texts() == ["2.50 s", "1.00 s"]
     tab.page.get_by_role("button", name="As they came").click()
