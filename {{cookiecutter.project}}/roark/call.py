@@ -23,8 +23,9 @@ Every event has `event` (its name) and `at` (epoch nanoseconds of the moment it 
     words         context, segment, text, spaced, due?: spoken words; `due` when they are heard
     voice-done    context
     interruption
-    request       kind: the LLM is asked for an "answer", for one to words that may not be all yet
-                  ("speculation"), or for a "summary"
+    request       kind: the LLM is to be asked for an "answer", for one to words that may not be all
+                  yet ("speculation"), or for a "summary"
+    asked         the LLM has begun on a request; one that is held back on its way never gets there
     withdrawn     nobody will hear the answer to those words
     tool          id, name, arguments;  tool-update, tool-result  id, content, error?, failed?
     tool-cancel   id, timed_out
@@ -119,7 +120,7 @@ class Making:
     """How an answer is made; times in epoch nanoseconds.
 
     Parameters:
-        requested_at: The LLM was asked for it.
+        requested_at: The LLM was to be asked for it.
         first_tokens: (asked, first token) of each request, the first before any tool.
         said_at: Its first sentence went to the voice.
         voiced_at: Its first audio was made.
@@ -237,6 +238,8 @@ class CallRecord:
         self._unanswered: Turn | None = None
         self._making = Making()
         self._speculation: Turn | None = None
+        self._requests_wanted = 0
+        self._latest_is_asked = False
         self._requests = 0
         self._withdrawn = 0
         self._usage_reports = 0
@@ -761,25 +764,33 @@ class CallRecord:
             self._usage_reports += kind == "prompt_tokens"
 
     def _on_request(self, at: int, event: Event) -> None:
-        self._requests += 1
+        self._requests_wanted += 1
         if event["kind"] == "summary":
+            self._requests += 1
             return
         if self._speculation and self._speculation.released_at is None:
             # The one before answers less than was said by now.
             self._on_withdrawn(at, event)
         if event["kind"] == "speculation":
             self._speculation, self._making = self._user, Making()
+        self._latest_is_asked = False
         self._making.requested_at = self._making.requested_at or at
+
+    def _on_asked(self, at: int, event: Event) -> None:
+        # Where speech goes to speech an LLM answers unasked.
+        if self._requests < self._requests_wanted:
+            self._requests += 1
+            self._latest_is_asked = True
 
     def _on_withdrawn(self, at: int, event: Event) -> None:
         if self._speculation:
-            self._speculation.withdrawn += 1
-            self._withdrawn += 1
+            self._speculation.withdrawn += self._latest_is_asked
+            self._withdrawn += self._latest_is_asked
             self._speculation, self._making = None, Making()
 
     def _on_first_token(self, asked_at: int, at: int) -> None:
         # A request that is given up tells a time too, of no first token.
-        requested_at = self._making.requested_at or (inf if self._requests else 0)
+        requested_at = self._making.requested_at or (inf if self._requests_wanted else 0)
         if asked_at >= requested_at - REQUEST_NS:
             self._making.first_tokens.append((asked_at, at))
 
@@ -975,6 +986,7 @@ class CallRecord:
         "voice-done": _on_voice_done,
         "interruption": _on_interruption,
         "request": _on_request,
+        "asked": _on_asked,
         "withdrawn": _on_withdrawn,
         "tool": _on_tool,
         "tool-update": _on_tool_update,

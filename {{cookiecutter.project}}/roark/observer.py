@@ -594,6 +594,8 @@ class RoarkObserver(BaseObserver):
         self._flow = self._flow or flow_manager_of(source)
 
     def _on_reply(self, frame: Frame, at: int, source: FrameProcessor) -> None:
+        if isinstance(source, LLMService):
+            self._emit("asked", at)
         # Flows names its node after it has handed over the node's tools, and runs the LLM then.
         node = self._flow.current_node if self._flow else None
         if node and node != self._node:

@@ -716,7 +716,14 @@ def test_latency_runs_from_the_callers_last_sound_to_the_bots_first_and_has_part
 
 
 def asked(at: float, *kinds: str) -> list[dict]:
-    return [event("request", at + number, kind=kind) for number, kind in enumerate(kinds)]
+    return [
+        one
+        for number, kind in enumerate(kinds)
+        for one in (
+            event("request", at + number, kind=kind),
+            *([] if kind == "summary" else [event("asked", at + number)]),
+        )
+    ]
 
 
 def first_token(at: float, seconds: float) -> dict:
@@ -838,6 +845,22 @@ def test_requests_whose_usage_nobody_told_are_counted_and_not_priced():
         **{"llm_requests_withdrawn": 2, "llm_requests_without_usage": 2},
     }
     assert kept["cost"]["total"] == 0.002 and kept["cost"]["llm_requests_not_counted"] == 2
+
+
+def test_a_request_that_is_held_back_on_its_way_to_the_llm_is_none():
+    record = record_of(
+        *user(1000, 2000, "Hello?", decided=2400),
+        # As the opening of a call out holds them, until it is known who is there.
+        event("request", 2110, kind="speculation"),
+        event("withdrawn", 2300),
+        event("request", 2401, kind="answer"),
+        *asked(3000, "answer"),
+    )
+    assert record.as_dict()["usage"] == {"llm_requests": 1, "llm_requests_without_usage": 1}
+    assert record.as_dict()["turns"][0]["withdrawn_answers"] == 0
+    # Where speech goes to speech an LLM begins unasked.
+    alone = record_of(event("asked", 1500), *user(1000, 2000, "Yes."))
+    assert not alone.as_dict()["usage"]
 
 
 def test_a_speech_that_waits_for_another_is_heard_when_its_turn_comes():

@@ -267,8 +267,10 @@ def test_the_parts_of_a_wait_are_disjoint_and_add_up(folder: Path):
 def test_what_speculation_saved_and_cost_is_said_beside_the_times(folder: Path):
     begun = (
         event("request", 2900, kind="speculation"),
+        event("asked", 2901),
         event("withdrawn", 2950),
         event("request", 3105, kind="speculation"),
+        event("asked", 3106),
         event("metric", 3250, kind="ttfb", service="llm", model="m", value=0.14),
     )
     asked = [one for one in events(CONVERSATION, *begun, *ENDED) if one.get("value") != 0.3]
