@@ -40,6 +40,7 @@ from rehearsal.call import (
     speculation,
     spoken_voice,
     talk,
+    without_words,
 )
 from rehearsal.dial import CALLEES, NUMBER, greeting_to_callees, who_is_called, words
 from rehearsal.dial import ENVIRONMENT as DIAL_ENVIRONMENT
@@ -214,6 +215,8 @@ async def _hand_over(options: argparse.Namespace) -> int:
     port = free_port()
     async with _engine(options, by_script=True) as voice:
         _tell("What is heard and thought is by script, rehearsal/transfer.*.toml.")
+        if missing := without_words("transfer", language):
+            _tell(missing)
         engine = Dialogue(words, voice)
         voices = await _spoken(engine, words.hears)
         public = ("-x", f"{HOST}:{port}")
@@ -240,11 +243,7 @@ async def _call_it(options: argparse.Namespace) -> int:
                 answers = await talk(options.transport, world.bot, voices, _tell)
             except NoAnswer as failure:
                 raise BotFailed(f"{failure}\n{world.bot.tail()}") from failure
-            with suppress(TimeoutError):
-                await world.roark.until(
-                    lambda: any(call.whole for call in world.roark.calls.values()),
-                    timeout=DELIVERY_SECONDS,
-                )
+            await _delivered(world)
         # The bot has ended by now, and what it kept is complete.
         broken = [
             said for call_id in world.roark.calls for said in _report(world, call_id, answers)
@@ -252,11 +251,22 @@ async def _call_it(options: argparse.Namespace) -> int:
     return 1 if broken else 0
 
 
+async def _delivered(world: "_World") -> None:
+    """Wait until a call has arrived at Roark as a whole; not for ever."""
+    with suppress(TimeoutError):
+        await world.roark.until(
+            lambda: any(call.whole for call in world.roark.calls.values()),
+            timeout=DELIVERY_SECONDS,
+        )
+
+
 async def _have_it_call(options: argparse.Namespace) -> int:
     """Have the bot call one of CALLEES, in LANGUAGE, with the command that its owner has."""
     said, callee = words(_language()), options.callee
     port = free_port()
     async with _engine(options, by_script=True) as engine:
+        if missing := without_words("dial", _language()):
+            _tell(missing)
         voices = await _spoken(engine, said.of(callee))
         hears_by_itself = isinstance(engine, LocalEngine) and _is_english()
         behind = engine if hears_by_itself else Dialogue(said.script(callee), engine)
@@ -272,10 +282,10 @@ async def _have_it_call(options: argparse.Namespace) -> int:
                 world.environment,
                 _tell,
             )
+            # Twilio may be telling the bot how it ended.
+            await _delivered(world)
         for call_id in world.roark.calls:
             _report(world, call_id)
-            ending = world.roark.calls[call_id].ended or {}
-            _tell(f"Ending: {ending.get('callEndedReason')}")
         return 0 if world.roark.calls else 1
 
 
@@ -402,11 +412,13 @@ def _report(world: _World, call_id: str, answers: Sequence[Answered] = ()) -> li
     if folder is not None and (folder / "call.json").exists():
         record = json.loads((folder / "call.json").read_bytes())
         where = "in the recording" if record["recording"] else "since the call began"
-        _tell(f"The conversation, by the time {where}:")
-        for line in conversation(record, answers):
+        if said := conversation(record, answers):
+            _tell(f"The conversation, by the time {where}:")
+        for line in said:
             _tell(line)
-        if said := speculation(record):
-            _tell(said)
+        _tell(f"Ending: {record['ending']['reason']} ({record['ending']['detail']})")
+        if saved := speculation(record):
+            _tell(saved)
         broken = broken_tools(record)
     has = ["call-started"] * (call.started is not None)
     has += [f"{len(call.chunks)} chunks of audio"] * bool(call.chunks)

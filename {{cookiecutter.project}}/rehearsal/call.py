@@ -57,6 +57,21 @@ class Voice:
         return len(self.pcm) / 2 / self.sample_rate
 
 
+def words_file(kind: str, language: str) -> Path:
+    """The file of what is said in a rehearsal of this kind; the English one where it has none."""
+    code = language.partition("-")[0].lower()
+    files = [Path(__file__).with_name(f"{kind}.{one}.toml") for one in (code, "en")]
+    return next(file for file in files if file.exists())
+
+
+def without_words(kind: str, language: str) -> str:
+    """Say so where the people of a rehearsal do not speak the bot's language; "" where they do."""
+    file, code = words_file(kind, language), language.partition("-")[0].lower()
+    if file.name == f"{kind}.{code}.toml":
+        return ""
+    return f"They speak English: {kind}.{code}.toml is missing beside rehearsal/{file.name}."
+
+
 def recorded_voice(path: Path) -> Voice:
     """Read a recording of any kind that FFmpeg knows: WAV, MP3, Ogg, M4A; channels are mixed.
 

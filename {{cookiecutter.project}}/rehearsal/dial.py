@@ -9,20 +9,20 @@ import tomllib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from dotenv import dotenv_values
 
-from rehearsal.call import Voice
+from rehearsal.call import Voice, words_file
 from rehearsal.callers.twilio import TwilioCaller
 from rehearsal.engines.scripted import Answer, Script
 from rehearsal.host.bot_process import PROJECT, user_settings
 from rehearsal.providers.twilio_rest import Callee
 
-CALLEES = ("person", "voicemail", "screening", "busy", "no-answer", "silent")
+CALLEES = ("person", "voicemail", "screening", "busy", "declined", "no-answer", "silent")
 NUMBER, FROM_NUMBER = "+4930123456", "+4930654321"
-RINGS_SECONDS = 1.0
+# Long enough for who asks once a second to see it.
+RINGS_SECONDS = 1.5
 # From picking up to the first word; of a voicemail a little more.
 HELLO_AFTER_SECONDS, GREETING_AFTER_SECONDS = 0.6, 1.0
 BEEP_HZ, BEEP_SECONDS, BEEP_PEAK = 1000, 0.4, 9000
@@ -70,10 +70,7 @@ class Words:
 
 def words(language: str) -> Words:
     """The words of a language; English ones where there are none."""
-    code = language.partition("-")[0].lower()
-    files = [Path(__file__).with_name(f"dial.{one}.toml") for one in (code, "en")]
-    file = next(file for file in files if file.exists())
-    return Words(**tomllib.loads(file.read_text(encoding="utf-8")))
+    return Words(**tomllib.loads(words_file("dial", language).read_text(encoding="utf-8")))
 
 
 def greeting_to_callees() -> dict[str, str]:
@@ -89,6 +86,8 @@ def who_is_called(
     """One of CALLEES, who says `voices`; `tell` is given what happens at their end."""
     if kind in ("busy", "no-answer"):
         return Callee(does=kind, rings_s=rings_s)
+    if kind == "declined":
+        return Callee(does="busy", sip_code="603", rings_s=rings_s)
     phone = TwilioCaller("")
 
     async def talks() -> None:

@@ -9,7 +9,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
 
 import aiohttp
 
@@ -19,6 +18,7 @@ from rehearsal.call import (
     Answered,
     NoAnswer,
     Voice,
+    words_file,
 )
 from rehearsal.callers.twilio import TwilioCaller
 from rehearsal.engines.engine import Engine, Speech
@@ -73,9 +73,7 @@ class Dialogue(ScriptedEngine):
 
 def script(language: str) -> Script:
     """The words of the transfer, in English where there are none of this language."""
-    code = language.partition("-")[0].lower()
-    files = [Path(__file__).with_name(f"transfer.{one}.toml") for one in (code, "en")]
-    return Script.load(next(file for file in files if file.exists()))
+    return Script.load(words_file("transfer", language))
 
 
 async def be_handed_over(

@@ -505,6 +505,7 @@ async def test_a_caller_is_handed_to_a_colleague_who_is_busy_and_comes_back_in_g
     ]
     records = [json.loads(one.read_bytes()) for one in sorted(tmp_path.glob("*/call.json"))]
     assert [one["ending"]["reason"] for one in records] == ["transferred", "client-disconnected"]
+    assert "Ending: transferred (handed over to anna)" in output
     assert records[1]["metadata"]["transfer_outcome"] == "busy"
 
 
@@ -522,7 +523,7 @@ async def test_the_bot_calls_a_voicemail_by_one_command_in_german(project: Path)
     assert status == 0, output
     assert "Picked up." in output
     assert re.search(r"bot +Guten Tag Anna, es geht um: Ihr Termin am Freitag\.", output)
-    assert output.splitlines()[-1] == "Ending: voicemail"
+    assert "Ending: voicemail (the message of voicemail.md was left)" in output
     (record,) = [json.loads(one.read_bytes()) for one in project.glob("kept/*/call.json")]
     assert record["metadata"]["direction"] == "outbound"
 
