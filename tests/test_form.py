@@ -122,6 +122,20 @@ def test_answers_typed_at_the_prompts_are_the_answers_given_as_arguments(
     assert not typed.differences(given)
 
 
+def test_who_records_says_so_in_a_sentence_of_the_first_words_and_nobody_else(
+    bake: Bake, default_project: BakedProject
+) -> None:
+    german = bake(language="de")
+    for project, sentence in (
+        (default_project, " This call is recorded. "),
+        (german, " Dieses Gespräch wird aufgezeichnet. "),
+    ):
+        greetings = re.findall(r"^(?:CALL_)?GREETING=(.*)", project.read("env.example"), re.M)
+        assert len(greetings) == 2 and all(sentence in greeting for greeting in greetings)
+    silent = bake(language="de", record_audio=False).read("env.example")
+    assert "aufgezeichnet" not in silent and "recorded: many places" not in silent
+
+
 def test_answers_come_by_arguments_or_by_a_file(
     command_line: CommandLine, template: Path, tmp_path: Path, bake: Bake
 ) -> None:
