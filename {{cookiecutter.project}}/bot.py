@@ -317,12 +317,10 @@ if __name__ == "__main__":
     from pipecat.runner.run import app, main
 
     from host import front_door
+    from telephony import call_api
 
     twilio_auth.guard(app, sys.argv[1:], reserve=calls.of_process.reserve)
-    if config.setting("CALL_API_KEY"):
-        from telephony import call_api
-
-        call_api.serve(app, agent=AGENT, busy=calls.of_process.refusal)
+    call_api.serve(app, agent=AGENT, busy=calls.of_process.refusal)
     front_door.guard(app, sys.argv[1:])
     metrics.serve()
     if not config.missing_keys():

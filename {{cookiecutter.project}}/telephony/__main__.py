@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING
 from dotenv import load_dotenv
 from loguru import logger
 
-from config import setting
-
 if TYPE_CHECKING:
     from telephony.errand import Errand
 
@@ -26,7 +24,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 async def call(options: argparse.Namespace) -> int:
     """Place one call and tell how it goes; returns the exit status, 1 for one not taken."""
-    from telephony.errand import Errand, NotPlaced
+    from telephony.errand import Errand, NotPlaced, usual_transport
 
     errand = Errand(
         callee_number=options.number, callee_name=options.name, call_reason=options.reason
@@ -38,11 +36,6 @@ async def call(options: argparse.Namespace) -> int:
     except NotPlaced as refusal:
         print(f"Not called: {refusal}.", file=sys.stderr)
         return 2
-
-
-def usual_transport() -> str:
-    """Twilio, where the project does not have Daily's key alone."""
-    return "daily" if setting("DAILY_API_KEY") and not setting("TWILIO_ACCOUNT_SID") else "twilio"
 
 
 async def call_by_daily(errand: "Errand", options: argparse.Namespace) -> int:
@@ -78,7 +71,8 @@ async def call_by_twilio(errand: "Errand", options: argparse.Namespace) -> int:
     except asyncio.CancelledError:
         return 1
     over = ending == "completed"
-    print("How it ended is in the bot's record." if over else f"Ending: {ending}", flush=True)
+    its_record = over or outbound.server_is_told
+    print("How it ended is in the bot's record." if its_record else f"Ending: {ending}", flush=True)
     return 0 if over else 1
 
 

@@ -22,7 +22,7 @@ import httpx
 from loguru import logger
 
 from config import setting
-from telephony.errand import DIGITS, HOST, Errand, NotPlaced, check
+from telephony.errand import DECLINED, DIGITS, HOST, SIP_ENDINGS, Errand, NotPlaced, check
 from telephony.transfer import DAILY_ID, DailyTransfer
 from telephony.twilio_auth import Gate
 
@@ -38,6 +38,7 @@ RING_SECONDS = 30.0
 STOP_SECONDS = 3.0
 # Of a `w` among the digits, as in Twilio's.
 WAIT_SECONDS = 0.5
+SIP_CODE = re.compile(r"\b[4-6]\d\d\b")
 
 
 class DailyOutbound:
@@ -213,11 +214,11 @@ class DialOut:
         async def stopped(_line: object, _data: object) -> None:
             await gone(*how_it_ended())
 
-        async def failed(_line: object, _data: object) -> None:
+        async def failed(_line: object, data: object) -> None:
             if self._was_answered:
                 await gone("error", "Daily: the telephone's line broke")
             else:
-                await gone("failed", "Daily: the telephone could not be called")
+                await gone(*how_it_failed(data))
 
         async def leaving(_line: object) -> None:
             self._is_settled.set()
@@ -234,6 +235,26 @@ class DialOut:
             ("on_before_leave", leaving),
         ):
             self._line.add_event_handler(event, handler)
+
+
+def how_it_failed(event: object) -> tuple[str, str]:
+    """The reason, one of roark.call.ENDINGS, and its detail, of a call that nobody took.
+
+    Daily documents no codes: where its text names that of a SIP answer, this is what it says.
+
+    Args:
+        event: Of `on_dialout_error`; its `errorMsg` is a text.
+    """
+    text = str(event.get("errorMsg", "")) if isinstance(event, Mapping) else ""
+    code = next((code for code in SIP_CODE.findall(text) if code in SIP_ENDINGS), "")
+    reason = SIP_ENDINGS.get(code, "failed")
+    details = {
+        "busy": "the line was busy, or the call was rejected",
+        "no-answer": "nobody picked up",
+        "declined": DECLINED,
+        "failed": "Daily: the telephone could not be called",
+    }
+    return reason, details[reason] + (f" (SIP {code})" if code else "")
 
 
 @cache

@@ -23,6 +23,18 @@ HOURS = re.compile(r"([01]?\d|2[0-3])-([01]?\d|2[0-4])")
 HOST = re.compile(r"[\w.-]+(:\d+)?")
 # https://www.twilio.com/docs/voice/twiml/play#digits
 DIGITS = re.compile(r"[0-9*#w]{0,32}")
+# What their network says of a call that was not taken: RFC 3261, section 21; 607 is RFC 8197.
+# https://www.twilio.com/docs/api/errors/31603: 603 is to be treated as declined. Most mobile
+# networks answer 486 for who presses "decline", as for who is talking.
+SIP_ENDINGS = {
+    "408": "no-answer",
+    "480": "no-answer",
+    "486": "busy",
+    "600": "busy",
+    "603": "declined",
+    "607": "declined",
+}
+DECLINED = "their network says that they declined the call"
 
 
 class NotPlaced(Exception):
@@ -109,6 +121,11 @@ def check(errand: Errand, *, now: Callable[[], datetime] = lambda: datetime.now(
                 f"it is {there:%H:%M} in {zone}, and CALL_HOURS allows calls from {first}:00 to "
                 f"{last}:00 there"
             )
+
+
+def usual_transport() -> str:
+    """Who calls where nobody says: Twilio, where the project does not have Daily's key alone."""
+    return "daily" if setting("DAILY_API_KEY") and not setting("TWILIO_ACCOUNT_SID") else "twilio"
 
 
 def zones(number: str) -> tuple[str, ...]:

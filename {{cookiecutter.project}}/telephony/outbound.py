@@ -4,8 +4,8 @@
 
 One request asks Twilio to call and brings the TwiML that connects whoever picks up with the running
 bot. With it goes the errand (errand.py), signed, so the bot knows whom it has on the line, and why.
-From there on Twilio is asked how the call stands. A call that nobody picked up never reaches the
-bot: its record is written here.
+A call that nobody picked up never reaches the bot: its record is written here, by the bot's server,
+which Twilio tells of the end, or where Twilio reaches none, by who asks how the call stands.
 """
 
 import asyncio
@@ -21,7 +21,16 @@ import httpx
 from config import setting
 from roark import RoarkObserver
 from telephony import twilio_rest, twiml
-from telephony.errand import DIGITS, E164, HOST, Errand, NotPlaced, check
+from telephony.errand import (
+    DECLINED,
+    DIGITS,
+    E164,
+    HOST,
+    SIP_ENDINGS,
+    Errand,
+    NotPlaced,
+    check,
+)
 from telephony.twilio_auth import is_sid
 
 # Twilio lets it ring for so long, voicemail comes in sooner: after some 25 s.
@@ -34,8 +43,9 @@ UNANSWERED = 10
 # As in the TwiML of `python -m deploy twiml`; of another region by TWILIO_STREAM_URL.
 CLOUD_STREAM_URL = "wss://api.pipecat.daily.co/ws/twilio"
 
-# What Twilio's end of a call means that never reached the bot. Who presses "decline" is busy, or
-# does not answer: networks do not tell.
+# Where Twilio comes with the end of a call, on a server whose public name is known.
+STATUS_PATH = "/calls/status"
+# What Twilio's end of a call means that never reached the bot.
 NOT_REACHED = {
     "busy": ("busy", "the line was busy, or the call was rejected"),
     "no-answer": ("no-answer", f"nobody picked up within {RING_SECONDS} s"),
@@ -85,6 +95,7 @@ class Outbound:
         self._cloud_agent = cloud_agent
         there = CLOUD_STREAM_URL if cloud_agent else ""
         self._stream_url = f"wss://{name}/ws" if name else setting("TWILIO_STREAM_URL", there)
+        self._status_url = f"https://{name}{STATUS_PATH}" if name else ""
         if not self._stream_url:
             raise NotPlaced(
                 "the bot's public host is missing: --webhook-host voice.example.org, the name that "
@@ -102,6 +113,11 @@ class Outbound:
                 "CALL_FROM is the number of your Twilio account that calls, in E.164 form such as "
                 f"+4930123456, not {self._from_number!r}"
             )
+
+    @property
+    def server_is_told(self) -> bool:
+        """Whether Twilio tells the bot's server how a call ended, which then writes its record."""
+        return bool(self._status_url)
 
     async def place(self, errand: Errand, *, digits: str = "") -> str:
         """Have Twilio call; returns the call's id. It is tried once.
@@ -123,6 +139,8 @@ class Outbound:
             "Timeout": str(RING_SECONDS),
             "Twiml": self._twiml(errand, digits),
         }
+        if self._status_url:
+            form["StatusCallback"] = self._status_url
         try:
             response = await self._ask("POST", "", form)
         except (httpx.HTTPError, TimeoutError) as error:
@@ -139,9 +157,10 @@ class Outbound:
         return str(answer["sid"])
 
     async def follow(self, call_sid: str, errand: Errand) -> str:
-        """Tell how a call goes until it is over, and write the record of one that nobody took.
+        """Tell how a call goes until it is over.
 
-        Cancelled while it rings, the call is taken back.
+        Cancelled while it rings, the call is taken back. The record of one that nobody took is
+        written where no server is told of it.
 
         Returns:
             How it ended: "completed" where the bot had it, else one of roark.call.ENDINGS.
@@ -160,16 +179,15 @@ class Outbound:
         except asyncio.CancelledError:
             if status in ("queued", "initiated", "ringing"):
                 await self._take_back(call_sid)
-                await self._keep(call_sid, errand, *NOT_REACHED["canceled"])
+                await self._keep(call_sid, errand, "canceled")
             raise
         if unanswered:
             self._tell("Twilio does not say how the call stands; it may go on.")
             return status
         if status not in NOT_REACHED:
             return status
-        reason, detail = NOT_REACHED[status]
-        await self._keep(call_sid, errand, reason, detail)
-        return reason
+        await self._keep(call_sid, errand, status)
+        return NOT_REACHED[status][0]
 
     def _twiml(self, errand: Errand, digits: str) -> str:
         parameters = {
@@ -190,30 +208,52 @@ class Outbound:
             await self._ask("POST", f"/{call_sid}", {"Status": "canceled"})
             self._tell("The call is taken back.")
 
-    async def _keep(self, call_sid: str, errand: Errand, reason: str, detail: str) -> None:
-        """Write the record of a call that never had a pipeline, and deliver it."""
-        roark = RoarkObserver(
-            api_key=setting("ROARK_API_KEY"),
-            agent_id=self._agent,
-            agent_name=self._agent,
-            pipecat_call_id=call_sid,
-            runner_args=SimpleNamespace(
-                call_data={
-                    "from_number": self._from_number,
-                    "to_number": errand.callee_number,
-                    "call_id": call_sid,
-                }
-            ),
-        )
-        roark.annotate(direction="outbound", transport="twilio")
-        roark.note_ending(reason, detail)
-        await roark.aflush(reason=reason)
+    async def _keep(self, call_sid: str, errand: Errand, status: str) -> None:
+        if not self.server_is_told:
+            end = {"CallSid": call_sid, "CallStatus": status}
+            numbers = {"From": self._from_number, "To": errand.callee_number}
+            await keep(self._agent, {**end, **numbers})
 
     async def _ask(
         self, method: str, call: str, form: Mapping[str, str] | None = None
     ) -> httpx.Response:
         path = f"Calls{quote(call)}.json"
         return await twilio_rest.request(method, path, form, seconds=REQUEST_SECONDS)
+
+
+async def keep(agent: str, end: Mapping[str, str]) -> None:
+    """Write the record of a call that never had a pipeline, and deliver it; nothing of others.
+
+    Args:
+        agent: The bot's name.
+        end: What Twilio says of it, by the names of its status callback: CallSid, CallStatus, From,
+            To and perhaps SipResponseCode.
+            https://www.twilio.com/docs/voice/api/call-resource#statuscallback
+    """
+    status, sip_code = end.get("CallStatus", ""), end.get("SipResponseCode", "")
+    if status not in NOT_REACHED or not is_sid(end.get("CallSid"), "CA"):
+        return
+    reason, detail = NOT_REACHED[status]
+    if reason != "cancelled" and SIP_ENDINGS.get(sip_code) == "declined":
+        reason, detail = "declined", DECLINED
+    roark = RoarkObserver(
+        api_key=setting("ROARK_API_KEY"),
+        agent_id=agent,
+        agent_name=agent,
+        pipecat_call_id=end["CallSid"],
+        runner_args=SimpleNamespace(
+            call_data={
+                "from_number": end.get("From", ""),
+                "to_number": end.get("To", ""),
+                "call_id": end["CallSid"],
+            }
+        ),
+    )
+    roark.annotate(direction="outbound", transport="twilio")
+    if sip_code:
+        roark.annotate(sip_response_code=sip_code)
+    roark.note_ending(reason, detail)
+    await roark.aflush(reason=reason)
 
 
 PROGRESS = {

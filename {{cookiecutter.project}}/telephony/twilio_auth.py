@@ -41,7 +41,10 @@ TOKEN_SECONDS = 60
 PARAMETER_CHARACTERS = 500
 # What `-t twilio` serves behind a gate. Pipecat's server has more: a browser could call by
 # /api/offer, whatever -t says.
-OPEN_PATHS = {"/", "/ws", "/status", "/calls", transfer.OUTCOME_PATH, transfer.WHISPER_PATH}
+OPEN_PATHS = {
+    *("/", "/ws", "/status", "/calls", "/calls/status"),
+    *(transfer.OUTCOME_PATH, transfer.WHISPER_PATH),
+}
 
 NO_HOST = (
     "Phone calls need -x HOST, the public name under which Twilio reaches this server over HTTPS: "
@@ -251,7 +254,7 @@ def _answer_with_twiml(
         signature = request.headers.get("X-Twilio-Signature", "")
         # Without waiting for a body that a stranger may take hours to send.
         if gate and not signature:
-            return _not_signed(host)
+            return not_signed(host)
         # Twilio's webhooks can be set to GET, with the fields in the address.
         is_posted = request.method == "POST"
         body = await request.body() if is_posted else request.url.query.encode()
@@ -259,7 +262,7 @@ def _answer_with_twiml(
         if gate and not gate.signed_by_twilio(
             host, request.url.query, form if is_posted else [], signature
         ):
-            return _not_signed(host)
+            return not_signed(host)
         fields = dict(form)
         if not is_posted and "CallSid" not in fields:
             # A browser, to Pipecat's page.
@@ -310,7 +313,7 @@ def _go_on_after_transfer(
     async def answer(request: "Request") -> "Response":
         fields, note = await _about_transfer(gate, host, request)
         if note is None:
-            return _not_signed(host)
+            return not_signed(host)
         outcome = transfer.outcome_of_dial(fields)
         logger.info(f"A transfer came to: {outcome}")
         if outcome == "completed":
@@ -331,30 +334,39 @@ def _whisper(gate: Gate, host: str) -> "Callable[[Request], Coroutine[None, None
     async def answer(request: "Request") -> "Response":
         fields, note = await _about_transfer(gate, host, request)
         if note is None:
-            return _not_signed(host)
+            return not_signed(host)
         told = transfer.CONNECT if fields.get("Digits") else note.whisper
         return Response(told, media_type="application/xml")
 
     return answer
 
 
+async def signed_form(gate: Gate, host: str, request: "Request") -> dict[str, str] | None:
+    """What Twilio has posted to this server, known to it as `host`; None if that was not Twilio."""
+    signature = request.headers.get("X-Twilio-Signature", "")
+    # Without waiting for a body that a stranger may take hours to send.
+    if not signature:
+        return None
+    form = parse_qsl((await request.body()).decode("utf-8", "replace"), keep_blank_values=True)
+    query, path = request.url.query, request.url.path
+    is_twilios = gate.signed_by_twilio(host, query, form, signature, path=path)
+    return dict(form) if is_twilios else None
+
+
 async def _about_transfer(
     gate: Gate, host: str, request: "Request"
 ) -> tuple[dict[str, str], transfer.Note | None]:
     """The fields of a request that a transfer had Twilio make, and its note; None if forged."""
-    signature = request.headers.get("X-Twilio-Signature", "")
-    if not signature:
+    form = await signed_form(gate, host, request)
+    if form is None:
         return {}, None
-    form = parse_qsl((await request.body()).decode("utf-8", "replace"), keep_blank_values=True)
-    query = request.url.query
-    if not gate.signed_by_twilio(host, query, form, signature, path=request.url.path):
-        return {}, None
-    fields = {**dict(form), **request.query_params}
+    fields = {**form, **request.query_params}
     key = setting("TWILIO_AUTH_TOKEN")
     return fields, transfer.Note.open(fields.get("note", ""), fields.get("call", ""), key)
 
 
-def _not_signed(host: str) -> "Response":
+def not_signed(host: str) -> "Response":
+    """Refuse what Twilio has not signed for `https://HOST/`."""
     from starlette.responses import Response
 
     if not host:

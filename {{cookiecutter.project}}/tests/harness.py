@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import uvicorn
 from numpy.typing import NDArray
 
 import bot
@@ -32,7 +33,7 @@ from rehearsal.host.base_image import BaseImage, Session, serve
 from rehearsal.providers.all import Providers, wire, wires
 from rehearsal.providers.all import serve as serve_providers
 from rehearsal.providers.roark import ReceivedCall, RoarkReceiver
-from rehearsal.providers.server import ProviderServer
+from rehearsal.providers.server import HOST, ProviderServer
 
 RECORDS_AUDIO = "roark.audio_processor" in Path(bot.__file__).read_text(encoding="utf-8")
 SECONDS = 30.0
@@ -216,6 +217,21 @@ class Harness:
             assert file.getnchannels() == 2
             pcm = file.readframes(file.getnframes())
             return np.frombuffer(pcm, dtype="<i2").reshape(-1, 2), file.getframerate()
+
+
+@asynccontextmanager
+async def serve_app(app: Any, port: int) -> AsyncIterator[None]:
+    """Serve an ASGI application on 127.0.0.1."""
+    server = uvicorn.Server(uvicorn.Config(app, HOST, port, log_level="warning"))
+    serving = asyncio.create_task(server.serve())
+    try:
+        async with asyncio.timeout(SECONDS):
+            while not server.started:
+                await asyncio.sleep(0.02)
+        yield
+    finally:
+        server.should_exit = True
+        await serving
 
 
 @asynccontextmanager

@@ -1,19 +1,28 @@
 """Calls that the bot places: who picks up, and what is left of it."""
 
 import asyncio
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-from harness import SECONDS, Harness, run_harness
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from harness import SECONDS, Harness, run_harness, serve_app
 
 from conversation import opening
 from rehearsal.call import spoken_voice
 from rehearsal.dial import ENVIRONMENT, who_is_called
+from rehearsal.dial import FROM_NUMBER as FROM
 from rehearsal.engines.scripted import Answer, Script, ScriptedEngine
+from rehearsal.providers.server import HOST, free_port
+from rehearsal.providers.twilio_rest import Callee, sign
+from telephony import call_api
 from telephony.errand import Errand
 from telephony.outbound import Outbound
+from telephony.twilio_auth import guard
 
 pytestmark = pytest.mark.anyio
 
@@ -21,6 +30,7 @@ KEY = "an-auth-token"
 NUMBER = "+4930123456"
 ERRAND = Errand(callee_number=NUMBER, callee_name="Ann", call_reason="your appointment")
 MESSAGE = "A message for Ann about your appointment."
+ENGAGED, BUSY = "+4930123450", "all lines are busy"
 
 
 @pytest.fixture
@@ -85,6 +95,8 @@ async def call(harness: Harness, kind: str, *words: str, digits: str = "") -> Ca
     assert record["phone"]["to_number"] == NUMBER
     assert harness.received.ended
     assert harness.received.ended["callEndedReason"] == record["ending"]["reason"]
+    # What was held back until it was known who is there, nobody was asked.
+    assert record["usage"].get("llm_requests", 0) == len(harness.engine.asked)
     return Called(outcome, record)
 
 
@@ -128,13 +140,80 @@ async def test_whatever_else_picks_up_has_its_ending_and_the_llm_is_not_asked(
     assert not harness.engine.asked
 
 
-@pytest.mark.parametrize("kind", ["busy", "no-answer"])
+NOT_TAKEN = (
+    # What comes of it, what the network answers, and what the record says then.
+    ("busy", "", "busy"),
+    ("busy", "603", "declined"),
+    ("failed", "404", "failed"),
+    ("no-answer", "", "no-answer"),
+    ("taken back", "", "cancelled"),
+)
+
+
+@pytest.mark.parametrize("is_told", [True, False], ids=["told by Twilio", "asking Twilio"])
 async def test_a_call_that_nobody_takes_has_its_ending_in_a_record_though_no_pipeline_ran(
-    harness: Harness, kind: str
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, is_told: bool
 ) -> None:
-    called = await call(harness, kind)
-    assert called.outcome == called.ending[0] == kind
+    """Told, the bot's server writes it; else whoever asks how the call stands, and no SIP code."""
+    twilio, port = harness.providers.twilio, free_port()
+    twilio.auth_token = KEY
+    monkeypatch.setenv("TWILIO_STREAM_URL", "wss://voice.example.org/ws")
+    async with serve_app(bots_server(f"{HOST}:{port}"), port):
+        for does, sip_code, reason in NOT_TAKEN:
+            rings_s = 0.3 if does == "taken back" else 0.0
+            twilio.callees[NUMBER] = Callee(does=does, sip_code=sip_code, rings_s=rings_s)
+            calls = Outbound(
+                agent="bot",
+                host=f"{HOST}:{port}" if is_told else "",
+                tell=lambda _text: None,
+                ask_every_seconds=0.02,
+            )
+            sid = await calls.place(ERRAND)
+            following = asyncio.create_task(calls.follow(sid, ERRAND))
+            if does == "taken back":
+                asked = len(twilio.requests)
+                await harness.providers.log.until(
+                    lambda n=asked + 2: len(twilio.requests) > n, within_s=SECONDS
+                )
+                following.cancel()
+            else:
+                assert await following == does
+            await harness.roark.until(
+                lambda sid=sid: sid in harness.roark.calls and harness.roark.calls[sid].whole,
+                timeout=SECONDS,
+            )
+            if reason == "declined" and not is_told:
+                reason = "busy"
+            record = harness.record
+            assert record["ending"]["reason"] == reason
+            assert record["phone"] == {"from_number": FROM, "to_number": NUMBER, "call_id": sid}
+            assert record["metadata"]["direction"] == "outbound"
+            assert record["metadata"].get("sip_response_code") == (
+                (sip_code or {"busy": "486"}.get(does, "487")) if is_told else None
+            )
+            (harness.folder / "call.json").unlink()
+    assert len(harness.roark.calls) == len(NOT_TAKEN), "one record of each"
     assert not harness.image.sessions
+
+
+def bots_server(host: str) -> FastAPI:
+    """What `python bot.py -t twilio -x HOST` adds to Pipecat's server."""
+    app = FastAPI()
+    guard(app, ["-t", "twilio", "-x", host] if host else [])
+    call_api.serve(app, agent="bot", busy=lambda number: BUSY if number == ENGAGED else "")
+    return app
+
+
+async def test_nobody_but_twilio_says_how_a_call_ended(harness: Harness) -> None:
+    http = TestClient(bots_server("voice.example.org"))
+    end = {"CallSid": "CA" + "0" * 32, "CallStatus": "busy", "From": FROM, "To": NUMBER}
+    address = "https://voice.example.org/calls/status"
+    for key, sid, status in ((KEY, "CA1", 204), ("another", end["CallSid"], 403)):
+        form = {**end, "CallSid": sid}
+        signed = {"X-Twilio-Signature": sign(key, address, form)}
+        assert http.post("/calls/status", data=form, headers=signed).status_code == status
+    assert http.post("/calls/status", data=end).status_code == 403
+    assert not harness.roark.calls
 
 
 async def test_who_only_says_that_the_bot_has_called_them_is_nobodys_errand(
@@ -145,3 +224,42 @@ async def test_who_only_says_that_the_bot_has_called_them_is_nobodys_errand(
         await asyncio.wait_for(stranger.ended.wait(), SECONDS)
     await harness.over()
     assert not harness.roark.calls
+
+
+async def test_a_call_is_placed_over_http_by_who_has_the_key_and_nobody_asks_how_it_stands(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CALL_API_KEY", "a key")
+    monkeypatch.setenv("CALL_PREFIXES", "+49")
+    twilio, port = harness.providers.twilio, free_port()
+    twilio.auth_token = KEY
+    twilio.callees[NUMBER] = Callee(does="busy")
+    body = {"to": NUMBER, "name": "Ann", "reason": "your appointment", "digits": "1"}
+    right = {"Authorization": "Bearer a key"}
+    async with (
+        serve_app(bots_server(f"{HOST}:{port}"), port),
+        httpx.AsyncClient(base_url=f"http://{HOST}:{port}") as http,
+    ):
+        for asked, headers, status, sentence in (
+            (body, {}, 401, "needs Authorization: Bearer CALL_API_KEY"),
+            ([], right, 400, "is a JSON object with to, name and reason"),
+            ({**body, "transport": "pigeon"}, right, 400, "is twilio or daily"),
+            ({**body, "to": ENGAGED}, right, 503, BUSY),
+            ({**body, "to": "030123456"}, right, 422, r"not in E\.164 form"),
+        ):
+            answer = await http.post("/calls", json=asked, headers=headers)
+            assert answer.status_code == status
+            assert re.search(sentence, answer.json()["detail"])
+        answer = await http.post("/calls", json=body, headers=right)
+        assert answer.status_code == 201
+        sid = answer.json()["sid"]
+        await harness.roark.until(
+            lambda: sid in harness.roark.calls and harness.roark.calls[sid].whole, timeout=SECONDS
+        )
+    assert harness.record["ending"]["reason"] == "busy"
+    (request,) = twilio.requests
+    assert request.method == "POST"
+    assert 'digits="1"' in request.body["Twiml"]
+    answer = TestClient(bots_server("")).post("/calls", json=body, headers=right)
+    assert answer.status_code == 422
+    assert "public host is missing" in answer.json()["detail"]

@@ -2,15 +2,18 @@
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from conversation import phrases
 from conversation.floor import Floor
 from conversation.opening import Listener, Opening, Tones, Who
-from rehearsal.dial import beep
+from rehearsal.call import without_words, words_file
+from rehearsal.dial import beep, words
 from rehearsal.engines.scripted import ScriptedEngine
 from telephony.errand import Errand
 
@@ -72,6 +75,21 @@ def test_people_and_machines_are_told_apart_by_what_they_say(
     _, verdicts = listen(*spoken(0.5, 0.5 + seconds, words))
     assert [one for _, one in verdicts] == [who]
     assert verdicts[0][0] <= 0.5 + seconds + 1.3
+
+
+@pytest.mark.parametrize("file", sorted(phrases.FOLDER.glob("*.toml")), ids=lambda file: file.stem)
+def test_in_each_language_a_rehearsed_callee_says_what_gives_them_away(file: Path) -> None:
+    assert words_file("dial", f"{file.stem}-XX").name == f"dial.{file.stem}.toml"
+    assert not without_words("dial", f"{file.stem}-XX")
+    assert "dial.tr.toml is missing beside rehearsal/dial.en.toml" in without_words("dial", "tr")
+    said = words(file.stem)
+    for kind, who in (
+        ("person", Who.PERSON),
+        ("voicemail", Who.VOICEMAIL),
+        ("screening", Who.SCREENING),
+    ):
+        _, verdicts = listen(*spoken(0.5, 2.0, said.of(kind)[0]))
+        assert [one for _, one in verdicts] == [who], kind
 
 
 def test_a_person_is_answered_soon_and_a_greeting_with_a_pause_is_still_a_voicemails() -> None:

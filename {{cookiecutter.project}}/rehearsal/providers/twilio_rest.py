@@ -13,6 +13,16 @@ Asked by the bot, with basic authentication:
   it. `Status=canceled` takes it back while it rings.
   https://www.twilio.com/docs/voice/api/call-resource
 
+  With `StatusCallback` the stages named by `StatusCallbackEvent` (initiated, ringing, answered;
+  "completed", whatever the end, if none is named) are posted there, with `CallStatus` and a
+  `SequenceNumber`, the end with `CallDuration` and `SipResponseCode` as well.
+
+  With `MachineDetection=Enable` who answered is known as soon as it is known to be a machine, with
+  `DetectMessageEnd` after its greeting; `answered_by` of the call says it. The TwiML waits for
+  that, unless `AsyncAmd=true`: then `AnsweredBy` and `MachineDetectionDuration` (milliseconds) are
+  posted to `AsyncAmdStatusCallback`. Nothing listens here: a Callee says what Twilio finds.
+  https://www.twilio.com/docs/voice/answering-machine-detection
+
 Of TwiML these verbs are played, one after the other: `<Connect><Stream>` until the bot closes the
 stream, `<Dial>` with its `action` and the `url` of its `<Number>` (there `<Say>`, and a `<Gather>`
 for one key), `<Play digits>`, `<Hangup>`, `<Reject>`. What is fetched for them is posted and signed
@@ -26,9 +36,12 @@ import hashlib
 import hmac
 import re
 import secrets
+import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import AbstractAsyncContextManager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import format_datetime
 from typing import Any, Protocol
 from xml.etree import ElementTree
 
@@ -47,6 +60,15 @@ _ERRORS = {
 }
 _VERBS = {"Connect", "Dial", "Hangup", "Play", "Reject"}
 _NUMBER = re.compile(r"\+[1-9]\d{6,14}")
+_DETECTIONS = ("", "Enable", "DetectMessageEnd")
+# What a network answers, by the status in which Twilio puts it. RFC 3261, section 21.
+_SIP_CODES = {
+    "completed": "200",
+    "busy": "486",
+    "no-answer": "487",
+    "canceled": "487",
+    "failed": "404",
+}
 
 
 class Phone(Protocol):
@@ -106,14 +128,47 @@ class Callee:
     Attributes:
         phone: Of theirs; None where it is not picked up.
         does: What comes of calling them where it is not: "busy", "no-answer" or "failed".
+        sip_code: What their network answered in the end; blank for the usual one of what they do.
         talks: What they do once they have picked up and the stream is open; then they hang up.
         rings_s: How long it rings, seconds.
+        answered_by: What machine detection finds: "human", "machine", "fax" or "unknown".
+        detected_after_s: How long that takes, seconds.
+        greets_s: When the greeting of a machine is over, seconds from where it answered.
     """
 
     phone: Phone | None = None
     does: str = "no-answer"
+    sip_code: str = ""
     talks: Callable[[], Coroutine[Any, Any, None]] | None = None
     rings_s: float = 0.0
+    answered_by: str = "unknown"
+    detected_after_s: float = 0.0
+    greets_s: float = 0.0
+
+
+@dataclass
+class _Placed:
+    """A call of the bot's.
+
+    Attributes:
+        shown: As Twilio shows it.
+        events: The stages of which StatusCallback is told.
+        status_url: StatusCallback; empty without one.
+        detects: MachineDetection; empty without it.
+        is_detected_aside: Whether the TwiML does not wait for it: AsyncAmd.
+        detection_url: AsyncAmdStatusCallback; empty without one.
+        sequence: Of the next stage.
+        picked_up_at: On the monotonic clock.
+    """
+
+    shown: dict[str, str | None]
+    events: frozenset[str] = frozenset({"completed"})
+    status_url: str = ""
+    detects: str = ""
+    is_detected_aside: bool = False
+    detection_url: str = ""
+    sequence: int = 0
+    picked_up_at: float = field(default_factory=time.monotonic)
 
 
 class TwilioServer(ProviderServer):
@@ -230,7 +285,8 @@ class TwilioServer(ProviderServer):
         return web.json_response({"sid": call, "status": status})
 
     async def _create(self, request: web.Request) -> web.Response:
-        form = {name: str(value) for name, value in (await request.post()).items()}
+        posted = await request.post()
+        form = {name: str(value) for name, value in posted.items()}
         entry = await self.admit(request, form)
         if isinstance(entry, web.Response):
             return entry
@@ -242,6 +298,11 @@ class TwilioServer(ProviderServer):
                 (21211, "To", "Invalid 'To' Phone Number", _NUMBER.fullmatch(form.get("To", ""))),
                 (21212, "From", "Invalid 'From'", _NUMBER.fullmatch(form.get("From", ""))),
                 (21205, "Twiml", "Url is not a valid URL, and there is no TwiML", verbs),
+                # The code of the real one for this is not documented.
+                (
+                    *(20001, "MachineDetection", "Invalid 'MachineDetection'"),
+                    form.get("MachineDetection", "") in _DETECTIONS,
+                ),
             )
             if not is_right
         ]
@@ -259,13 +320,23 @@ class TwilioServer(ProviderServer):
             "status": "queued",
             "to": form["To"],
             "from": form["From"],
+            "account_sid": request.match_info["account"],
             "direction": "outbound-api",
             "answered_by": None,
         }
-        calling = asyncio.create_task(self._call(self.placed[sid], callee, verbs))
-        self._calling.add(calling)
-        calling.add_done_callback(self._calling.discard)
-        return web.json_response(self.placed[sid], status=201)
+        events = {str(event) for event in posted.getall("StatusCallbackEvent", ["completed"])}
+        placed = _Placed(
+            self.placed[sid],
+            events=frozenset(events),
+            status_url=form.get("StatusCallback", ""),
+            detects=form.get("MachineDetection", ""),
+            is_detected_aside=form.get("AsyncAmd") == "true",
+            detection_url=form.get("AsyncAmdStatusCallback", ""),
+        )
+        # As it is now, not as it may be when the answer is written.
+        shown = dict(placed.shown)
+        self._do(self._call(placed, callee, verbs))
+        return web.json_response(shown, status=201)
 
     async def _show(self, request: web.Request) -> web.Response:
         entry = await self.admit(request)
@@ -278,30 +349,92 @@ class TwilioServer(ProviderServer):
         return web.json_response(found or dict(self.error(404)), status=entry.status)
 
     def _rings(self, call: str) -> bool:
-        return self.placed.get(call, {}).get("status") in ("queued", "ringing")
+        return self.placed.get(call, {}).get("status") in ("queued", "initiated", "ringing")
+
+    def _do(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._calling.add(task)
+        task.add_done_callback(self._calling.discard)
 
     async def _call(
-        self, call: dict[str, str | None], callee: Callee, verbs: list[ElementTree.Element]
+        self, placed: _Placed, callee: Callee, verbs: list[ElementTree.Element]
     ) -> None:
         """Call somebody, and play the TwiML to who picks up."""
-        sid = str(call["sid"])
-        call["status"] = "ringing"
+        sid = str(placed.shown["sid"])
+        self._stage(placed, "initiated", "initiated")
+        self._stage(placed, "ringing", "ringing")
         await asyncio.sleep(callee.rings_s)
         if not self._rings(sid):
+            self._stage(placed, "completed", "canceled")
             return
         if callee.phone is None:
-            call["status"] = callee.does
-            self._log.changed()
+            self._stage(placed, "completed", callee.does, callee.sip_code)
             return
-        call["status"] = "in-progress"
+        placed.picked_up_at = time.monotonic()
+        self._stage(placed, "answered", "in-progress")
         self.phones[sid] = callee.phone
+        if placed.detects and not placed.is_detected_aside:
+            await self._detect(placed, callee)
         self._start(callee.phone, verbs)
         async with asyncio.TaskGroup() as tasks:
             if callee.talks:
                 tasks.create_task(callee.talks())
+            detecting = (
+                tasks.create_task(self._detect(placed, callee))
+                if placed.detects and placed.is_detected_aside
+                else None
+            )
             await asyncio.wait([self._playing[sid]])
-        call["status"] = "completed"
+            if detecting:
+                detecting.cancel()
+        self._stage(placed, "completed", "completed")
+
+    def _stage(self, placed: _Placed, event: str, status: str, sip_code: str = "") -> None:
+        """A call has come to a stage; who wants to know is told beside it."""
+        call = placed.shown
+        call["status"] = status
         self._log.changed()
+        sequence, placed.sequence = placed.sequence, placed.sequence + 1
+        if not placed.status_url or event not in placed.events:
+            return
+        form = {
+            **_form_of_placed(call),
+            "CallStatus": status,
+            "Timestamp": format_datetime(datetime.now(UTC)),
+            "CallbackSource": "call-progress-events",
+            "SequenceNumber": str(sequence),
+        }
+        if event == "completed":
+            talked_s = time.monotonic() - placed.picked_up_at if status == "completed" else 0.0
+            form["CallDuration"] = str(round(talked_s))
+            form["SipResponseCode"] = sip_code or _SIP_CODES[status]
+        self._do(self._tell(placed.status_url, form))
+
+    async def _detect(self, placed: _Placed, callee: Callee) -> None:
+        """Find out who answered, as the callee says it is found out."""
+        began = time.monotonic()
+        found, after_s = callee.answered_by, callee.detected_after_s
+        if found == "machine" and placed.detects == "DetectMessageEnd":
+            found, after_s = "machine_end_beep", callee.greets_s
+        elif found == "machine":
+            found = "machine_start"
+        await asyncio.sleep(after_s)
+        placed.shown["answered_by"] = found
+        self._log.changed()
+        if placed.is_detected_aside and placed.detection_url:
+            form = {
+                "CallSid": str(placed.shown["sid"]),
+                "AccountSid": str(placed.shown["account_sid"]),
+                "AnsweredBy": found,
+                "MachineDetectionDuration": str(round(1000 * (time.monotonic() - began))),
+            }
+            self._do(self._tell(placed.detection_url, form))
+
+    async def _tell(self, url: str, form: Mapping[str, str]) -> None:
+        """Post a signed form; what comes back does not matter, as to the real one."""
+        with suppress(aiohttp.ClientError):
+            async with aiohttp.ClientSession() as http, self._post(http, url, form):
+                pass
 
     async def _list(self, request: web.Request) -> web.Response:
         entry = await self.admit(request)
@@ -394,16 +527,28 @@ class TwilioServer(ProviderServer):
 
     async def _fetch(self, url: str, form: Mapping[str, str]) -> list[ElementTree.Element]:
         """Ask for TwiML; a bot that has none, or is gone, is an application error: none."""
-        headers = {"X-Twilio-Signature": sign(self.auth_token, url, form)}
-        here = url.replace("https:", "http:", 1)
         try:
-            async with (
-                aiohttp.ClientSession() as http,
-                http.post(here, data=form, headers=headers) as answer,
-            ):
+            async with aiohttp.ClientSession() as http, self._post(http, url, form) as answer:
                 return _verbs(await answer.text(), {*_VERBS, "Say", "Gather"}) if answer.ok else []
         except aiohttp.ClientError:
             return []
+
+    def _post(
+        self, http: aiohttp.ClientSession, url: str, form: Mapping[str, str]
+    ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        headers = {"X-Twilio-Signature": sign(self.auth_token, url, form)}
+        return http.post(url.replace("https:", "http:", 1), data=form, headers=headers)
+
+
+def _form_of_placed(call: Mapping[str, str | None]) -> dict[str, str]:
+    return {
+        "CallSid": str(call["sid"]),
+        "AccountSid": str(call["account_sid"]),
+        "From": str(call["from"]),
+        "To": str(call["to"]),
+        "Direction": "outbound-api",
+        "ApiVersion": "2010-04-01",
+    }
 
 
 def sign(auth_token: str, url: str, form: Mapping[str, str]) -> str:

@@ -289,6 +289,26 @@ async def test_a_call_out_by_daily_begins_when_it_is_answered_and_each_end_has_i
         harness.spoken.clear()
 
 
+@pytest.mark.parametrize(
+    ("event", "reason", "detail"),
+    [
+        ({"errorMsg": "SIP 603 Decline"}, "declined", "they declined the call (SIP 603)"),
+        ({"errorMsg": "dial-out failed: 486 Busy Here"}, "busy", "rejected (SIP 486)"),
+        ({"errorMsg": "480"}, "no-answer", "nobody picked up (SIP 480)"),
+        ({"errorMsg": "404 Not Found"}, "failed", "could not be called"),
+        ({"errorMsg": "+4930603486 is not allowed"}, "failed", "could not be called"),
+        ({}, "failed", "could not be called"),
+        (None, "failed", "could not be called"),
+    ],
+)
+def test_what_a_network_answered_is_read_from_dailys_error_where_it_names_it(
+    event: object, reason: str, detail: str
+) -> None:
+    found, told = daily_dialout.how_it_failed(event)
+    assert found == reason
+    assert told.endswith(detail)
+
+
 @pytest.mark.usefixtures("may_call")
 async def test_nobody_but_the_command_has_the_bot_call_by_daily_and_once(
     monkeypatch: pytest.MonkeyPatch,

@@ -1,15 +1,18 @@
 """Calls that the bot places: who may be called, and by whom, and what Twilio is told."""
 
 from datetime import UTC, datetime
+from typing import Any
 from xml.etree import ElementTree
 
+import httpx
 import pytest
 from fastapi import FastAPI
-from fastapi.testclient import TestClient
+from harness import serve_app
 
 from rehearsal.dial import ENVIRONMENT
 from rehearsal.engines.scripted import ScriptedEngine
 from rehearsal.providers.all import serve
+from rehearsal.providers.server import HOST, free_port
 from telephony import __main__ as command
 from telephony import call_api
 from telephony.errand import Errand, NotPlaced, check
@@ -111,37 +114,31 @@ def test_an_errand_is_taken_once_and_as_it_was_signed() -> None:
 
 
 @pytest.mark.usefixtures("may_call")
-async def test_a_call_is_placed_over_http_by_who_has_the_key(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("CALL_API_KEY", "a key")
-    placed: list[tuple[Errand, str]] = []
+async def test_a_call_by_daily_is_placed_over_http_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server that is asked is the one that starts the bot's sessions."""
+    for name, value in {"CALL_API_KEY": "a key", "DAILY_API_KEY": "a key of Daily's"}.items():
+        monkeypatch.setenv(name, value)
+    app, port = FastAPI(), free_port()
+    call_api.serve(app, agent="bot", busy=lambda _number: "")
+    started: list[dict[str, Any]] = []
 
-    async def place(_self: Outbound, errand: Errand, *, digits: str = "") -> str:
-        placed.append((errand, digits))
-        return "CA" + "0" * 32
+    @app.post("/start")
+    async def start(asked: dict[str, Any]) -> dict[str, str]:
+        started.append(asked)
+        return {"sessionId": "a session"}
 
-    async def follow(_self: Outbound, _sid: str, _errand: Errand) -> str:
-        return "completed"
-
-    monkeypatch.setattr(Outbound, "place", place)
-    monkeypatch.setattr(Outbound, "follow", follow)
-    app = FastAPI()
-    app.state.twilio_host = "voice.example.org"
-    refusals: list[str] = []
-    call_api.serve(app, agent="bot", busy=lambda _number: "".join(refusals))
-    http = TestClient(app)
-    body = {"to": NUMBER, "name": "Ann", "reason": "your appointment", "digits": "1"}
-    assert http.post("/calls", json=body).status_code == 401
-    right = {"Authorization": "Bearer a key"}
-    assert http.post("/calls", content="no", headers=right).status_code == 400
-    answer = http.post("/calls", json=body, headers=right)
-    assert (answer.status_code, answer.json()) == (201, {"sid": "CA" + "0" * 32})
-    assert placed == [(ERRAND, "1")]
-    refusals.append("all lines are busy")
-    assert http.post("/calls", json=body, headers=right).status_code == 503
-    app.state.twilio_host = ""
-    refusals.clear()
-    answer = http.post("/calls", json=body, headers=right)
-    assert answer.status_code == 422
-    assert "public host is missing" in answer.json()["detail"]
+    body = {"to": NUMBER, "name": "Ann", "reason": "your appointment", "transport": "daily"}
+    async with (
+        serve_app(app, port),
+        httpx.AsyncClient(base_url=f"http://{HOST}:{port}") as http,
+    ):
+        headers = {"Authorization": "Bearer a key"}
+        answer = await http.post("/calls", json=body, headers=headers)
+        assert (answer.status_code, answer.json()) == (201, {"session": "a session"})
+        monkeypatch.setenv("DAILY_API_KEY", "")
+        answer = await http.post("/calls", json=body, headers=headers)
+        assert answer.status_code == 422
+        assert "needs DAILY_API_KEY" in answer.json()["detail"]
+    (asked,) = started
+    assert Errand.of(asked["body"]) == ERRAND
+    assert ERRAND.is_ours(asked["body"], Gate("a key of Daily's"))

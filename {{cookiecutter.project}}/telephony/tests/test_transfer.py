@@ -1,22 +1,25 @@
 """What goes to and from Twilio when a caller is handed over, and who may read it."""
 
-import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 from xml.etree import ElementTree
 
 import pytest
-import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from harness import SECONDS
+from harness import serve_app
 
+from conversation import phrases
+from rehearsal.call import words_file
 from rehearsal.callers.twilio import TwilioCaller
+from rehearsal.engines.engine import ToolCall
 from rehearsal.engines.scripted import ScriptedEngine
 from rehearsal.providers.all import serve as serve_providers
 from rehearsal.providers.server import HOST, free_port
 from rehearsal.providers.twilio_rest import Colleague, sign
+from rehearsal.transfer import script
 from telephony import transfer, twilio_auth
 
 pytestmark = pytest.mark.anyio
@@ -65,6 +68,28 @@ def test_a_note_fits_into_a_parameter_and_is_read_by_the_bot_that_sealed_it(summ
 def test_a_note_of_another_call_or_hand_is_none(call: str, key: str) -> None:
     parameters: dict[str, object] = {transfer.NOTE: transfer.Note("ann", ABOUT).seal(CALL, KEY)}
     assert transfer.Note.take(parameters, call, key) is None
+
+
+@pytest.mark.parametrize("file", sorted(phrases.FOLDER.glob("*.toml")), ids=lambda file: file.stem)
+async def test_in_each_language_a_rehearsed_caller_is_handed_over_and_answered_when_back(
+    file: Path,
+) -> None:
+    assert words_file("transfer", f"{file.stem}-XX").name == f"transfer.{file.stem}.toml"
+    engine = ScriptedEngine(script(file.stem))
+    asks, answers = engine.script.hears
+
+    async def says(*messages: tuple[str, str]) -> list[Any]:
+        given = [{"role": role, "content": content} for role, content in messages]
+        return [one async for one in engine.think(given, [])]
+
+    (call,) = await says(("user", asks))
+    assert isinstance(call, ToolCall) and call.name == "transfer_call"
+    for outcome in ("busy", "no-answer"):
+        note = transfer.Note("anna", call.arguments["summary"], outcome)
+        back = ("system", note.instruction)
+        told = await says(back)
+        assert told and not isinstance(told[0], ToolCall)
+        assert not isinstance((await says(back, ("user", answers)))[0], ToolCall)
 
 
 @pytest.mark.parametrize("forged", ["", "x", "=", "ö", "A" * 400])
@@ -170,21 +195,12 @@ async def test_twilio_as_it_is_rehearsed_connects_who_has_pressed_a_key_and_nobo
         has_failover=False,
         host=f"{HOST}:{port}",
     )
-    server = uvicorn.Server(uvicorn.Config(app, HOST, port, log_level="warning"))
-    serving = asyncio.create_task(server.serve())
-    try:
-        async with serve_providers(ScriptedEngine()) as providers:
-            twilio, phone = providers.twilio, TwilioCaller("")
-            twilio.auth_token, phone.call_sid = KEY, CALL
-            twilio.colleagues[COLLEAGUE] = Colleague("completed", talks_s=0.0, presses=presses)
-            async with asyncio.timeout(SECONDS):
-                while not server.started:
-                    await asyncio.sleep(0.02)
-            (dial,) = ElementTree.fromstring(handing._twiml(COLLEAGUE, transfer.Note("ann", ABOUT)))
-            posted = await twilio._dial(phone, dial)
-    finally:
-        server.should_exit = True
-        await serving
+    async with serve_providers(ScriptedEngine()) as providers, serve_app(app, port):
+        twilio, phone = providers.twilio, TwilioCaller("")
+        twilio.auth_token, phone.call_sid = KEY, CALL
+        twilio.colleagues[COLLEAGUE] = Colleague("completed", talks_s=0.0, presses=presses)
+        (dial,) = ElementTree.fromstring(handing._twiml(COLLEAGUE, transfer.Note("ann", ABOUT)))
+        posted = await twilio._dial(phone, dial)
     assert twilio.whispered == [f"{ABOUT} {transfer.PRESS['en']}"]
     assert transfer.outcome_of_dial(posted) == ("completed" if is_connected else "no-answer")
 
