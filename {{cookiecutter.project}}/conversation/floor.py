@@ -160,8 +160,11 @@ class Floor:
 
     @property
     def owed_by(self) -> Side | None:
-        """Who has to make the next sound; None while somebody makes one, or before the call."""
-        if not self._has_begun or self.bot_speaks or self.caller_speaks:
+        """Who has to make the next sound; None while somebody makes one, or before the call.
+
+        A sound that does not take the turn, of a cough or a television, is no answer.
+        """
+        if not self._has_begun or self.bot_speaks or (self.caller_speaks and not self._bot_is_next):
             return None
         return Side.BOT if self.answer_is_due else Side.CALLER
 
@@ -170,11 +173,8 @@ class Floor:
         """How long `owed_by` has kept the other waiting; 0.0 where nobody has to."""
         if self.owed_by is None:
             return 0.0
-        lost = [
-            at + LOST_SECONDS
-            for at in (self._bot_heard_at, self._caller_heard_at)
-            if at is not None
-        ]
+        heard_at = (self._bot_heard_at, None if self._bot_is_next else self._caller_heard_at)
+        lost = [at + LOST_SECONDS for at in heard_at if at is not None]
         return max(0.0, self._clock() - max([self._changed_at, *lost]))
 
     @property
@@ -228,7 +228,8 @@ class Floor:
     def caller_silent(self) -> None:
         """The caller stopped."""
         self._caller_heard_at = None
-        self._change()
+        if not self._bot_is_next:
+            self._change()
 
     def turn_began(self) -> None:
         """The caller has the turn."""
@@ -239,7 +240,8 @@ class Floor:
     def turn_ended(self) -> None:
         """The caller is done, whether or not there were words."""
         self.turn_is_open = False
-        self.caller_silent()
+        self._caller_heard_at = None
+        self._change()
 
     def interrupted(self) -> None:
         """What the bot was about to say is dropped; tools may go on."""
@@ -310,6 +312,10 @@ class Floor:
         words = _words(text)
         self._said.extend(words)
         self._saying.extend(words)
+
+    @property
+    def _bot_is_next(self) -> bool:
+        return self.answer_is_due and not self.turn_is_open
 
     def _was_just_heard(self) -> bool:
         silent_at = self._bot_silent_at

@@ -50,6 +50,10 @@ LONGEST_PAUSE_SECONDS = 1.2
 TRANSCRIPT_SECONDS = 1.5
 # A turn without a word ends here, so that the bot can ask again.
 NO_WORDS_SECONDS = 2.5
+# A voice that goes on for so long after the caller's words, and of which no word is recognised, is
+# not theirs: a television, a party. More than the longest pause and the slowest recogniser together,
+# and than a short break of its network.
+WORDLESS_SECONDS = 3.0
 
 SENTENCE_END = re.compile(r"[.!?\u2026\u3002\uff01\uff1f][\"')\u201d]*$")
 
@@ -109,6 +113,8 @@ class TurnEnd:
     _speculated: str = ""
     _speculations: int = 0
     _is_being_answered: bool = False
+    _tells_while_spoken: bool = False
+    _word_at: float = 0.0
 
     def begin(self) -> None:
         """Forget the turn before. Whether somebody speaks is the caller's, not the turn's."""
@@ -119,6 +125,7 @@ class TurnEnd:
         self._speculated = ""
         self._speculations = 0
         self._is_being_answered = False
+        self._word_at = self.clock()
         self._forget_pause()
 
     def end(self) -> None:
@@ -148,6 +155,7 @@ class TurnEnd:
         self._words.append(text)
         self._guess = ""
         self._has_last_words = is_last
+        self._note_word()
         if self._is_speaking:
             return
         # A recogniser with an endpoint of its own has told all by then, and confirms nothing more.
@@ -162,6 +170,7 @@ class TurnEnd:
         self._guess = guess
         self._are_words_due = True
         self._has_last_words = False
+        self._note_word()
 
     def judged(self, is_complete: bool) -> None:
         """The analyzer has listened to the pause."""
@@ -188,6 +197,8 @@ class TurnEnd:
 
     def step(self) -> Step:
         """What is to be done now."""
+        if (wordless := self._wordless_due_in()) is not None and wordless <= 0.0:
+            return Step.END
         if (pause := self._pause()) is None:
             is_sentence = self._is_hushed and SENTENCE_END.search(self.text)
             return self._speculate() if is_sentence else Step.WAIT
@@ -203,7 +214,8 @@ class TurnEnd:
     def due_in(self) -> float | None:
         """Seconds until `step` may say something else by itself; None: not before something is."""
         if (pause := self._pause()) is None:
-            return None
+            wordless = self._wordless_due_in()
+            return None if wordless is None else max(wordless, SOONEST_SECONDS)
         limits = (LONGEST_PAUSE_SECONDS, NO_WORDS_SECONDS, self.patience, self._transcript_due)
         moments = (*ASK_AGAIN_SECONDS, *limits)
         ahead = [moment - pause for moment in moments if moment > pause]
@@ -216,6 +228,18 @@ class TurnEnd:
     def _pause(self) -> float | None:
         is_pause = not self._is_speaking and self._silent_since is not None
         return self.clock() - (self._silent_since or 0.0) if is_pause else None
+
+    def _wordless_due_in(self) -> float | None:
+        """Seconds until the voice that is heard is somebody else's; None: there is no telling."""
+        is_told = self._words and self._tells_while_spoken
+        if not (self._is_open and self._is_speaking and is_told):
+            return None
+        return self._word_at + WORDLESS_SECONDS - self.clock()
+
+    def _note_word(self) -> None:
+        self._word_at = self.clock()
+        # Some recognisers tell nothing before the caller is silent.
+        self._tells_while_spoken = self._tells_while_spoken or self._is_speaking
 
     def _is_over(self, pause: float) -> bool:
         if not self._words:

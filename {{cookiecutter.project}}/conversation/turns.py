@@ -123,7 +123,8 @@ class InterruptionUserTurnStartStrategy(BaseUserTurnStartStrategy):
 
     They mean it when a word is recognised that is no backchannel, or when they go on speaking for
     LONGEST_BACKCHANNEL_SECONDS, or until the bot begins. A cough while the LLM thinks does not cost
-    the answer. The greeting answers a "hello?", before it or into it. Into a goodbye only words
+    the answer. Once the bot was cut off by a voice that had no words, though the recogniser tells
+    them as they are said, other voices are around: from then on only words cut it off. The greeting answers a "hello?", before it or into it. Into a goodbye only words
     count, and more than a "bye".
     """
 
@@ -152,6 +153,9 @@ class InterruptionUserTurnStartStrategy(BaseUserTurnStartStrategy):
         self._backchannel = ""
         self._backchannel_at = 0.0
         self._is_hello_due = False
+        self._tells_while_spoken = False
+        self._is_cut_by_sound = False
+        self._is_among_voices = False
 
     @property
     def resolves_proposed_turn_start_frames(self) -> bool:
@@ -167,10 +171,15 @@ class InterruptionUserTurnStartStrategy(BaseUserTurnStartStrategy):
     async def handle_user_turn_stopped(self) -> None:
         """Tell the floor, whose observer learns of it a moment later, as of a turn that begins."""
         self._floor.turn_ended()
+        self._is_among_voices |= self._is_cut_by_sound and self._tells_while_spoken
+        self._is_cut_by_sound = False
 
     async def process_frame(self, frame: Frame) -> ProcessFrameResult:
         """Tell from the frames whether the caller takes the turn."""
         floor = self._floor
+        if isinstance(frame, (InterimTranscriptionFrame, TranscriptionFrame)):
+            self._tells_while_spoken |= isinstance(frame, InterimTranscriptionFrame)
+            self._is_cut_by_sound = False
         match frame:
             case BotStartedSpeakingFrame():
                 # Its observer learns of it a moment later.
@@ -180,10 +189,8 @@ class InterruptionUserTurnStartStrategy(BaseUserTurnStartStrategy):
                 elif floor.turn_is_open:
                     # It was on its way when the caller began, behind the interruption.
                     await self.broadcast_frame(InterruptionFrame)
-                elif self._speaks_since is not None and not (
-                    floor.is_greeting or floor.may_be_echo
-                ):
-                    return await self._start_turn()
+                elif self._speaks_since is not None and not floor.is_greeting:
+                    return await self._cut_off()
             case BotStoppedSpeakingFrame():
                 floor.bot_silent()
                 is_callers = not floor.is_saying_goodbye and not floor.hears_itself
@@ -204,8 +211,8 @@ class InterruptionUserTurnStartStrategy(BaseUserTurnStartStrategy):
                 patience = 0.0 if floor.bot_speaks else VAD_STOP_SECS
                 spoken = self._clock() - self._speaks_since
                 is_long = spoken >= LONGEST_BACKCHANNEL_SECONDS + patience
-                if is_long and not floor.is_saying_goodbye and not floor.may_be_echo:
-                    return await self._start_turn()
+                if is_long and not floor.is_saying_goodbye:
+                    return await self._cut_off()
             case InterimTranscriptionFrame() if not self._is_aside(frame.text):
                 return await self._start_turn()
             case TranscriptionFrame() if not isinstance(frame, InterimTranscriptionFrame):
@@ -227,6 +234,13 @@ class InterruptionUserTurnStartStrategy(BaseUserTurnStartStrategy):
             # It began before the greeting was over, which has answered it.
             return True
         return self._floor.bot_speaks and is_backchannel(text)
+
+    async def _cut_off(self) -> ProcessFrameResult:
+        """Let a sound take the turn that is the bot's, unless it is not the caller's."""
+        if self._floor.may_be_echo or self._is_among_voices:
+            return ProcessFrameResult.CONTINUE
+        self._is_cut_by_sound = True
+        return await self._start_turn()
 
     async def _start_turn(self) -> ProcessFrameResult:
         await self.trigger_user_turn_started()

@@ -31,6 +31,7 @@ from conversation.turn_end import (
     MOST_SPECULATIONS,
     NO_WORDS_SECONDS,
     TRANSCRIPT_SECONDS,
+    WORDLESS_SECONDS,
     PauseUserTurnStopStrategy,
     Step,
     TurnEnd,
@@ -214,6 +215,36 @@ def test_a_recogniser_with_an_endpoint_of_its_own_has_told_all_before_it_is_aske
     caller.speaks()
     caller.turn.heard("That is all.", is_last=False)
     assert caller.waits(10.0) == 0.35
+
+
+def test_a_voice_without_words_behind_the_callers_words_does_not_hold_their_turn_open() -> None:
+    caller = Caller()
+    caller.turn.begin()
+    caller.turn.speech_started()
+    caller.clock.now += 1.0
+    caller.turn.hears("I need")
+    caller.turn.heard("I need a table.", is_last=False)
+    # The television goes on.
+    assert caller.turn.step() is Step.WAIT
+    assert caller.turn.due_in() == pytest.approx(WORDLESS_SECONDS)
+    caller.clock.now += WORDLESS_SECONDS / 2
+    caller.turn.hears("for four")
+    caller.turn.heard("For four.", is_last=False)
+    caller.clock.now += WORDLESS_SECONDS - 0.1
+    assert caller.turn.step() is Step.WAIT
+    caller.clock.now += 0.1
+    assert caller.turn.step() is Step.END
+
+
+def test_who_is_heard_by_a_recogniser_that_waits_for_their_silence_may_speak_for_long() -> None:
+    caller = Caller()
+    caller.turn.begin()
+    caller.speaks()
+    caller.turn.heard("I need a table.", is_last=True)
+    caller.turn.speech_started()
+    caller.clock.now += 60.0
+    assert caller.turn.step() is Step.WAIT
+    assert caller.turn.due_in() is None
 
 
 def test_words_too_soft_for_the_detector_are_a_turn() -> None:

@@ -369,6 +369,22 @@ async def test_speech_that_goes_on_takes_the_turn_without_a_word_recognised() ->
     assert await line.hears(UserSpeakingFrame(), after=0.25) == 1
 
 
+async def test_a_voice_that_had_no_words_cuts_the_bot_off_once_and_words_still_do() -> None:
+    line = Line()
+    interim = InterimTranscriptionFrame(text="Where are you?", user_id="", timestamp="")
+    await line.hears(interim)
+    await line.strategy.handle_user_turn_stopped()
+    turns = line.turns
+    for is_first in (True, False, False):
+        # A television: it goes on, and into what the bot begins to say.
+        await line.hears(BotStartedSpeakingFrame(), VAD_STARTED)
+        turns += is_first
+        assert await line.hears(UserSpeakingFrame(), after=0.5) == turns
+        await line.hears(VADUserStoppedSpeakingFrame(), after=2.0)
+        await line.strategy.handle_user_turn_stopped()
+    assert await line.hears(interim, after=0.1) == turns + 1
+
+
 @pytest.mark.parametrize(
     ("frame", "after", "turns"),
     [
