@@ -51,8 +51,8 @@ TRANSCRIPT_SECONDS = 1.5
 # A turn without a word ends here, so that the bot can ask again.
 NO_WORDS_SECONDS = 2.5
 # A voice that goes on for so long after the caller's words, and of which no word is recognised, is
-# not theirs: a television, a party. More than the longest pause and the slowest recogniser together,
-# and than a short break of its network.
+# not theirs: a television, a party. Longer than the longest pause and the slowest recogniser
+# together, and than a short break of its network.
 WORDLESS_SECONDS = 3.0
 
 SENTENCE_END = re.compile(r"[.!?\u2026\u3002\uff01\uff1f][\"')\u201d]*$")

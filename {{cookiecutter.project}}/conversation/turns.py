@@ -124,8 +124,9 @@ class InterruptionUserTurnStartStrategy(BaseUserTurnStartStrategy):
     They mean it when a word is recognised that is no backchannel, or when they go on speaking for
     LONGEST_BACKCHANNEL_SECONDS, or until the bot begins. A cough while the LLM thinks does not cost
     the answer. Once the bot was cut off by a voice that had no words, though the recogniser tells
-    them as they are said, other voices are around: from then on only words cut it off. The greeting answers a "hello?", before it or into it. Into a goodbye only words
-    count, and more than a "bye".
+    them as they are said, other voices are around: from then on only words cut it off. The
+    greeting answers a "hello?", before it or into it. Into a goodbye only words count, and more
+    than a "bye".
     """
 
     def __init__(

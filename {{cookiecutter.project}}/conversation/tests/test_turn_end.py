@@ -37,7 +37,14 @@ from conversation.turn_end import (
     TurnEnd,
 )
 from conversation.turns import goes_on
-from conversation.vad import HUSH_SECONDS, ONSET_SECONDS, HushVADAnalyzer, Onset
+from conversation.vad import (
+    HUSH_SECONDS,
+    ONSET_SECONDS,
+    HushVADAnalyzer,
+    Onset,
+    VoicesAround,
+    loudness_db,
+)
 from rehearsal.engines.scripted import ScriptedEngine
 
 VAD_SECONDS = 0.2
@@ -473,7 +480,8 @@ def told_of(levels: list[int]) -> list[bool]:
     noise = np.random.default_rng(1)
     onset = Onset()
     return [
-        onset.heard((noise.standard_normal(256) * level).astype("<i2"), 0.032) for level in levels
+        onset.heard(loudness_db((noise.standard_normal(256) * level).astype("<i2")), 0.032)
+        for level in levels
     ]
 
 
@@ -487,6 +495,26 @@ def test_a_noise_that_goes_on_is_none_and_the_louder_sound_in_it_is() -> None:
     street = told_of([*[300] * 60, 2000, 2000])
     assert sum(street[:60]) <= ONSET_SECONDS / 0.032
     assert street[-2:] == [True, True]
+
+
+def test_voices_that_never_stop_are_told_from_the_caller_who_is_louder() -> None:
+    around = VoicesAround()
+    of_others = [around.drown(-40.0 - number % 3, 0.9, 0.032) for number in range(100)]
+    assert all(of_others[10:])
+    assert [around.drown(level, 0.9, 0.032) for level in (-40.0, -30.0, -20.0, -33.0)] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+
+
+@pytest.mark.parametrize("confidence", [0.0, 0.4])
+def test_a_soft_voice_on_a_quiet_or_noisy_line_is_the_callers(confidence: float) -> None:
+    around = VoicesAround()
+    for _ in range(100):
+        assert not around.drown(-40.0, confidence, 0.032)
+    assert not around.drown(-39.0, 0.9, 0.032)
 
 
 SPEAKS = VADUserStartedSpeakingFrame(start_secs=0.2)
