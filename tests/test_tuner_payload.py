@@ -74,6 +74,11 @@ async def test_every_field_is_as_the_sdk_sends_it_of_the_same_call(tmp_path: Pat
         assert missing <= {"fragments", *waits}, (row, other)
         for name in ("eou_reason", "eou_confidence"):
             assert row["metadata"].get(name) == other["metadata"].get(name), (row, other)
+        if "fragments" not in other["metadata"]:
+            heard, published_heard = (
+                turn["metadata"].get("stt_node_ttfb", 0) for turn in (row, other)
+            )
+            assert abs(heard - published_heard) <= 1, (row, other)
 
 
 def _said(row: dict[str, Any]) -> tuple[str, str | None]:

@@ -323,7 +323,7 @@ def _tuner_segments(record: dict[str, Any]) -> list[dict[str, Any]]:
             waited = answer.get("latency") or {}
             metadata |= _present(
                 interrupted=was_interrupted,
-                stt_node_ttfb=_whole(waited.get("stt_ms")),
+                stt_node_ttfb=_whole(turn.get("stt_ttfb_ms") or waited.get("stt_ms")),
                 eou_delay=_whole(waited.get("end_of_turn_ms")),
                 eou_confidence=turn.get("end_probability"),
                 eou_reason=TUNER_TURN_ENDS.get(turn.get("end_cause") or ""),
