@@ -21,6 +21,7 @@ from benchmarks import (
     long_call,
     markers,
     openings,
+    replaced,
     report,
     soak,
     speed,
@@ -46,10 +47,11 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "report": report.report,
     "growth": growth.report,
     "stalls": stalls.report,
+    "replaced": replaced.report,
     "images": images.report,
 }
 
-LONG = ("images", "soak", "stalls")
+LONG = ("images", "replaced", "soak", "stalls")
 """Only when they are named."""
 
 

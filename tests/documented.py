@@ -147,6 +147,7 @@ NEEDS = {
     "python -m benchmarks bound": QUIET,
     "python -m benchmarks images": "buildah and root, as tests/test_images.py",
     "python -m benchmarks soak --minutes 20": QUIET,
+    "python -m benchmarks replaced": QUIET,
     "python -m benchmarks.kept_calls DIRECTORY": QUIET,
 }
 

@@ -3,12 +3,12 @@
 `python bot.py` talks to whoever finds it, and a stranger on the line costs money. With
 `TWILIO_AUTH_TOKEN` set, a phone call has to pass twice: the request for its TwiML has to be signed
 by Twilio, and its stream has to bring the token written into that TwiML, which is good for that
-one call, for a minute, once in each process. With `-t twilio` the other ways to the bot are closed
-as well.
+one call, for a minute, once. With `-t twilio` the other ways to the bot are closed as well.
 
-The token is signed and not remembered, so the stream may reach another process of the same server
-than the one that answered with the TwiML. It travels as a `<Parameter>` of the stream, inside the
-connection, not in its address: addresses end up in the access logs of every proxy on the way.
+The token is signed, so the stream may reach another process of the same server than the one that
+answered with the TwiML; that it was used stands in the folder of calls, which they share. It
+travels as a `<Parameter>` of the stream, inside the connection, not in its address: addresses end
+up in the access logs of every proxy on the way.
 """
 
 import argparse
@@ -18,6 +18,8 @@ import hmac
 import re
 import time
 from collections.abc import Callable, Coroutine, Mapping, MutableMapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl
 
@@ -39,6 +41,8 @@ CALLEE_PARAMETER = "callee_number"
 TOKEN_SECONDS = 60
 # Twilio takes less than 500 for a parameter's name and value.
 PARAMETER_CHARACTERS = 500
+# In the folder of calls: an empty file for each token that was used, until it expires.
+USED_TOKENS = ".tokens"
 # What `-t twilio` serves behind a gate. Pipecat's server has more: a browser could call by
 # /api/offer, whatever -t says.
 OPEN_PATHS = {
@@ -80,17 +84,25 @@ def is_sid(value: object, kind: str) -> bool:
 class Gate:
     """Checks Twilio's signature, and gives out the tokens that calls have to bring."""
 
-    def __init__(self, auth_token: str, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        auth_token: str,
+        *,
+        used: Path | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         """Open a gate.
 
         Args:
             auth_token: The auth token of the Twilio account, which signs its requests.
+            used: A folder that all processes of the server share, for the tokens that were used.
             clock: Seconds of a clock that all processes share; tokens expire by it.
         """
         self._auth_token = auth_token.encode()
         # Not the auth token itself: what signs Twilio's requests signs nothing else.
         self._token_key = hmac.digest(self._auth_token, b"tokens of media streams", hashlib.sha256)
         self._clock = clock
+        self._folder = used
         # When each used token expires. Only a signed request makes a token, so nobody can fill it.
         self._used: dict[str, int] = {}
 
@@ -147,6 +159,23 @@ class Gate:
             return False
         self._used = {used: until for used, until in self._used.items() if until > now}
         self._used[token] = expires
+        return self._is_first_use(token)
+
+    def _is_first_use(self, token: str) -> bool:
+        """Whether no process of the server has let a call in with this token."""
+        if self._folder is None:
+            return True
+        # A disk that takes no file keeps no call out; each process still knows its own.
+        with suppress(OSError):
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for old in self._folder.iterdir():
+                until = old.name.partition(".")[0]
+                if until.isdecimal() and int(until) <= self._clock():
+                    old.unlink(missing_ok=True)
+            try:
+                (self._folder / token).touch(mode=0o600, exist_ok=False)
+            except FileExistsError:
+                return False
         return True
 
     def _token(self, call: str, expires: int) -> str:
@@ -177,7 +206,8 @@ def guard(
     host = (options.proxy or "").rpartition("://")[2].strip("/")
     auth_token = setting("TWILIO_AUTH_TOKEN")
     # Where lets_in finds it. On Pipecat Cloud nobody calls guard, and the platform answers.
-    app.state.twilio_gate = gate = Gate(auth_token) if auth_token else None
+    used = Path(setting("CALLS_DIR", "calls"), USED_TOKENS)
+    app.state.twilio_gate = gate = Gate(auth_token, used=used) if auth_token else None
     app.state.twilio_host = ""
     if options.transport != "twilio":
         return

@@ -63,6 +63,11 @@ class BotProcess:
         self.log = log
         self._process = process
 
+    @property
+    def pid(self) -> int:
+        """The id of its process."""
+        return self._process.pid
+
     async def wait_until_ready(self) -> None:
         """Return once it answers. Raises BotFailed if it ends or takes too long."""
         with suppress(TimeoutError):

@@ -126,11 +126,22 @@ def test_a_token_expires() -> None:
     assert not gate.lets_in(CALL, token)
 
 
-def test_any_process_with_the_auth_token_knows_a_token_of_any_other() -> None:
+def test_any_process_with_the_auth_token_knows_a_token_of_any_other_and_whether_it_was_used(
+    tmp_path: Path,
+) -> None:
     clock = Clock()
-    token = Gate(AUTH_TOKEN, clock=clock).issue(CALL)
-    assert Gate(AUTH_TOKEN, clock=clock).lets_in(CALL, token)
-    assert not Gate("another-token", clock=clock).lets_in(CALL, token)
+    used = tmp_path / "calls" / ".tokens"
+    one, other = (Gate(AUTH_TOKEN, used=used, clock=clock) for _ in range(2))
+    for _ in range(2):
+        token = Gate(AUTH_TOKEN, clock=clock).issue(CALL)
+        assert not Gate("another-token", used=used, clock=clock).lets_in(CALL, token)
+        assert one.lets_in(CALL, token)
+        assert not other.lets_in(CALL, token), "replayed at another process"
+        assert [file.name for file in used.iterdir()] == [token], "and no older one"
+        clock.now += twilio_auth.TOKEN_SECONDS
+    (tmp_path / "file").touch()
+    full = Gate(AUTH_TOKEN, used=tmp_path / "file", clock=clock)
+    assert full.lets_in(CALL, full.issue(CALL)), "a disk that takes no file keeps no call out"
 
 
 @pytest.mark.parametrize("expires", ["9" * 30, "-1", "1e9", "\u0663", "", " 60"])
