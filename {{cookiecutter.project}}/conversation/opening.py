@@ -146,6 +146,7 @@ class Listener:
         self._is_speaking = self._has_fallen_silent = False
         self._heard_at: float | None = None
         self._final = self._interim = ""
+        self._heeded_characters = 0
         self._beep_at: float | None = None
         self._is_fax = False
 
@@ -208,11 +209,16 @@ class Listener:
     @property
     def word_count(self) -> int:
         """How many words of theirs have been recognised."""
-        return len(self._said.split())
+        return len(self._recognised.split())
+
+    @property
+    def _recognised(self) -> str:
+        return f"{self._final} {self._interim}".strip()
 
     @property
     def _said(self) -> str:
-        return f"{self._final} {self._interim}".strip()
+        # Without the question that was answered already, of which the last version comes later.
+        return self._recognised[self._heeded_characters :].strip()
 
     def _quiet_seconds(self, now: float) -> float:
         return 0.0 if self._is_speaking or self._heard_at is None else now - self._heard_at
@@ -225,7 +231,7 @@ class Listener:
             if quiet < QUESTION_QUIET_SECONDS:
                 return None
             # Where it beeped that was for the name. A voicemail may follow.
-            self._beep_at, self._final, self._interim = None, "", ""
+            self._beep_at, self._heeded_characters = None, len(self._recognised)
             return Who.SCREENING
         if self._beep_at is not None:
             return Who.VOICEMAIL
@@ -316,6 +322,7 @@ class Opening:
         self._has_spoken = self._leaves_message = self._answers_first_words = False
         self._words_when_greeted = 0
         self._turns_when_asked: int | None = None
+        self._looks_since_asked = 0
         self._looks_without_turn = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -346,8 +353,10 @@ class Opening:
         if listener is None or self._ending.has_begun or self._leaves_message:
             return
         if self._who is Who.SCREENING and self._turns_when_asked is None:
-            # A turn is over a moment before it is counted: one look later it is.
-            self._turns_when_asked = self._floor.caller_turns
+            # A turn is over a moment before it is counted; one without words is not.
+            self._looks_since_asked += not self._floor.turn_is_open
+            if self._looks_since_asked > 1:
+                self._turns_when_asked = self._floor.caller_turns
         if listener.is_quiet_from_the_start and not self._has_spoken:
             self._start(self._greet())
         listener.is_spoken_to = self._floor.bot_speaks or self._floor.answer_is_due
@@ -376,8 +385,6 @@ class Opening:
             case Who.PERSON:
                 self._start(self._greet())
             case Who.SCREENING:
-                if self._floor.turn_is_open:
-                    self._turns_when_asked = self._floor.caller_turns + 1
                 self._start(self._greet())
             case Who.VOICEMAIL:
                 self.gate.is_closed = self.ears.is_deaf = True

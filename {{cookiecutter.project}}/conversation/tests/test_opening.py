@@ -156,7 +156,7 @@ async def test_a_beep_and_a_fax_are_heard_and_no_voice_is_taken_for_one() -> Non
 async def test_they_have_declined_unless_they_said_more_than_their_question(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Also where it is known what they asked in the moment in which their turn ends."""
+    """Also where its last words, or the end of its turn, come as late as the verdict or later."""
     monkeypatch.setenv("CALL_GREETING", "Hello.")
     said: list[object] = []
 
@@ -169,27 +169,31 @@ async def test_they_have_declined_unless_they_said_more_than_their_question(
     worker: Any = SimpleNamespace(queue_frame=say)
     ending: Any = SimpleNamespace(has_begun=False, now=end)
     floor_observer: Any = SimpleNamespace(look=looks.append)
-    for is_counted_late in (False, True):
+    for ends_late, has_words in ((False, True), (True, True), (True, False)):
         floor = Floor()
         opening = Opening(Errand(callee_number="", callee_name="", call_reason=""), floor)
         opening.picked_up(worker, ending, floor_observer)
         listener, look = opening.gate.listener, looks[-1]
         assert listener
         floor.turn_began()
-        listener.words("Please say your name.", is_final=True)
+        listener.words("Please say your name", is_final=False)
         opening.gate.seconds = 2.0
-        if is_counted_late:
+        if not ends_late:
             floor.turn_ended()
         look()
-        if not is_counted_late:
+        await asyncio.sleep(0)
+        listener.words("Please say your name.", is_final=True)
+        assert listener.word_count <= opening.ears.answered_words, "they would cut the greeting"
+        if ends_late:
             floor.turn_ended()
-        floor.caller_took_turn()
-        look()
+        if has_words:
+            floor.caller_took_turn()
+        for _ in range(3):
+            look()
         assert opening.how_it_ended()[0] == "declined"
         floor.turn_began()
         floor.turn_ended()
         floor.caller_took_turn()
         look()
         assert opening.how_it_ended() == ("client-disconnected", "the callee hung up")
-        await asyncio.sleep(0)
-    assert len(said) == 2
+    assert len(said) == 3
