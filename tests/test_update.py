@@ -17,6 +17,7 @@ from extensions.template_link import checked_out, link, origin
 PURPOSE = 'You say "{{ 7 * 7 }}" to all \N{GRINNING FACE}.'
 ANSWERS = {"purpose": PURPOSE, "transport": "twilio", "record_audio": False}
 CHANGED, DELETED, ADDED = "roark/client.py", "rehearsal/engines/scripted.py", "LATER.md"
+EDITED_TOO = "roark/folder.py"
 LATER = "# From a later version.\n"
 # The last commit before the move into rooms: see "If you already generated one" in CHANGELOG.md.
 BEFORE_THE_MOVE = "f4d13c14ca0b62b89984138f29ad4f93609fb760"
@@ -97,9 +98,9 @@ class Workplace:
         return self.run("git", "rev-parse", "HEAD", cwd=repository).strip()
 
     def release(self) -> str:
-        """Commit a later template: two changed files, a new file and a new question."""
+        """Commit a later template: three changed files, a new file and a new question."""
         folder = self.template / FOLDER
-        for name in (CHANGED, DELETED):
+        for name in (CHANGED, DELETED, EDITED_TOO):
             later = LATER + (folder / name).read_text(encoding="utf-8")
             (folder / name).write_text(later, encoding="utf-8")
         (folder / ADDED).write_text("{{ cookiecutter.project }} is {{ cookiecutter.colour }}.\n")
@@ -132,6 +133,8 @@ def test_a_project_takes_a_later_version_and_keeps_its_edits(
     bot = made.read("bot.py") + "\n# Ours.\n"
     workplace.edit("prompt.md", prompt)
     workplace.edit("bot.py", bot)
+    _, _, rest = made.read(EDITED_TOO).partition("\n")
+    workplace.edit(EDITED_TOO, f'"""Ours."""\n{rest}')
     (made.path / DELETED).unlink()
     workplace.commit(made.path)
     assert "up to date" in workplace.cruft("check")
@@ -149,7 +152,10 @@ def test_a_project_takes_a_later_version_and_keeps_its_edits(
     assert link["context"]["cookiecutter"].items() >= (ANSWERS | {"colour": "blue"}).items()
     assert "up to date" in workplace.cruft("check")
     changed = workplace.run("git", "status", "--porcelain", cwd=made.path).splitlines()
-    assert {line[3:] for line in changed} == {CHANGED, ADDED, ".cruft.json"}
+    assert {line[3:] for line in changed} == {CHANGED, EDITED_TOO, ADDED, ".cruft.json"}
+    # Where the template changed the same lines its owner decides.
+    assert f"UU {EDITED_TOO}" in changed
+    assert made.read(EDITED_TOO).startswith(f'<<<<<<< ours\n"""Ours."""\n=======\n{LATER}')
 
 
 @pytest.mark.slow
@@ -197,27 +203,13 @@ def test_a_project_from_before_the_move_comes_into_the_new_house_with_its_edits(
 
 
 @pytest.mark.slow
-def test_an_edit_where_the_template_changed_too_is_left_for_its_owner_to_decide(
-    workplace: Workplace,
-) -> None:
-    workplace.generate()
-    _, _, rest = workplace.project.read(CHANGED).partition("\n")
-    workplace.edit(CHANGED, f'"""Ours."""\n{rest}')
-    workplace.release()
-
-    workplace.cruft("update", "--skip-apply-ask")
-
-    assert workplace.project.read(CHANGED).startswith(
-        f'<<<<<<< ours\n"""Ours."""\n=======\n{LATER}'
-    )
-    status = workplace.run("git", "status", "--porcelain", cwd=workplace.project.path)
-    assert f"UU {CHANGED}" in status.splitlines()
-
-
-@pytest.mark.slow
 def test_where_git_never_saw_the_file_as_it_came_the_template_s_change_lies_beside_it(
     workplace: Workplace,
 ) -> None:
+    """And the later version brings another extension, under another name.
+
+    `cruft update` renders both versions in one process, which imports a module only once.
+    """
     workplace.generate()
     made = workplace.project
     shutil.rmtree(made.path / ".git")
@@ -225,21 +217,6 @@ def test_where_git_never_saw_the_file_as_it_came_the_template_s_change_lies_besi
     _, _, rest = made.read(CHANGED).partition("\n")
     ours = f'"""Ours."""\n{rest}'
     workplace.edit(CHANGED, ours)
-    workplace.release()
-
-    workplace.cruft("update", "--skip-apply-ask")
-
-    assert made.read(CHANGED) == ours
-    assert f"+{LATER}" in made.read(f"{CHANGED}.rej")
-    assert made.read(ADDED)
-
-
-@pytest.mark.slow
-def test_a_later_version_may_bring_another_extension_under_another_name(
-    workplace: Workplace,
-) -> None:
-    """`cruft update` renders both versions in one process, which imports a module only once."""
-    workplace.generate()
     old = workplace.template / "extensions" / "answer_checks.py"
     new = old.with_name("answer_rules.py")
     new.write_text(old.read_text(encoding="utf-8").replace('["choices"]', '["allowed"]'))
@@ -254,7 +231,9 @@ def test_a_later_version_may_bring_another_extension_under_another_name(
     workplace.cruft("update", "--skip-apply-ask")
 
     assert workplace.link()["commit"] == commit
-    assert workplace.project.read(ADDED)
+    assert made.read(CHANGED) == ours
+    assert f"+{LATER}" in made.read(f"{CHANGED}.rej")
+    assert made.read(ADDED)
 
 
 @pytest.mark.slow
