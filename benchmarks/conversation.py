@@ -40,7 +40,13 @@ from rehearsal.callers.person import (
     without_words,
 )
 from rehearsal.engines.engine import Speech, TextDelta, ToolCall, Word
-from rehearsal.engines.known_words import EAR_HZ, KnownWordsEar, KnownWordsEngine, Phrase, joined
+from rehearsal.engines.known_words import (
+    RECOGNISER_HZ,
+    KnownWordsEngine,
+    KnownWordsRecogniser,
+    Phrase,
+    joined,
+)
 from rehearsal.engines.scripted import ScriptedEngine
 from rehearsal.providers.all import Providers, serve
 from rehearsal.providers.cartesia import CartesiaServer
@@ -133,7 +139,7 @@ class Witness(KnownWordsEngine):
             if is_mark(word):
                 pieces.append(_mark(word, sample_rate, begin))
             else:
-                # Not super(): only whole pieces are to be known to the ears, no single words.
+                # Not super(): the recognisers are to know whole pieces only, no single words.
                 async for piece in ScriptedEngine.speak(self, word, sample_rate):
                     (spoken,) = piece.words
                     timed = Word(word, begin + spoken.start_s, begin + spoken.end_s)
@@ -153,8 +159,8 @@ def is_mark(word: str) -> bool:
 def _mark(word: str, sample_rate: int, begin: float) -> Speech:
     """Return the sound of a mark, which is like no other; the same at every rate."""
     seed = crc32(word.rstrip(".,").encode())
-    noise = np.random.default_rng(seed).normal(0.0, MARK_RMS, round(MARK_SECONDS * EAR_HZ))
-    pcm = soxr.resample(noise, EAR_HZ, sample_rate).astype("<i2").tobytes()
+    noise = np.random.default_rng(seed).normal(0.0, MARK_RMS, round(MARK_SECONDS * RECOGNISER_HZ))
+    pcm = soxr.resample(noise, RECOGNISER_HZ, sample_rate).astype("<i2").tobytes()
     return Speech(pcm, (Word(word.rstrip(".,"), begin, begin + MARK_SECONDS),))
 
 
@@ -228,16 +234,16 @@ async def heard_answers(engine: Witness, caller: Caller) -> list[Audible]:
     """Tell by their sound which answers the caller heard."""
     marks = [mark for request in engine.requests for mark in (request.name, request.end)]
     phrases = [joined([_mark(mark, VOICE_HZ, 0.0)], VOICE_HZ) for mark in marks]
-    ear = KnownWordsEar(phrases, caller.sample_rate, final_s=0.0, pause_s=0.5)
+    recogniser = KnownWordsRecogniser(phrases, caller.sample_rate, final_s=0.0, pause_s=0.5)
     names = {request.name: request for request in engine.requests}
     found: list[Audible] = []
     heard: list[Word] = []
     second = 2 * caller.sample_rate
     pcm = caller.heard.pcm() + bytes(second)
     for at in range(0, len(pcm), second // 10):
-        for result in await ear.feed(pcm[at : at + second // 10]):
+        for result in await recogniser.feed(pcm[at : at + second // 10]):
             heard += result.words() if result.is_final else []
-    for result in await ear.finalize():
+    for result in await recogniser.finalize():
         heard += result.words()
     for word in heard:
         if word.text in names:

@@ -17,7 +17,7 @@ from loguru import logger
 from pipecat.audio.turn.smart_turn.local_smart_turn_v3 import LocalSmartTurnAnalyzerV3
 from pipecat.audio.vad.vad_analyzer import VAD_STOP_SECS
 from pipecat.metrics.metrics import TurnMetricsData
-from rehearsal.engines.known_words import EAR_HZ, Phrase
+from rehearsal.engines.known_words import RECOGNISER_HZ, Phrase
 
 from benchmarks.conversation import SENTENCES
 from benchmarks.material import recordings
@@ -43,8 +43,8 @@ async def probability(analyzer: LocalSmartTurnAnalyzerV3, pcm: bytes, silence_s:
 
 def by_phone(phrases: Sequence[Phrase]) -> bytes:
     """Return phrases as one sound that has gone through a telephone."""
-    samples = np.concatenate([phrase.at_ear_rate for phrase in phrases])
-    return soxr.resample(samples, EAR_HZ, SMART_TURN_HZ).astype("<i2").tobytes()
+    samples = np.concatenate([phrase.at_recogniser_rate for phrase in phrases])
+    return soxr.resample(samples, RECOGNISER_HZ, SMART_TURN_HZ).astype("<i2").tobytes()
 
 
 async def main() -> None:

@@ -57,7 +57,7 @@ class Dialogue(ScriptedEngine):
         self._ears = 0
 
     def listen(self, sample_rate: int) -> ScriptedRecogniser:
-        """Return an ear; that of the bot's next stream goes on behind what the last one heard."""
+        """Return a recogniser; that of the next stream goes on behind what the last one heard."""
         hears = self.script.hears[self._ears :]
         self._ears = min(self._ears + 1, len(self.script.hears) - 1)
         return ScriptedRecogniser(hears, sample_rate)

@@ -52,7 +52,7 @@ class ListenedTo(ScriptedEngine):
     Attributes:
         asked: The conversations to answer, each a list of messages as OpenAI writes them.
         spoken: The texts to say, in order.
-        hears_at_hz: The sample rates of the ears, one for each connection.
+        hears_at_hz: The sample rates of the recognisers, one for each connection.
         speaks_at_hz: The sample rates of the texts to say.
     """
 
@@ -65,7 +65,7 @@ class ListenedTo(ScriptedEngine):
         self.speaks_at_hz: list[int] = []
 
     def listen(self, sample_rate: int) -> ScriptedRecogniser:
-        """Return an ear at the beginning of the script."""
+        """Return a recogniser at the beginning of the script."""
         self.hears_at_hz.append(sample_rate)
         return super().listen(sample_rate)
 

@@ -101,7 +101,7 @@ async def test_mhm_does_not_cut_the_bot_and_an_interruption_does_within_300_ms(
         story = await caller.hear(within=SECONDS)
         mhm = await harness.say(caller, MHM)
         assert mhm.end - mhm.start > 0.3
-        # The scripted ear takes what comes within a second for the same stretch of speech.
+        # The scripted recogniser takes what comes within a second for the same stretch of speech.
         await asyncio.sleep(1.2)
         assert len(caller.heard.utterances) == 1, "the bot was cut"
         assert caller.heard.utterances[-1].end > mhm.end + 0.5

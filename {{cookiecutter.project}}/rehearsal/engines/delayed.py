@@ -61,7 +61,7 @@ class DelayedEngine:
         self._chance = random.Random(seed)
 
     def listen(self, sample_rate: int) -> "DelayedRecogniser":
-        """Return an ear whose final words come late."""
+        """Return a recogniser whose final words come late."""
         return DelayedRecogniser(self._engine.listen(sample_rate), self)
 
     async def think(
@@ -93,17 +93,17 @@ class DelayedEngine:
 
 
 class DelayedRecogniser:
-    """Another ear, whose final words come late."""
+    """Another recogniser, whose final words come late."""
 
-    def __init__(self, ear: Recogniser, engine: DelayedEngine) -> None:
-        self._ear = ear
+    def __init__(self, recogniser: Recogniser, engine: DelayedEngine) -> None:
+        self._recogniser = recogniser
         self._engine = engine
 
     async def feed(self, pcm: bytes) -> list[Heard]:
         """Listen on."""
-        return await self._ear.feed(pcm)
+        return await self._recogniser.feed(pcm)
 
     async def finalize(self) -> list[Heard]:
         """Say after a while what was heard."""
         await self._engine.confirm()
-        return await self._ear.finalize()
+        return await self._recogniser.finalize()

@@ -12,15 +12,15 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """What an ear understood so far.
+    """What a recogniser understood so far.
 
     Attributes:
         text: The words. Empty when there was nothing to understand.
         is_final: False for a guess that a later `Heard` replaces.
-        start_s: Where the speech began, seconds from the first sample fed to this ear.
+        start_s: Where the speech began, seconds from the first sample fed to this recogniser.
         duration_s: How long it lasted, seconds.
         known_after_s: How much later than it is returned it is to be told, seconds.
-        timed: The words with their times, where the ear knows them.
+        timed: The words with their times, where the recogniser knows them.
     """
 
     text: str
@@ -98,7 +98,7 @@ class Engine(Protocol):
         ...
 
     def listen(self, sample_rate: int) -> Recogniser:
-        """Return a fresh ear for one connection whose audio has `sample_rate` Hz."""
+        """Return a fresh recogniser for one connection whose audio has `sample_rate` Hz."""
         ...
 
     def think(

@@ -1,7 +1,7 @@
-"""The engine that knows the words: an ear that finds known recordings in the audio it is fed.
+"""The engine that knows the words: a recogniser that finds known recordings in the audio it is fed.
 
 What a bot makes of a pause depends on when its recogniser says what; a small recogniser would mix
-its own mistakes into that. This ear makes none and is as late as it is told to be. It is not told
+its own mistakes into that. This one makes none and is as late as it is told to be. It is not told
 who speaks when: it looks for the beginnings of the phrases it knows in the audio, by correlation,
 and then for each of their words, so that a word which the bot never sent on is not heard. That
 works through mu-law at 8 kHz with noise or babble 10 dB below the voice, and through Opus with
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from rehearsal.engines.engine import Heard, Speech, Word
 from rehearsal.engines.scripted import Script, ScriptedEngine
 
-EAR_HZ = 8000
+RECOGNISER_HZ = 8000
 """Rate at which phrases are looked for; what is above 4 kHz a telephone does not carry."""
 
 FINAL_SECONDS = 0.1
@@ -29,9 +29,9 @@ INTERIM_SECONDS = 0.1
 PAUSE_SECONDS = 1.0
 """After so much silence what was heard is final, without a `finalize`."""
 
-_BEGINNING = round(0.4 * EAR_HZ)
+_BEGINNING = round(0.4 * RECOGNISER_HZ)
 """A phrase is found by its first sound; in less than this voices resemble one another."""
-_GUARD = round(0.02 * EAR_HZ)
+_GUARD = round(0.02 * RECOGNISER_HZ)
 _LOOK_EVERY_SECONDS = 0.06
 _SAME_PHRASE, _SAME_WORD = 0.55, 0.3
 """Correlation, of 1: two different voices have 0.5 at most; with 10 dB of noise it is 0.95."""
@@ -70,10 +70,10 @@ class Phrase:
         return len(self.pcm) / 2 / self.sample_rate
 
     @cached_property
-    def at_ear_rate(self) -> NDArray[np.float32]:
-        """Its samples as an ear compares them."""
+    def at_recogniser_rate(self) -> NDArray[np.float32]:
+        """Its samples as a recogniser compares them."""
         samples = np.frombuffer(self.pcm, dtype="<i2").astype(np.float32)
-        return soxr.resample(samples, self.sample_rate, EAR_HZ)
+        return soxr.resample(samples, self.sample_rate, RECOGNISER_HZ)
 
     @property
     def begins(self) -> float:
@@ -82,9 +82,9 @@ class Phrase:
 
     @cached_property
     def beginning(self) -> NDArray[np.float32]:
-        """The sound by which an ear finds it."""
-        begin = round(self.begins * EAR_HZ)
-        return self.at_ear_rate[begin : begin + _BEGINNING]
+        """The sound by which a recogniser finds it."""
+        begin = round(self.begins * RECOGNISER_HZ)
+        return self.at_recogniser_rate[begin : begin + _BEGINNING]
 
     def spectrum(self, size: int) -> NDArray[np.complexfloating]:
         """Return the spectrum of its beginning, of `size` samples."""
@@ -94,16 +94,18 @@ class Phrase:
 
     def sound(self, start_s: float, end_s: float) -> NDArray[np.float32]:
         """Return a part of it, from one moment to another."""
-        return self.at_ear_rate[round(start_s * EAR_HZ) : round(end_s * EAR_HZ)]
+        return self.at_recogniser_rate[
+            round(start_s * RECOGNISER_HZ) : round(end_s * RECOGNISER_HZ)
+        ]
 
 
 class KnownWordsEngine(ScriptedEngine):
     """Answers by a script and hums, as the scripted engine does, but hears what is really said.
 
     Attributes:
-        phrases: What its ears know; phrases may be added at any time.
+        phrases: What its recognisers know; phrases may be added at any time.
         final_s: From `finalize` until the words are final, seconds; clouds take 0.02 to 0.7.
-        hears_itself: Whether its own voice is known to its ears: for lines with an echo.
+        hears_itself: Whether its own voice is known to its recognisers: for lines with an echo.
     """
 
     name = "known words"
@@ -122,10 +124,10 @@ class KnownWordsEngine(ScriptedEngine):
         self.final_s = final_s
         self.hears_itself = hears_itself
 
-    # An ear of another kind than the scripted engine's.
-    def listen(self, sample_rate: int) -> "KnownWordsEar":  # type: ignore[override]
-        """Return a fresh ear for audio of `sample_rate` Hz, a multiple of EAR_HZ."""
-        return KnownWordsEar(self.phrases, sample_rate, final_s=self.final_s)
+    # A recogniser of another kind than the scripted engine's.
+    def listen(self, sample_rate: int) -> "KnownWordsRecogniser":  # type: ignore[override]
+        """Return a fresh recogniser for audio of `sample_rate` Hz, a multiple of RECOGNISER_HZ."""
+        return KnownWordsRecogniser(self.phrases, sample_rate, final_s=self.final_s)
 
     async def speak(self, text: str, sample_rate: int):
         """Say `text` as the scripted engine does."""
@@ -147,7 +149,7 @@ class _Found:
     """A phrase in the audio.
 
     Attributes:
-        at: The ear's sample at which its first one is.
+        at: The recogniser's sample at which its first one is.
         next_word: The first of its words that has not been listened for.
     """
 
@@ -156,7 +158,7 @@ class _Found:
     next_word: int = 0
 
 
-class KnownWordsEar:
+class KnownWordsRecogniser:
     """Listens to one connection; finds the phrases it knows, word by word."""
 
     def __init__(
@@ -171,12 +173,14 @@ class KnownWordsEar:
         """Know `phrases`, of which more may come, in audio of `sample_rate` Hz.
 
         Raises:
-            ValueError: The rate is no multiple of EAR_HZ.
+            ValueError: The rate is no multiple of RECOGNISER_HZ.
         """
-        if sample_rate % EAR_HZ:
-            raise ValueError(f"the ear takes multiples of {EAR_HZ} Hz, not {sample_rate}")
+        if sample_rate % RECOGNISER_HZ:
+            raise ValueError(
+                f"the recogniser takes multiples of {RECOGNISER_HZ} Hz, not {sample_rate}"
+            )
         self._phrases = phrases
-        self._every = sample_rate // EAR_HZ
+        self._every = sample_rate // RECOGNISER_HZ
         self._final_s, self._interim_s, self._pause_s = final_s, interim_s, pause_s
         self._rest = b""
         self._audio = np.zeros(0, np.float32)
@@ -195,16 +199,18 @@ class KnownWordsEar:
     async def feed(self, pcm: bytes) -> list[Heard]:
         """Listen to the next piece of audio."""
         self._append(pcm)
-        if self._now - self._looked_until < _LOOK_EVERY_SECONDS * EAR_HZ:
+        if self._now - self._looked_until < _LOOK_EVERY_SECONDS * RECOGNISER_HZ:
             return []
         self._look()
         self._follow()
         if self._now < self._finishing_until or not self._heard:
             return []
-        silent_s = self._now / EAR_HZ - self._heard[-1].end_s
+        silent_s = self._now / RECOGNISER_HZ - self._heard[-1].end_s
         if silent_s >= self._pause_s and not self._playing:
             return [self._take()]
-        known = sum(self._now / EAR_HZ >= word.end_s + self._interim_s for word in self._heard)
+        known = sum(
+            self._now / RECOGNISER_HZ >= word.end_s + self._interim_s for word in self._heard
+        )
         if known <= self._told:
             return []
         self._told = known
@@ -214,8 +220,8 @@ class KnownWordsEar:
         """Say what was heard until now; it is known after the time that this takes."""
         self._look()
         self._follow()
-        self._finishing_until = self._now + round(self._final_s * EAR_HZ)
-        heard = self._take() if self._heard else Heard("", True, self._now / EAR_HZ, 0.0)
+        self._finishing_until = self._now + round(self._final_s * RECOGNISER_HZ)
+        heard = self._take() if self._heard else Heard("", True, self._now / RECOGNISER_HZ, 0.0)
         return [replace(heard, known_after_s=self._final_s)]
 
     def _append(self, pcm: bytes) -> None:
@@ -255,9 +261,9 @@ class KnownWordsEar:
         if places <= _GUARD:
             return 0.0, phrase, 0
         alike, at = _find(audio, sound, places, spectrum, phrase.spectrum(_size(len(audio))))
-        begin = self._now - len(audio) + at - round(phrase.begins * EAR_HZ)
-        since = begin - self._last_found.get(phrase, -self._now - len(phrase.at_ear_rate))
-        is_same = since < len(phrase.at_ear_rate) - _GUARD
+        begin = self._now - len(audio) + at - round(phrase.begins * RECOGNISER_HZ)
+        since = begin - self._last_found.get(phrase, -self._now - len(phrase.at_recogniser_rate))
+        is_same = since < len(phrase.at_recogniser_rate) - _GUARD
         # A better place may follow, one pitch period on.
         is_early = at > len(audio) - len(sound) - _GUARD
         return (0.0 if is_same or is_early else alike), phrase, begin
@@ -267,20 +273,22 @@ class KnownWordsEar:
         for found in self._playing:
             while found.next_word < len(found.phrase.words):
                 word = found.phrase.words[found.next_word]
-                begin, end = (found.at + round(t * EAR_HZ) for t in (word.start_s, word.end_s))
-                slack = round(_DRIFT_SECONDS * EAR_HZ)
+                begin, end = (
+                    found.at + round(t * RECOGNISER_HZ) for t in (word.start_s, word.end_s)
+                )
+                slack = round(_DRIFT_SECONDS * RECOGNISER_HZ)
                 if self._now < end + slack:
                     break
                 found.next_word += 1
                 around = self._audio[max(0, begin - slack - self._forgotten) :]
                 around = around[: end - begin + 2 * slack]
                 if self._is_heard(found.phrase.sound(word.start_s, word.end_s), around):
-                    self._heard.append(Word(word.text, begin / EAR_HZ, end / EAR_HZ))
+                    self._heard.append(Word(word.text, begin / RECOGNISER_HZ, end / RECOGNISER_HZ))
         self._playing = [f for f in self._playing if f.next_word < len(f.phrase.words)]
 
     def _is_heard(self, sound: NDArray[np.float32], around: NDArray[np.float32]) -> bool:
         """Whether a word is in the audio where it should be."""
-        if len(sound) < _SHORTEST_SECONDS * EAR_HZ:
+        if len(sound) < _SHORTEST_SECONDS * RECOGNISER_HZ:
             return True
         if len(around) < len(sound):
             return False
@@ -293,7 +301,7 @@ class KnownWordsEar:
         needed = [self._now - 2 * keep]
         for found in self._playing:
             begins = found.phrase.words[found.next_word].start_s
-            needed.append(found.at + round((begins - _DRIFT_SECONDS) * EAR_HZ))
+            needed.append(found.at + round((begins - _DRIFT_SECONDS) * RECOGNISER_HZ))
         count = max(0, min(min(needed) - self._forgotten, len(self._audio)))
         self._audio = self._audio[count:]
         self._forgotten += count

@@ -106,8 +106,8 @@ class LocalEngine:
         return cls(*parts, answerer)
 
     def listen(self, sample_rate: int) -> Recogniser:
-        """Return a fresh ear for audio of `sample_rate` Hz."""
-        return _LocalEar(self._recogniser, sample_rate)
+        """Return a fresh recogniser for audio of `sample_rate` Hz."""
+        return _LocalRecogniser(self._recogniser, sample_rate)
 
     def think(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]
@@ -209,7 +209,7 @@ class _Recogniser(_Worker):
         return Heard(text, is_final=True, start_s=start, duration_s=end - start)
 
 
-class _LocalEar:
+class _LocalRecogniser:
     """Gathers audio until the caller is quiet; silence before speech is not kept."""
 
     def __init__(self, recogniser: _Recogniser, sample_rate: int) -> None:

@@ -105,7 +105,7 @@ def _known(table: Mapping[str, Any], kind: type, what: str) -> dict[str, Any]:
 
 
 class ScriptedEngine:
-    """Plays a script: ears that notice speech by its loudness, answers by rule, a humming voice.
+    """Plays a script: recognisers that notice speech by loudness, answers by rule, a humming voice.
 
     It keeps no state between requests, so that one engine serves any number of calls.
     """
@@ -117,7 +117,7 @@ class ScriptedEngine:
         self.script = script or Script()
 
     def listen(self, sample_rate: int) -> "ScriptedRecogniser":
-        """Return an ear at the beginning of the script."""
+        """Return a recogniser at the beginning of the script."""
         return ScriptedRecogniser(self.script.hears, sample_rate)
 
     async def think(

@@ -28,7 +28,7 @@ _ERRORS = {
 
 
 class AssemblyAIServer(EngineServer):
-    """Hears with the engine, one ear per connection."""
+    """Hears with the engine, one recogniser per connection."""
 
     name = "assemblyai"
     kind = "stt"
@@ -69,7 +69,7 @@ class AssemblyAIServer(EngineServer):
         is_pcm = query.get("encoding", "pcm_s16le") == "pcm_s16le"
         if not is_pcm or not sample_rate.isdecimal() or not query.get("speech_model"):
             raise web.HTTPBadRequest(reason="the rehearsal hears pcm_s16le, and wants a model")
-        ear = self.engine.listen(int(sample_rate))
+        recogniser = self.engine.listen(int(sample_rate))
         began = time.monotonic()
         async with self.websocket(request, entry) as connection:
             expires = int(time.time()) + _SESSION_SECONDS
@@ -79,11 +79,11 @@ class AssemblyAIServer(EngineServer):
             async for message in connection:
                 match message:
                     case bytes():
-                        await self._answer(connection, await ear.feed(message))
+                        await self._answer(connection, await recogniser.feed(message))
                     case {"type": "ForceEndpoint"}:
-                        await self._answer(connection, await ear.finalize())
+                        await self._answer(connection, await recogniser.finalize())
                     case {"type": "Terminate"}:
-                        await self._answer(connection, await ear.finalize())
+                        await self._answer(connection, await recogniser.finalize())
                         seconds = {
                             "audio_duration_seconds": connection.audio_bytes / 2 / int(sample_rate),
                             "session_duration_seconds": time.monotonic() - began,

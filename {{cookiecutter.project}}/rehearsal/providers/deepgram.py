@@ -26,7 +26,7 @@ ERRORS = {
 
 
 class DeepgramServer(EngineServer):
-    """Hears with the engine, one ear per connection."""
+    """Hears with the engine, one recogniser per connection."""
 
     name = "deepgram"
     kind = "stt"
@@ -60,21 +60,21 @@ class DeepgramServer(EngineServer):
         is_pcm = query.get("encoding") == "linear16" and query.get("channels", "1") == "1"
         if not is_pcm or not sample_rate.isdecimal():
             raise web.HTTPBadRequest(reason="the rehearsal hears linear16 on one channel")
-        ear = self.engine.listen(int(sample_rate))
+        recogniser = self.engine.listen(int(sample_rate))
         async with self.websocket(request, entry) as connection, asyncio.TaskGroup() as later:
             async for message in connection:
                 match message:
                     case bytes():
-                        await self._answer(connection, await ear.feed(message))
+                        await self._answer(connection, await recogniser.feed(message))
                     case {"type": "Finalize"}:
-                        heard = await ear.finalize() or [Heard("", True, 0.0, 0.0)]
+                        heard = await recogniser.finalize() or [Heard("", True, 0.0, 0.0)]
                         answer = self._answer(connection, heard, from_finalize=True)
                         if delay_s := heard[-1].known_after_s:
                             later.create_task(_after(delay_s, answer))
                         else:
                             await answer
                     case {"type": "CloseStream"}:
-                        await self._answer(connection, await ear.finalize())
+                        await self._answer(connection, await recogniser.finalize())
                         break
                     case _:
                         pass  # KeepAlive

@@ -29,7 +29,7 @@ LOUD_RMS = 300.0
 
 
 class DeepgramFluxServer(EngineServer):
-    """Hears with the engine, one ear per connection."""
+    """Hears with the engine, one recogniser per connection."""
 
     name = "deepgram_flux"
     kind = "stt"
@@ -84,9 +84,11 @@ class DeepgramFluxServer(EngineServer):
 class _Turns:
     """The turns of one connection."""
 
-    def __init__(self, server: DeepgramFluxServer, connection: Connection, ear: Recogniser) -> None:
+    def __init__(
+        self, server: DeepgramFluxServer, connection: Connection, recogniser: Recogniser
+    ) -> None:
         query = connection.request.query
-        self._server, self._connection, self._ear = server, connection, ear
+        self._server, self._connection, self._recogniser = server, connection, recogniser
         self._bytes_per_second = 2 * int(query["sample_rate"])
         self._thresholds: dict[str, Any] = {
             name: float(query[name])
@@ -111,10 +113,10 @@ class _Turns:
             if self._is_eager:
                 self._is_eager = False
                 await self._tell("TurnResumed", confidence=0.1)
-        await self._hear(await self._ear.feed(pcm))
+        await self._hear(await self._recogniser.feed(pcm))
         if self._quiet_s >= EAGER_SECONDS and not self._is_finalized:
             self._is_finalized = True
-            await self._hear(await self._ear.finalize())
+            await self._hear(await self._recogniser.finalize())
             if self._began_s is not None and self._thresholds.get("eager_eot_threshold"):
                 self._is_eager = True
                 await self._tell("EagerEndOfTurn", confidence=0.6)
@@ -128,7 +130,7 @@ class _Turns:
         if self._began_s is None:
             return
         if not self._is_finalized:
-            await self._hear(await self._ear.finalize())
+            await self._hear(await self._recogniser.finalize())
         if breaks := self._server.faults.breaks():
             await self._tell("Update")
             message = self._message("EndOfTurn", confidence=0.9)

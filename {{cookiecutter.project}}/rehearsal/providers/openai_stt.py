@@ -33,7 +33,7 @@ _ERRORS = {
 
 
 class OpenAIListenServer(EngineServer):
-    """Hears with the engine, one ear per connection."""
+    """Hears with the engine, one recogniser per connection."""
 
     name = "openai_stt"
     kind = "stt"
@@ -76,11 +76,11 @@ class OpenAIListenServer(EngineServer):
 
 
 class _Session:
-    """One connection: its ear, and the item it is listening to, which the next commit ends."""
+    """One connection: its recogniser, and the item it listens to, which the next commit ends."""
 
     def __init__(self, connection: Connection, engine: Engine, server: ProviderServer) -> None:
         self._connection = connection
-        self._ear = engine.listen(SAMPLE_RATE)
+        self._recogniser = engine.listen(SAMPLE_RATE)
         self._server = server
         self._begin_item()
 
@@ -111,14 +111,14 @@ class _Session:
     async def _append(self, pcm: bytes) -> None:
         self._connection.audio_bytes += len(pcm)
         self._item_bytes += len(pcm)
-        await self._tell(await self._ear.feed(pcm))
+        await self._tell(await self._recogniser.feed(pcm))
 
     async def _commit(self) -> None:
         if self._item_bytes < _LEAST_COMMIT_BYTES:
             await self._fail("input_audio_buffer_commit_empty", "There are not 100 ms to commit.")
             return
         await self._send("input_audio_buffer.committed", item_id=self._item["item_id"])
-        await self._tell(await self._ear.finalize())
+        await self._tell(await self._recogniser.finalize())
         text = " ".join(self._finals)
         if text and (breaks := self._server.faults.breaks()):
             completed = {"type": f"{_TRANSCRIPTION}.completed", **self._item, "transcript": text}

@@ -26,9 +26,9 @@ async def test_latencies_are_drawn_around_their_medians(monkeypatch: pytest.Monk
     slept.clear()
     assert [piece async for piece in engine.speak("Hello there.", 8000)]
     assert slept == []
-    ear = engine.listen(8000)
-    await ear.feed(b"\0\0" * 800)
-    assert await ear.finalize() == []
+    recogniser = engine.listen(8000)
+    await recogniser.feed(b"\0\0" * 800)
+    assert await recogniser.finalize() == []
     assert len(slept) == 1
 
 

@@ -1,4 +1,4 @@
-"""The ear that knows the words, and the person whose words it hears."""
+"""The recogniser that knows the words, and the person whose words it hears."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from rehearsal.call import HUMAN_VOICE, recorded_voice
 from rehearsal.callers.person import Echo, Saying, babble, rms, white_noise, without_words
 from rehearsal.callers.twilio import SAMPLE_RATE, TwilioCaller, from_mulaw, to_mulaw
 from rehearsal.engines.engine import Heard, Word
-from rehearsal.engines.known_words import KnownWordsEar, Phrase, phrases_of
+from rehearsal.engines.known_words import KnownWordsRecogniser, Phrase, phrases_of
 
 pytestmark = pytest.mark.anyio
 
@@ -30,7 +30,7 @@ def human() -> tuple[Phrase, ...]:
 
 
 async def listen(
-    ear: KnownWordsEar, saying: Saying, noise_rms: float = 0.0
+    recogniser: KnownWordsRecogniser, saying: Saying, noise_rms: float = 0.0
 ) -> tuple[list[tuple[float, Heard]], list[Heard]]:
     """Feed a saying and a second of silence as a phone would; results with the time fed so far."""
     said = np.frombuffer(saying.pcm + bytes(2 * saying.sample_rate), dtype="<i2")
@@ -39,16 +39,18 @@ async def listen(
     phone = from_mulaw(to_mulaw(samples.astype("<i2").tobytes()))
     told: list[tuple[float, Heard]] = []
     for at in range(0, len(phone), 320):
-        told += [(at / 2 / SAMPLE_RATE, heard) for heard in await ear.feed(phone[at : at + 320])]
-    return told, await ear.finalize()
+        told += [
+            (at / 2 / SAMPLE_RATE, heard) for heard in await recogniser.feed(phone[at : at + 320])
+        ]
+    return told, await recogniser.finalize()
 
 
 async def test_an_ear_hears_the_words_it_knows_when_they_are_said(human: tuple[Phrase, ...]):
     """Over a telephone, with a pause and with noise 10 dB below the voice."""
     for pause_s, noise_db in ((0.6, None), (0.0, None), (0.3, 10)):
         noise = rms(human) * 10 ** (-noise_db / 20) if noise_db else 0.0
-        ear = KnownWordsEar(human, SAMPLE_RATE, final_s=0.3, pause_s=60.0)
-        told, [final] = await listen(ear, Saying(human, pause_s), noise)
+        recogniser = KnownWordsRecogniser(human, SAMPLE_RATE, final_s=0.3, pause_s=60.0)
+        told, [final] = await listen(recogniser, Saying(human, pause_s), noise)
         assert final.is_final and final.known_after_s == 0.3
         assert final.text == " ".join(WORDS)
         assert final.start_s == pytest.approx(BEGINS[0], abs=0.03)
@@ -65,7 +67,7 @@ async def test_what_is_not_said_or_has_no_words_is_not_heard(human: tuple[Phrase
     cough = without_words(human[0], 0.9)
     assert np.abs(np.frombuffer(cough.pcm, dtype="<i2")).max() > 3000
     for saying in (Saying((cough,)), Saying(human[1:])):
-        _, final = await listen(KnownWordsEar(human, SAMPLE_RATE, pause_s=60.0), saying)
+        _, final = await listen(KnownWordsRecogniser(human, SAMPLE_RATE, pause_s=60.0), saying)
         assert [heard.text for heard in final] == [saying.text]
 
 

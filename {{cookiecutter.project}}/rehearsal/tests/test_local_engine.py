@@ -60,12 +60,12 @@ def plain(text: str) -> str:
 
 async def hear(engine: Engine, pcm: bytes, sample_rate: int) -> list[Heard]:
     """Feed audio as a bot does, 20 ms at a time."""
-    ear = engine.listen(sample_rate)
+    recogniser = engine.listen(sample_rate)
     heard: list[Heard] = []
     size = 2 * sample_rate // 50
     for start in range(0, len(pcm), size):
-        heard += await ear.feed(pcm[start : start + size])
-    return heard + await ear.finalize()
+        heard += await recogniser.feed(pcm[start : start + size])
+    return heard + await recogniser.finalize()
 
 
 async def answer(
@@ -102,12 +102,12 @@ async def test_a_human_voice_is_understood(engine: LocalEngine, sample_rate: int
 
 @pytest.mark.slow
 async def test_a_second_utterance_is_heard_alone(engine: LocalEngine) -> None:
-    ear = engine.listen(16000)
+    recogniser = engine.listen(16000)
     pcm = human_voice(16000)
-    await ear.feed(pcm)
-    first = await ear.finalize()
-    await ear.feed(pcm)
-    second = await ear.finalize()
+    await recogniser.feed(pcm)
+    first = await recogniser.finalize()
+    await recogniser.feed(pcm)
+    second = await recogniser.finalize()
     assert plain(first[0].text) == plain(second[0].text)
     assert second[0].start_s - first[0].start_s == pytest.approx(len(pcm) / 32000, abs=0.3)
 
@@ -122,9 +122,12 @@ async def test_speech_without_a_pause_is_given_out_in_pieces(
     engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rehearsal.engines.local.LONGEST_UTTERANCE_SECONDS", 3.0)
-    ear = engine.listen(16000)
+    recogniser = engine.listen(16000)
     assert any(
-        [await ear.feed(human_voice(16000)[start : start + 640]) for start in range(0, 150000, 640)]
+        [
+            await recogniser.feed(human_voice(16000)[start : start + 640])
+            for start in range(0, 150000, 640)
+        ]
     )
 
 

@@ -86,11 +86,11 @@ async def test_calls_in_one_answer_are_made_together() -> None:
 
 async def test_without_a_script_any_speech_is_one_sentence_that_is_answered() -> None:
     engine = ScriptedEngine()
-    ear = engine.listen(8000)
+    recogniser = engine.listen(8000)
     for _ in range(2):
         async for speech in engine.speak("Whatever was said", 8000):
-            await ear.feed(speech.pcm)
-        (heard,) = await ear.finalize()
+            await recogniser.feed(speech.pcm)
+        (heard,) = await recogniser.finalize()
         assert heard.text == "Can you hear me?"
     assert (
         await said(user("Can you hear me?"), Script())
@@ -100,20 +100,20 @@ async def test_without_a_script_any_speech_is_one_sentence_that_is_answered() ->
 
 
 async def test_speech_ends_by_itself_after_a_second_of_silence() -> None:
-    ear = ScriptedEngine().listen(8000)
+    recogniser = ScriptedEngine().listen(8000)
     async for speech in ScriptedEngine().speak("Hello there", 8000):
-        await ear.feed(speech.pcm)
-    (guess,) = await ear.feed(b"\0\0" * 7000)
+        await recogniser.feed(speech.pcm)
+    (guess,) = await recogniser.feed(b"\0\0" * 7000)
     assert guess.text == "Can you hear me?" and not guess.is_final
-    (heard,) = await ear.feed(b"\0\0" * 1500)
+    (heard,) = await recogniser.feed(b"\0\0" * 1500)
     assert heard.is_final
-    assert await ear.finalize() == []
+    assert await recogniser.finalize() == []
 
 
 async def test_a_click_is_not_speech() -> None:
-    ear = ScriptedEngine().listen(8000)
-    assert await ear.feed(b"\xff\x3f" * 160 + b"\0\0" * 800) == []
-    assert await ear.finalize() == []
+    recogniser = ScriptedEngine().listen(8000)
+    assert await recogniser.feed(b"\xff\x3f" * 160 + b"\0\0" * 800) == []
+    assert await recogniser.finalize() == []
 
 
 async def test_pieces_of_any_size_are_heard_alike() -> None:

@@ -21,7 +21,7 @@ import pytest
 from rehearsal.providers.roark import RoarkReceiver
 from roark.folder import Folder, call_folders, chunk_step
 
-SCHEDULES = 200
+SCHEDULES = 120
 SCHEDULES_AT_ONCE = 8
 PROJECT = Path(__file__).parents[2]
 # A disk that has not taken a chunk after this long, on a machine with better things to do, is late.
