@@ -1,11 +1,15 @@
 """Who has the floor, in any order of events: nothing hangs, and nobody owes a sound unnoticed."""
 
+import asyncio
 import random
 from collections.abc import Callable
+from typing import Any
+from unittest.mock import AsyncMock, MagicMock
 
 import pytest
 from pipecat.frames.frames import LLMMessagesAppendFrame
 
+from conversation import silence
 from conversation.floor import LOST_SECONDS, Floor, Side, tell
 
 ORDERS = 3000
@@ -234,3 +238,31 @@ def test_a_single_word_out_of_what_it_says_is_the_bots_own_where_it_hears_itself
     assert floor.is_own("Then")
     floor.bot_silent()
     assert not floor.is_own("Tuesday"), "the caller's answer"
+
+
+@pytest.mark.anyio
+async def test_a_caller_to_whom_the_bot_owes_a_sound_is_asked_nothing() -> None:
+    floor, clock = floor_and_clock()
+    looks: list[Callable[[], None]] = []
+    handlers: list[Any] = []
+    worker = MagicMock(queue_frame=AsyncMock())
+    caller = MagicMock(event_handler=lambda _name: handlers.append)
+    ending, observer = MagicMock(floor=floor, has_begun=False), MagicMock(look=looks.append)
+    silence.watch(caller, worker, ending, observer, recogniser="Recogniser")
+    (look,), (turn_stopped,) = looks, handlers
+
+    floor.caller_heard()
+    floor.caller_silent()
+    floor.bot_owes()
+    clock.now += 60
+    look()
+    await turn_stopped(caller, None, MagicMock(content=""))
+    await asyncio.sleep(0)
+    worker.queue_frame.assert_not_called()
+
+    floor.bot_heard()
+    floor.bot_silent()
+    clock.now += silence.SILENCE_SECONDS
+    look()
+    await asyncio.sleep(0)
+    worker.queue_frame.assert_called_once()

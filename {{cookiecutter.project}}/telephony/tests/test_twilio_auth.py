@@ -230,6 +230,9 @@ def test_without_the_auth_token_every_request_gets_the_twiml_and_the_log_warns(
             assert 'name="SipCallId" value="a84b@10.0.0.1"' in answer.text
             assert 'name="SipHeader_X-Id" value="7"' in answer.text
             assert "X-Long" not in answer.text
+        answer = client.post("/", data={"CallSid": CALL, "From": '\0"><Hangup/>\x1b'})
+        (number, _) = ElementTree.fromstring(answer.text).iter("Parameter")
+        assert number.get("value") == '"><Hangup/>'
         assert client.get("/").headers["Location"] == "/client/"
     assert len(lines) == 1
     assert "TWILIO_AUTH_TOKEN" in lines[0]
