@@ -1,6 +1,7 @@
 """What an owner does in the first week, word by word as README.md and AGENTS.md say."""
 
 import re
+import shutil
 
 import pytest
 from baking import PATIENT, Bake, BakedProject, succeed
@@ -69,3 +70,12 @@ def test_with_groq_and_rime_swapped_in_calls_and_tests_go_on_and_say_what_stands
     succeed(tested)
     assert all(sentence in tested.stdout for sentence in STANDS_IN)
     assert "skipped" not in tested.stdout
+
+
+@pytest.mark.slow
+def test_without_rehearsal_the_tests_that_need_it_are_left_out_in_one_line(bake: Bake) -> None:
+    project = bake()
+    shutil.rmtree(project.path / "rehearsal")
+    collected = project.tool("pytest", "-q", "-n", "0", "--collect-only", ".")
+    succeed(collected)
+    assert "they need rehearsal/, which is not here" in collected.stdout

@@ -19,7 +19,8 @@ except ImportError:  # Windows: there they share it.
 
 KEYS = {name: f"value-of-{name.lower()}" for name in config.REQUIRED}
 A_KEY = next(iter(KEYS), "")
-HOLDS_CALLS = re.compile(r"^ *(?:from|import) (?:harness|rehearsal)\b", re.MULTILINE)
+# Some of roark's take from one another what they need of rehearsal/.
+HOLDS_CALLS = re.compile(r"^ *(?:from|import) (?:harness|rehearsal|roark\.tests)\b", re.MULTILINE)
 
 
 def without_rehearsal(folder: Path) -> list[str]:
