@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import SECONDS, Harness, run_harness
+from fastapi import FastAPI
+from harness import SECONDS, Harness, run_harness, serve_app
 from pipecat.processors.aggregators.llm_context import LLMContext
 
 from conversation import outcome
 from host import shutdown
 from rehearsal.engines.scripted import Answer, Script
+from rehearsal.providers.server import HOST, free_port
 from roark.report import write_report
 
 pytestmark = pytest.mark.anyio
@@ -39,19 +41,30 @@ async def harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 
 @pytest.mark.slow
-async def test_what_came_of_a_call_is_in_its_record_its_report_and_not_in_its_length(
-    harness: Harness,
+async def test_what_came_of_a_call_is_in_its_record_its_report_the_webhook_and_not_in_its_length(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    harness.server("llm").faults.slow_s = 0.5
-    async with harness.caller("twilio") as caller:
-        await harness.hear_greeting(caller)
-        await harness.say(caller)
-        await harness.hear_said(caller, "From eight to six.")
-        hung_up_at = time.time()
-    await harness.over()
+    app, port = FastAPI(), free_port()
+    posted: list[dict[str, Any]] = []
 
-    told = harness.record["metadata"]
-    assert (told["outcome"], told["summary"]) == (FILLED, SUMMARY)
+    @app.post("/")
+    async def take(record: dict[str, Any]) -> None:
+        posted.append(record)
+
+    monkeypatch.setenv("CALL_WEBHOOK_URL", f"http://{HOST}:{port}/")
+    harness.server("llm").faults.slow_s = 0.5
+    async with serve_app(app, port):
+        async with harness.caller("twilio") as caller:
+            await harness.hear_greeting(caller)
+            await harness.say(caller)
+            await harness.hear_said(caller, "From eight to six.")
+            hung_up_at = time.time()
+        await harness.over()
+
+    for record in (harness.record, *posted):
+        told = record["metadata"]
+        assert (told["outcome"], told["summary"]) == (FILLED, SUMMARY)
+    assert len(posted) == 1
     assert harness.received.whole
     asked = harness.engine.asked[-1][-1]["content"]
     assert "Caller: When are you open?" in asked and "Bot: From eight to six." in asked
