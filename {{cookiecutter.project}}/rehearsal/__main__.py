@@ -334,8 +334,8 @@ async def _engine(options: argparse.Namespace, *, by_script: bool = False) -> As
         voice = user_settings().get("REHEARSAL_VOICE", "").strip()
         engine = await LocalEngine.load(answerer, Path(voice) if voice else None)
         _tell(f"Moonshine hears and Piper speaks for the providers; {answerer.description} thinks.")
-        if by_script and _language().lower().startswith("de"):
-            engine.read_german()
+        if by_script:
+            engine.read_as(_language().partition("-")[0].lower())
         if by_script and not _is_english():
             _tell("The installed voice is English, with an accent; REHEARSAL_VOICE takes another.")
         elif not _is_english():

@@ -58,6 +58,9 @@ _PAIRS = (
 NEAREST_SOUNDS = {sound: near for sound, _, near in (one.partition("=") for one in _PAIRS.split())}
 _SOUNDS = re.compile("|".join(sorted(NEAREST_SOUNDS, key=len, reverse=True)))
 
+READS = ("de", "es", "fr", "it", "ja", "nl", "pt")
+"""What an English voice can read, by the names that espeak-ng has for it."""
+
 HEARING_RATE = 16000
 """What Moonshine was trained on, Hz. Telephone audio is resampled, or it hears nonsense."""
 
@@ -126,12 +129,12 @@ class LocalEngine:
             begin += len(speech.pcm) / 2 / sample_rate
             yield speech
 
-    def read_german(self) -> None:
-        """Have an English voice read German: with a strong accent, but not as if it were English.
+    def read_as(self, code: str) -> None:
+        """Have an English voice read a language: with an accent, but not as if it were English.
 
-        A voice of another language stays as it is.
+        A voice of another language stays as it is, and so does one for a language not in READS.
         """
-        self._voice.read_german()
+        self._voice.read_as(code)
 
     async def aclose(self) -> None:
         """Let go of the threads and the models."""
@@ -266,12 +269,14 @@ class _Voice(_Worker):
         model, config = (weights / name for name in VOICE_SHA256)
         self._voice = piper.PiperVoice.load(model, config_path=config)
 
-    def read_german(self) -> None:
-        if not self._voice.config.espeak_voice.startswith("en"):
+    def read_as(self, code: str) -> None:
+        if code not in READS or not self._voice.config.espeak_voice.startswith("en"):
             return
-        self._voice.config.espeak_voice = "de"
-        phonemize = self._voice.phonemize
-        self._voice.phonemize = lambda text: [nearest(one) for one in phonemize(text)]
+        self._voice.config.espeak_voice = code
+        known, phonemize = self._voice.config.phoneme_id_map, self._voice.phonemize
+        self._voice.phonemize = lambda text: [
+            [sound for sound in nearest(one) if sound in known] for one in phonemize(text)
+        ]
 
     async def say(self, sentence: str, sample_rate: int, begin: float) -> Speech:
         """Return a sentence at `sample_rate` Hz, its words timed as if it began at `begin`."""
@@ -291,7 +296,7 @@ class _Voice(_Worker):
 
 
 def nearest(sounds: list[str]) -> list[str]:
-    """Return German phonemes as an English voice can say them."""
+    """Return phonemes of other languages, German above all, as an English voice can say them."""
     return list(_SOUNDS.sub(lambda found: NEAREST_SOUNDS[found[0]], "".join(sounds)))
 
 

@@ -15,11 +15,13 @@ from aiohttp import web
 
 import rehearsal
 from rehearsal.callers.twilio import from_mulaw, to_mulaw
+from rehearsal.dial import words
 from rehearsal.engines import language_model as language_model
 from rehearsal.engines import weights
 from rehearsal.engines.engine import Engine, Heard, Speech, TextDelta, ToolCall
 from rehearsal.engines.language_model import LanguageModel, ScriptedAnswerer, choose_answerer
 from rehearsal.engines.local import (
+    READS,
     VOICE_SHA256,
     LocalEngine,
     LocalEngineError,
@@ -168,6 +170,24 @@ async def test_a_voice_of_ones_own_speaks_and_what_is_none_is_refused(
 def test_an_english_voice_reads_german_by_the_sounds_it_has() -> None:
     sounds = "ɪc\u0327 mœc\u0327tə aʊx fyːɾ"  # noqa: RUF001
     assert "".join(nearest(list(sounds))) == "ɪʃ mɜːʃtə aʊh fuːɹ"  # noqa: RUF001
+
+
+@pytest.mark.slow
+async def test_an_english_voice_reads_each_language_of_the_rehearsals_in_a_moment(
+    engine: LocalEngine,
+) -> None:
+    """As if it were English it says "Japanese letter" for each of them."""
+    voice = engine._voice._voice
+    own = voice.config.espeak_voice
+    for code in READS:
+        engine.read_as(code)
+        assert voice.config.espeak_voice == code
+        greeting = words(code).person[0]
+        pieces = [piece.pcm async for piece in engine.speak(greeting, 8000)]
+        assert 0.2 < len(b"".join(pieces)) / 2 / 8000 < 2.0, code
+        # The engine is that of the other tests, too.
+        voice.config.espeak_voice = own
+        del voice.phonemize
 
 
 @pytest.mark.slow
