@@ -81,12 +81,16 @@ def write_index(calls_dir: Path, *, watched: bool = False) -> Report:
     rows, unreadable = [], []
     for folder in _folders(calls_dir):
         try:
-            files = files_of(folder)
-            if not is_a_call(files):
-                continue
-            if _is_stale(files, code_changed_at, watched=watched):
-                write_report(folder)
-            row = known.row(folder, files)
+            seen = os.stat(folder).st_mtime_ns
+            row = known.settled(folder.name, seen)
+            if row is None:
+                files = files_of(folder)
+                if not is_a_call(files):
+                    continue
+                if _is_stale(files, code_changed_at, watched=watched):
+                    write_report(folder)
+                    seen, files = os.stat(folder).st_mtime_ns, files_of(folder)
+                row = known.row(folder, files, seen)
             rows.append(row)
             if "damage" in row:
                 unreadable.append((folder.name, row["damage"]))
@@ -96,9 +100,10 @@ def write_index(calls_dir: Path, *, watched: bool = False) -> Report:
             # anybody's.
             if folder.is_dir() and folder.name[0].isdigit():
                 unreadable.append((folder.name, reason_of(error)))
-    text = index_page.render(rows, unreadable, watched=watched)
-    if text != known.page:
-        write(index, text)
+    if unreadable or not known.shows(rows, watched=watched):
+        text = index_page.render(rows, unreadable, watched=watched)
+        if text != known.page:
+            write(index, text)
     # The index says when it was looked at last.
     os.utime(index)
     return Report(index, tuple(unreadable))

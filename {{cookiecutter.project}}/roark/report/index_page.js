@@ -41,6 +41,7 @@
   const hour = utc({ hour: "2-digit", minute: "2-digit" });
 
   for (const call of calls) {
+    call.words ??= "";
     const waits = sorted(call.waits);
     call.response = quantile(waits, 0.5);
     call.slowest = waits.at(-1);

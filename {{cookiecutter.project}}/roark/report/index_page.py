@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from pathlib import Path
 
 from roark.folder import DELIVERY, RECORD, Folder, reason_of
@@ -17,6 +17,7 @@ WORDS_CHARACTERS = 4_000_000
 STRIP_STEPS = 150
 
 UNREADABLE = "cannot be read"
+UNDELIVERED = "undelivered"
 
 DATA = "calls"
 DATA_BEGINS = f'<script type="application/json" id="{DATA}">'
@@ -26,9 +27,14 @@ MADE_BY_US = (".html", ".tmp")
 class KnownIndex:
     """The index on disk: it is its own memory of the calls that have not changed."""
 
-    def __init__(self, page: str, rows: dict[str, Row]) -> None:
+    def __init__(
+        self, page: str, rows: list[Row], *, watched: bool = False, searched: int = 0
+    ) -> None:
         self.page = page
-        self._rows = rows
+        self._all = rows
+        self._rows = {row["folder"]: row for row in rows}
+        self._watched = watched
+        self._searched = searched
 
     @classmethod
     def of(cls, index: Path) -> KnownIndex:
@@ -36,23 +42,38 @@ class KnownIndex:
         try:
             page = index.read_text(encoding="utf-8")
         except (OSError, ValueError):
-            return cls("", {})
+            return cls("", [])
         try:
             content = page.rpartition(DATA_BEGINS)[2].partition("</script>")[0]
             written = json.loads(content)
             if written["code"] == _code():
-                return cls(page, {row["folder"]: row for row in written["calls"]})
+                rows, searched = written["calls"], written["searched"]
+                return cls(page, rows, watched=written["watched"], searched=searched)
         except (ValueError, TypeError, KeyError):
             pass
-        return cls(page, {})
+        return cls(page, [])
 
-    def row(self, folder: Path, files: Files) -> Row:
+    def settled(self, name: str, seen: int) -> Row | None:
+        """What is known of a call that is over, and where nothing is left to deliver.
+
+        Nothing comes to it but as a new file, which its folder's own time `seen` (ns) tells.
+        """
+        known = self._rows.get(name)
+        return known if known and known["seen"] == seen else None
+
+    def row(self, folder: Path, files: Files, seen: int) -> Row:
         """What the index shows of a call, read anew only if its folder has changed."""
         stamp = _stamp(files)
-        known = self._rows.get(folder.name)
-        if known and known["stamp"] == stamp and RECORD in files:
-            return known
-        return index_row(Call.read(folder, with_sound=False)) | {"stamp": stamp}
+        row = self._rows.get(folder.name)
+        if not row or row["stamp"] != stamp or RECORD not in files:
+            row = index_row(Call.read(folder, with_sound=False)) | {"stamp": stamp}
+        is_settled = RECORD in files and row["roark"] not in (UNDELIVERED, UNREADABLE, "")
+        return row | {"seen": seen if is_settled else 0}
+
+    def shows(self, rows: list[Row], *, watched: bool) -> bool:
+        """Whether the page shows just these."""
+        are_same = bool(self.page) and rows == self._all and watched == self._watched
+        return are_same and self._searched == _searched(rows)
 
 
 def index_row(call: Call) -> Row:
@@ -86,9 +107,8 @@ def index_row(call: Call) -> Row:
 
 def render(rows: list[Row], unreadable: list[tuple[str, str]], *, watched: bool) -> str:
     """The page of all calls, whose rows are given newest first."""
-    sizes = accumulate(len(row["words"]) for row in rows)
-    searched = sum(size <= WORDS_CHARACTERS for size in sizes)
-    shown = rows[:searched] + [row | {"words": ""} for row in rows[searched:]]
+    searched = _searched(rows)
+    shown = rows[:searched] + [row | {"words": None} for row in rows[searched:]]
     notices = "".join(
         f'<p class="notice" role="status">{h(name)} cannot be read: {h(why)}.</p>'
         for name, why in unreadable[:5]
@@ -145,6 +165,14 @@ BODY = """
 """
 
 
+def _searched(rows: list[Row]) -> int:
+    """In how many calls, from the newest on, what was said can be searched."""
+    # Of a call whose words did not fit once they are not at hand.
+    with_words = takewhile(lambda row: row["words"] is not None, rows)
+    sizes = accumulate(len(row["words"]) for row in with_words)
+    return sum(size <= WORDS_CHARACTERS for size in sizes)
+
+
 def _code() -> str:
     """Changes with the code that makes the rows."""
     digest = hashlib.sha256()
@@ -186,7 +214,7 @@ def _delivery(folder: Path) -> tuple[str, str]:
     if not kept.destinations:
         return "kept here", ""
     if kept.steps_left or kept.ended is None:
-        return "undelivered", ""
+        return UNDELIVERED, ""
     if kept.steps_given_up:
         return f"{len(kept.steps_given_up)} given up", ""
     return "delivered", ""

@@ -525,6 +525,33 @@ def test_what_has_not_changed_is_neither_read_nor_written_again(
     assert (later / "report.html").read_text() == "as it was"
 
 
+def test_a_call_with_nothing_left_is_not_looked_into_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    record = CallRecord.replay(events(CONVERSATION, *ENDED))
+    kept = Folder(folder, call_id="call#1")
+    kept.keep_started(json.dumps(record.call_started()).encode())
+    kept.keep_ended(json.dumps(record.call_ended()).encode(), json.dumps(record.as_dict()).encode())
+    kept.release()
+    index = report.write_index(folder.parent).index
+    looked: list[Path] = []
+    real = report.files_of
+
+    def files_of(path: Path) -> report.Files:
+        looked.append(path)
+        return real(path)
+
+    monkeypatch.setattr(report, "files_of", files_of)
+    before = index.read_bytes()
+    report.write_index(folder.parent)
+    assert folder not in looked
+    assert index.read_bytes() == before
+    # A file that comes to it is seen.
+    (folder / "chunk-00000.pcm").write_bytes(bytes(64))
+    report.write_index(folder.parent)
+    assert folder in looked
+
+
 def test_what_was_said_is_in_the_index_of_the_newest_calls_as_far_as_it_fits(
     call: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -532,9 +559,10 @@ def test_what_was_said_is_in_the_index_of_the_newest_calls_as_far_as_it_fits(
         shutil.copytree(call, call.with_name(f"202611{day}T140509-call-2-00000000"))
     size = len(Page(report.write_index(call.parent).index).rows[0]["words"])
     monkeypatch.setattr(index_page, "WORDS_CHARACTERS", 2 * size)
-    index = Page(report.write_index(call.parent).index)
-    assert [bool(row["words"]) for row in index.rows] == [True, True, False]
-    assert index.data["searched"] == 2
+    for _ in range(2):
+        index = Page(report.write_index(call.parent).index)
+        assert [bool(row["words"]) for row in index.rows] == [True, True, False]
+        assert index.data["searched"] == 2
 
 
 def test_an_index_made_by_other_code_is_not_trusted(call: Path, monkeypatch: pytest.MonkeyPatch):
