@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from baking import FOLDER, PATIENT, ROOT, BakedProject, succeed
+from baking import FOLDER, NEWEST_TRIED, PATIENT, ROOT, BakedProject, installed_python, succeed
 from documented import FOLLOWED, NEEDS, TESTED, commands, shell_blocks
 
 SPOKEN = "he might even have been made amiable himself"
@@ -131,7 +131,12 @@ def test_followed_from_nothing_a_human_voice_is_answered_on_both_transports_and_
     environment = fresh_environment(home)
     project = template.parent / "my-voice-bot"
 
-    follow(readme_commands()[0], template, environment)
+    # As on Debian, whose own Python takes no packages; in both commands uv is installed first.
+    (own_place,) = re.findall(r"`(python3 -m venv [^`]+)`", (ROOT / "README.md").read_text("utf-8"))
+    first, second = readme_commands()
+    assert first.startswith(install := "pip install uv && ") and second.startswith(install)
+    follow(f"{own_place}\n{first}", template, environment)
+    environment["PATH"] = f"{home}/uv/bin{os.pathsep}{environment['PATH']}"
 
     records = sorted((project / "calls").glob("*/call.json"))
     assert len(records) == 2
@@ -164,7 +169,10 @@ def test_followed_from_nothing_a_human_voice_is_answered_on_both_transports_and_
 def test_a_project_installs_and_holds_a_call_with_pip_alone(
     default_project: BakedProject, tmp_path: Path
 ) -> None:
-    """Its README's lines for pip, where there is no uv; but not all of its tests."""
+    """Its README's lines for pip, where there is no uv; but not all of its tests.
+
+    On the newest Python that is tried, where it is installed: on 3.11 uv installs it elsewhere.
+    """
     blocks = shell_blocks(default_project.read("README.md"))
     (block,) = [block for block in blocks if "-m venv" in block[0]]
     *install, test = block
@@ -172,7 +180,8 @@ def test_a_project_installs_and_holds_a_call_with_pip_alone(
     programs, home = tmp_path / "bin", tmp_path / "home"
     programs.mkdir()
     home.mkdir()
-    (programs / "python").symlink_to(Path(sys.base_prefix, "bin", "python3"))
+    python = installed_python(NEWEST_TRIED) or Path(sys.base_prefix, "bin", "python3")
+    (programs / "python").symlink_to(python)
     path = f"{programs}{os.pathsep}{os.defpath}"
     if shutil.which("uv", path=path):
         pytest.skip("uv is installed for the whole system")
@@ -182,6 +191,8 @@ def test_a_project_installs_and_holds_a_call_with_pip_alone(
     # Python compiles what is imported; pip would compile all that is there, half a minute's work.
     environment = fresh_environment(home) | {"PATH": path, "PIP_NO_COMPILE": "1"}
     follow("\n".join([*install, f"{test} {quick}"]), project, environment)
+    if installed_python(NEWEST_TRIED):
+        assert list(project.glob(f".venv/lib/python{NEWEST_TRIED}"))
 
     git = BakedProject(project)
     for command in (["git", "init", "-q"], ["git", "add", "--all"]):
