@@ -281,20 +281,10 @@ def _answer_with_twiml(
     from starlette.responses import RedirectResponse, Response
 
     async def answer(request: "Request") -> "Response":
-        signature = request.headers.get("X-Twilio-Signature", "")
-        # Without waiting for a body that a stranger may take hours to send.
-        if gate and not signature:
+        fields = await signed_form(gate, host, request)
+        if fields is None:
             return not_signed(host)
-        # Twilio's webhooks can be set to GET, with the fields in the address.
-        is_posted = request.method == "POST"
-        body = await request.body() if is_posted else request.url.query.encode()
-        form = parse_qsl(body.decode("utf-8", errors="replace"), keep_blank_values=True)
-        if gate and not gate.signed_by_twilio(
-            host, request.url.query, form if is_posted else [], signature
-        ):
-            return not_signed(host)
-        fields = dict(form)
-        if not is_posted and "CallSid" not in fields:
+        if request.method != "POST" and "CallSid" not in fields:
             # A browser, to Pipecat's page.
             return RedirectResponse("/client/")
         if not host:
@@ -371,16 +361,24 @@ def _whisper(gate: Gate, host: str) -> "Callable[[Request], Coroutine[None, None
     return answer
 
 
-async def signed_form(gate: Gate, host: str, request: "Request") -> dict[str, str] | None:
-    """What Twilio has posted to this server, known to it as `host`; None if that was not Twilio."""
+async def signed_form(gate: Gate | None, host: str, request: "Request") -> dict[str, str] | None:
+    """What Twilio has sent to this server, known to it as `host`; None if that was not Twilio.
+
+    Without a gate it is whatever came. Twilio's webhooks can be set to GET, with the fields in the
+    address.
+    """
     signature = request.headers.get("X-Twilio-Signature", "")
     # Without waiting for a body that a stranger may take hours to send.
-    if not signature:
+    if gate and not signature:
         return None
-    form = parse_qsl((await request.body()).decode("utf-8", "replace"), keep_blank_values=True)
+    is_posted = request.method == "POST"
     query, path = request.url.query, request.url.path
-    is_twilios = gate.signed_by_twilio(host, query, form, signature, path=path)
-    return dict(form) if is_twilios else None
+    body = await request.body() if is_posted else query.encode()
+    form = parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True)
+    signed = form if is_posted else []
+    if gate and not gate.signed_by_twilio(host, query, signed, signature, path=path):
+        return None
+    return dict(form)
 
 
 async def _about_transfer(

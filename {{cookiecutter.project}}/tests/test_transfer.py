@@ -22,7 +22,6 @@ from telephony import transfer
 pytestmark = pytest.mark.anyio
 
 ACCOUNT = "AC" + "0123456789abcdef" * 2
-CALL = "CA" + "0123456789abcdef" * 2
 COLLEAGUE = "+493012345678"
 KEY = "an-auth-token"
 ABOUT = "Frau Özdemir möchte ihren Termin verlegen."

@@ -24,7 +24,6 @@ from telephony import transfer, twilio_auth
 
 pytestmark = pytest.mark.anyio
 
-ACCOUNT = "AC" + "0123456789abcdef" * 2
 CALL = "CA" + "0123456789abcdef" * 2
 COLLEAGUE = "+493012345678"
 KEY = "an-auth-token"
