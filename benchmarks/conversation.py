@@ -441,6 +441,7 @@ def rows() -> dict[str, Row]:
         Row("white noise -10 dB", few, surroundings=white_noise(loudness / 10**0.5)),
         Row("babble -20 dB", few, surroundings=babble(every, loudness / 10)),
         Row("babble -10 dB", few, surroundings=babble(every, loudness / 10**0.5)),
+        Row("one voice -20 dB", few, surroundings=babble(every, loudness / 10, talkers=1)),
         Row("echo -30 dB", few, surroundings=Echo(30.0)),
         Row("echo -20 dB", few, surroundings=Echo(20.0)),
     ]
