@@ -60,7 +60,8 @@ SENTENCE_END = re.compile(r"[.!?\u2026\u3002\uff01\uff1f][\"')\u201d]*$")
 # Each costs a request to the LLM. Who pauses oftener in one turn is answered when they are done.
 MOST_SPECULATIONS = 3
 
-# A moment that is missed by a rounding error is not waited for in a circle.
+# An event loop whose clock counts milliseconds, as uvloop's does, wakes before the moment that it
+# was told. That is not waited for in a circle.
 SOONEST_SECONDS = 0.001
 
 # Digits and spelled letters come in groups, each of which sounds complete.
@@ -115,6 +116,7 @@ class TurnEnd:
     _is_being_answered: bool = False
     _tells_while_spoken: bool = False
     _word_at: float = 0.0
+    _looked_at: float = 0.0
 
     def begin(self) -> None:
         """Forget the turn before. Whether somebody speaks is the caller's, not the turn's."""
@@ -197,6 +199,9 @@ class TurnEnd:
 
     def step(self) -> Step:
         """What is to be done now."""
+        # `due_in` goes by the same moment. One that came between two looks at the clock would be
+        # ahead for neither, and the turn end with the next limit, a second later.
+        self._looked_at = self.clock()
         if (wordless := self._wordless_due_in()) is not None and wordless <= 0.0:
             return Step.END
         if (pause := self._pause()) is None:
@@ -212,7 +217,10 @@ class TurnEnd:
         return self._speculate()
 
     def due_in(self) -> float | None:
-        """Seconds until `step` may say something else by itself; None: not before something is."""
+        """Seconds from the last `step` until it may say something else by itself.
+
+        None: not before something is told.
+        """
         if (pause := self._pause()) is None:
             wordless = self._wordless_due_in()
             return None if wordless is None else max(wordless, SOONEST_SECONDS)
@@ -227,14 +235,14 @@ class TurnEnd:
 
     def _pause(self) -> float | None:
         is_pause = not self._is_speaking and self._silent_since is not None
-        return self.clock() - (self._silent_since or 0.0) if is_pause else None
+        return self._looked_at - (self._silent_since or 0.0) if is_pause else None
 
     def _wordless_due_in(self) -> float | None:
         """Seconds until the voice that is heard is somebody else's; None: there is no telling."""
         is_told = self._words and self._tells_while_spoken
         if not (self._is_open and self._is_speaking and is_told):
             return None
-        return self._word_at + WORDLESS_SECONDS - self.clock()
+        return self._word_at + WORDLESS_SECONDS - self._looked_at
 
     def _note_word(self) -> None:
         self._word_at = self.clock()

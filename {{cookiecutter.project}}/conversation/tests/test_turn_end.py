@@ -52,12 +52,14 @@ VOICE_HZ = 16000
 
 
 class Clock:
-    """Seconds, as told."""
+    """Seconds, as told; a look at it may take a moment."""
 
     def __init__(self) -> None:
         self.now = 100.0
+        self.seconds_a_look = 0.0
 
     def __call__(self) -> float:
+        self.now += self.seconds_a_look
         return self.now
 
 
@@ -194,6 +196,24 @@ def test_a_sentence_is_not_taken_for_half_of_one(
 ) -> None:
     monkeypatch.setenv("LANGUAGE", language)
     assert not goes_on(words)
+
+
+def test_no_moment_is_missed_where_looking_takes_time_and_the_loop_wakes_early() -> None:
+    for seed in range(300):
+        chance = random.Random(seed)
+        caller = Caller()
+        caller.turn.begin()
+        caller.speaks()
+        caller.turn.heard("four one five", is_last=True)
+        caller.turn.judged(True)
+        caller.clock.seconds_a_look = chance.random() * 1e-4
+        while caller.turn.step() is not Step.END:
+            # As uvloop does, by up to a millisecond.
+            early = chance.random() * 1e-3
+            caller.clock.now += (caller.turn.due_in() or 0.0) - early
+        assert caller.clock.now - caller.last_sound == pytest.approx(
+            LONGEST_PAUSE_SECONDS, abs=0.01
+        )
 
 
 def test_a_sound_without_words_ends_its_turn_soon() -> None:
