@@ -63,6 +63,21 @@ class CallerWords(DTMFAggregator):
                     pass
         await super().process_frame(frame, direction)
 
+    async def push_frame(
+        self, frame: Frame, direction: FrameDirection = FrameDirection.DOWNSTREAM
+    ) -> None:
+        """Pass a frame on, words such that no interruption drops them on their way.
+
+        A process that lags gets the first and the last words of a turn at once: those begin the
+        turn, and its interruption would drop these.
+        """
+        is_typed = isinstance(frame, LLMMessagesAppendFrame) and any(
+            map(_is_of_caller, frame.messages)
+        )
+        if isinstance(frame, TranscriptionFrame) or is_typed:
+            frame.interruptible = False
+        await super().push_frame(frame, direction)
+
     def _is_echo(self, text: str, *, may_grow: bool) -> bool:
         if not self._floor.is_own(text, may_grow=may_grow):
             return False
@@ -84,6 +99,10 @@ class CallerAudio(FrameProcessor):
         await super().process_frame(frame, direction)
         if not isinstance(frame, InputAudioRawFrame):
             await self.push_frame(frame, direction)
+
+
+def _is_of_caller(message: Any) -> bool:
+    return isinstance(message, dict) and message.get("role") == "user"
 
 
 def _of_caller(message: Any) -> Any:

@@ -45,7 +45,10 @@ GOODBYE = "The caller does not answer. Say goodbye in one short sentence, and as
 
 
 def timeout_seconds() -> float:
-    """How long the caller may be silent after the bot has spoken; 0 is for ever."""
+    """How long the caller may be silent after the bot has spoken; 0 is for ever.
+
+    Who has said something that was not understood is asked to say it again all the same.
+    """
     return config.seconds("SILENCE_SECONDS", SILENCE_SECONDS)
 
 
@@ -79,7 +82,7 @@ def watch(
         not_understood += 1
         if floor.was_cut_off and not_understood <= RECOVERIES:
             tell_llm(GO_ON)
-        elif not_understood == 1 and limit_seconds and not floor.was_cut_off:
+        elif not_understood == 1 and not floor.was_cut_off:
             # A sound without words into the silence is asked about at once; the next ones may be
             # a noisy room.
             on_silence()

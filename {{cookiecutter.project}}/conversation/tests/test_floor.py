@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest.mock import AsyncMock, MagicMock
 
@@ -240,9 +241,8 @@ def test_a_single_word_out_of_what_it_says_is_the_bots_own_where_it_hears_itself
     assert not floor.is_own("Tuesday"), "the caller's answer"
 
 
-@pytest.mark.anyio
-async def test_a_caller_to_whom_the_bot_owes_a_sound_is_asked_nothing() -> None:
-    floor, clock = floor_and_clock()
+def watched(floor: Floor) -> tuple[AsyncMock, Callable[[], None], Any]:
+    """What silence.py asks of the LLM, its look at the clock, and its handler of turns."""
     looks: list[Callable[[], None]] = []
     handlers: list[Any] = []
     worker = MagicMock(queue_frame=AsyncMock())
@@ -250,19 +250,45 @@ async def test_a_caller_to_whom_the_bot_owes_a_sound_is_asked_nothing() -> None:
     ending, observer = MagicMock(floor=floor, has_begun=False), MagicMock(look=looks.append)
     silence.watch(caller, worker, ending, observer, recogniser="Recogniser")
     (look,), (turn_stopped,) = looks, handlers
+    return worker.queue_frame, look, partial(turn_stopped, caller, None)
+
+
+@pytest.mark.anyio
+async def test_a_caller_to_whom_the_bot_owes_a_sound_is_asked_nothing() -> None:
+    floor, clock = floor_and_clock()
+    asks, look, turn_stopped = watched(floor)
 
     floor.caller_heard()
     floor.caller_silent()
     floor.bot_owes()
     clock.now += 60
     look()
-    await turn_stopped(caller, None, MagicMock(content=""))
+    await turn_stopped(MagicMock(content=""))
     await asyncio.sleep(0)
-    worker.queue_frame.assert_not_called()
+    asks.assert_not_called()
 
     floor.bot_heard()
     floor.bot_silent()
     clock.now += silence.SILENCE_SECONDS
     look()
     await asyncio.sleep(0)
-    worker.queue_frame.assert_called_once()
+    asks.assert_called_once()
+
+
+@pytest.mark.anyio
+async def test_where_callers_may_be_silent_one_who_was_not_understood_is_asked_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SILENCE_SECONDS", "0")
+    floor, clock = floor_and_clock()
+    asks, look, turn_stopped = watched(floor)
+    floor.bot_heard()
+    floor.bot_silent()
+    clock.now += 600
+    look()
+    await asyncio.sleep(0)
+    asks.assert_not_called()
+
+    await turn_stopped(MagicMock(content=""))
+    await asyncio.sleep(0)
+    asks.assert_called_once()

@@ -17,6 +17,7 @@ from pipecat.frames.frames import (
     LLMMessagesAppendFrame,
     ProposedUserStartedSpeakingFrame,
     ProposedUserStoppedSpeakingFrame,
+    StartFrame,
     TranscriptionFrame,
     TTSAudioRawFrame,
     TTSTextFrame,
@@ -25,8 +26,10 @@ from pipecat.frames.frames import (
     VADUserStartedSpeakingFrame,
     VADUserStoppedSpeakingFrame,
 )
+from pipecat.pipeline.pipeline import Pipeline
 from pipecat.processors.aggregators.llm_context import LLMContext
 from pipecat.processors.aggregators.llm_response_universal import LLMContextAggregatorPair
+from pipecat.processors.frame_processor import FrameDirection, FrameProcessor
 from pipecat.services.cartesia.turns.stt import CartesiaTurnsSTTService
 from pipecat.services.deepgram.flux.stt import DeepgramFluxSTTService
 from pipecat.tests.utils import SleepFrame, run_test
@@ -566,3 +569,25 @@ async def test_a_recogniser_that_ends_turns_itself_is_believed_and_ours_stands_b
     assert await line.hears(BotStartedSpeakingFrame(), begins, heard("Mhm."), ends) == 0
     assert await line.hears(begins, heard("Stop."), after=1.0) == 1
     assert await Line(is_proposed=True).hears(VAD_STARTED) == 0
+
+
+class Lagging(FrameProcessor):
+    """A recogniser in a process that lags: whatever it has heard comes at once."""
+
+    async def process_frame(self, frame: Frame, direction: FrameDirection) -> None:
+        await super().process_frame(frame, direction)
+        await self.push_frame(frame, direction)
+        if isinstance(frame, StartFrame):
+            await asyncio.sleep(0.05)
+            first = InterimTranscriptionFrame(text="Is", user_id="", timestamp="")
+            for words in (first, heard("Is it nine?")):
+                await self.push_frame(words)
+
+
+async def test_the_last_words_of_a_turn_are_not_dropped_by_the_interruption_of_its_first() -> None:
+    context = LLMContext()
+    floor = Floor()
+    caller = LLMContextAggregatorPair(context, user_params=params(floor)).user()
+    line = Pipeline([Lagging(), CallerWords(floor), caller])
+    await run_test(line, frames_to_send=[SleepFrame(1.5)])
+    assert context.get_messages() == [{"role": "user", "content": "Is it nine?"}]
