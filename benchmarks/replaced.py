@@ -90,6 +90,7 @@ class House:
         self.ports = [free_port(self.front + 1 + 10 * number) for number in range(PROCESSES)]
         self.bots: dict[int, BotProcess] = {}
         self.found = found
+        self.lines: list[TwilioCaller] = []
         self._folder = folder
         self._environment = environment
         self._gate = Gate(AUTH_TOKEN)
@@ -153,6 +154,7 @@ class House:
         )
         call.call_sid = line.call_sid
         await call.dial()
+        self.lines.append(call)
         await call.hear(within=SECONDS)
         self.found.held += 1
         return call
@@ -161,18 +163,6 @@ class House:
 async def measure() -> Replaced:
     """Hold the calls, replace a process, and let strangers wait."""
     found = Replaced()
-    speech = b"".join(
-        [piece.pcm async for piece in ScriptedEngine().speak("Can you hear me?", VOICE_HZ)]
-    )
-
-    async def ask(line: TwilioCaller) -> None:
-        found.asked += 1
-        said = await line.say(speech, VOICE_HZ)
-        with suppress(TimeoutError):
-            answer = await line.hear(since=said.end, within=ANSWER_SECONDS)
-            found.answered.append(answer.start - said.end)
-            await line.hear_out()
-
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="replaced-")))
         providers = await stack.enter_async_context(serve(ScriptedEngine(SCRIPT)))
@@ -194,47 +184,70 @@ async def measure() -> Replaced:
             await house.start(port, old if port == house.ports[0] else stack)
         await house.proxy(stack)
 
-        lines: dict[int, list[TwilioCaller]] = {port: [] for port in house.ports}
-        before = await house.calls_on()
-        for number in range(CALLS):
-            if line := await house.call(number):
-                now = await house.calls_on()
-                lines[next(port for port in house.ports if now[port] > before[port])].append(line)
-                before = now
-
-        first, *others = house.ports
-        began = time.monotonic()
-        house.bots[first].send_signal(signal.SIGTERM)
-        await asyncio.sleep(HEALTH_SECONDS)
-        for line in lines[first]:
-            await ask(line)
-            await _hang_up(line, found)
         try:
-            await asyncio.wait_for(house.bots[first].wait_until_gone(), SECONDS)
-        except BotFailed:
-            found.drained = time.monotonic() - began
-        await old.aclose()
-        await house.start(first, stack)
-        await asyncio.sleep(HEALTH_SECONDS)
-        lines[first] = [
-            line
-            for number in range(LINES)
-            if (line := await house.call(CALLS + number)) is not None
-        ]
-        for port in house.ports:
-            for line in lines[port]:
-                await ask(line)
-        for line in lines[others[0]]:
-            await _hang_up(line, found)
-        await _slow_bodies(house, found)
-        for port in (first, *others[1:]):
-            for line in lines[port]:
-                await _hang_up(line, found)
+            await _hold(house, old, stack)
+        finally:
+            # Or each process would wait for its calls first, and hide what went wrong.
+            gone = [line.hang_up() for line in house.lines]
+            await asyncio.gather(*gone, return_exceptions=True)
         await roark.until(
             lambda: sum(call.whole for call in roark.calls.values()) == found.held, timeout=SECONDS
         )
         found.whole = sum(call.whole for call in roark.calls.values())
     return found
+
+
+async def _hold(house: House, old: AsyncExitStack, stack: AsyncExitStack) -> None:
+    """Hold the calls; `old` is what ends the process that is replaced."""
+    found = house.found
+    speech = b"".join(
+        [piece.pcm async for piece in ScriptedEngine().speak("Can you hear me?", VOICE_HZ)]
+    )
+
+    async def ask(line: TwilioCaller) -> None:
+        found.asked += 1
+        said = await line.say(speech, VOICE_HZ)
+        with suppress(TimeoutError):
+            answer = await line.hear(since=said.end, within=ANSWER_SECONDS)
+            found.answered.append(answer.start - said.end)
+            await line.hear_out()
+
+    lines: dict[int, list[TwilioCaller]] = {port: [] for port in house.ports}
+    before = await house.calls_on()
+    for number in range(CALLS):
+        if line := await house.call(number):
+            now = await house.calls_on()
+            lines[next(port for port in house.ports if now[port] > before[port])].append(line)
+            before = now
+
+    first, *others = house.ports
+    began = time.monotonic()
+    house.bots[first].send_signal(signal.SIGTERM)
+    await asyncio.sleep(HEALTH_SECONDS)
+    for line in lines[first]:
+        await ask(line)
+        await _hang_up(line, found)
+    try:
+        await asyncio.wait_for(house.bots[first].wait_until_gone(), SECONDS)
+    except BotFailed:
+        found.drained = time.monotonic() - began
+    await old.aclose()
+    await house.start(first, stack)
+    await asyncio.sleep(HEALTH_SECONDS)
+    lines[first] = [
+        line for number in range(LINES) if (line := await house.call(CALLS + number)) is not None
+    ]
+    for port in house.ports:
+        for line in lines[port]:
+            await ask(line)
+    for line in lines[others[0]]:
+        await _hang_up(line, found)
+    # Until the proxy has noticed that there are lines.
+    await asyncio.sleep(HEALTH_SECONDS)
+    await _slow_bodies(house, found)
+    for port in (first, *others[1:]):
+        for line in lines[port]:
+            await _hang_up(line, found)
 
 
 async def _hang_up(line: TwilioCaller, found: Replaced) -> None:

@@ -29,7 +29,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import aiohttp
-from host.calls import MAX_CALLS
+from host.calls import MAX_PHONE_CALLS
 from rehearsal.callers.twilio import TwilioCaller
 from rehearsal.engines.engine import TextDelta, ToolCall
 from rehearsal.engines.scripted import Script, ScriptedEngine, ScriptedRecogniser
@@ -41,7 +41,7 @@ from benchmarks.speed import VOICE_HZ, Bot, Running, environment_of, our_bot, ru
 
 MINUTES = 20.0
 CALLERS = 8
-PROCESSES = -(-CALLERS // MAX_CALLS)
+PROCESSES = -(-CALLERS // MAX_PHONE_CALLS)
 """As many as have lines for them all. One process with all eight would be far over its bound."""
 FAULT_SECONDS, HEALTHY_SECONDS = (2.0, 8.0), (3.0, 10.0)
 ROARK_DOWN_SECONDS, ROARK_UP_SECONDS = (5.0, 20.0), (15.0, 40.0)

@@ -66,7 +66,9 @@ async def bot(runner_args: RunnerArguments) -> None:
     try:
         config.require_keys()
         connection = await transports.answer(runner_args)
-        line = calls.of_process.begin(connection.caller, connection.call_id)
+        line = calls.of_process.begin(
+            connection.caller, connection.call_id, is_promised=connection.is_promised
+        )
     except (transports.Refused, calls.Busy) as refusal:
         logger.warning(f"A call was refused: {refusal}")
         if connection:

@@ -74,6 +74,7 @@ class Connection:
         audio_out_hz: Rate of the bot's audio through the pipeline.
         caller: The number or address it comes from, where that is known.
         call_id: Its id at the phone company.
+        is_promised: Whether this server, any process of it, has said that it takes the call.
         is_phone: Whether a telephone is at the other end: no RTVI client, no "ready" to wait for.
         is_alive: Whether the caller's end shows signs of life; None where Pipecat tells if not.
         is_closed: Whether the connection was closed, perhaps before Pipecat listened for that.
@@ -92,6 +93,7 @@ class Connection:
     audio_out_hz: int = 24000
     caller: str = field(default_factory=calls.caller_address.get)
     call_id: str = ""
+    is_promised: bool = False
     is_phone: bool = False
     is_alive: Callable[[], bool] | None = None
     is_closed: Callable[[], bool] = lambda: False
@@ -259,6 +261,7 @@ async def _answer_phone(runner_args: WebSocketRunnerArguments) -> Connection:
         audio_out_hz=PHONE_HZ,
         caller=calls.identity(errand.callee_number if errand else call.from_number),
         call_id=call_id,
+        is_promised=errand is None and twilio_auth.gate_before(websocket) is not None,
         is_phone=True,
         dropped=lambda: serializer.dropped,
         say_busy=lambda: play_busy_tone(websocket.send_text, stream_id),

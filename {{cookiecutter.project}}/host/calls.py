@@ -10,15 +10,17 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from contextvars import ContextVar
+from dataclasses import dataclass
 
 import config
 from host import shutdown
 
 # One process is one event loop, which keeps one core busy and shares a second. Measured on two
 # cores, everybody talking: the slowest of twenty answers took 0.50 s with one phone call, 0.56 s
-# with three, 0.62 with four, 1.20 with five; in browsers 0.96, 1.5 and 3.0 s, and with five each
-# answer came later than the one before.
-MAX_CALLS = 3 if (os.cpu_count() or 1) > 1 else 2
+# with three, 0.62 with four, 1.20 with five; in browsers 0.96 s with one, and three are on the
+# edge: 1.5 s, or each answer later than the one before.
+MAX_CALLS = 2
+MAX_PHONE_CALLS = 3 if (os.cpu_count() or 1) > 1 else 2
 # Somebody who lost the line and calls again may still have the old one.
 MAX_CALLS_PER_CALLER = 3
 # From the answer with the TwiML to the stream that it asks for.
@@ -54,24 +56,43 @@ class Line(ExitStack):
         self._lines.pop(self, None)
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """A line kept for a call on its way here."""
+
+    caller: str
+    until: float
+    has_come: Callable[[], bool]
+
+
 class Calls:
     """The calls in progress.
 
     Attributes:
         refused: How many calls found every line busy.
+        default_limit: How many there may be at once where MAX_CALLS does not say so.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         """Begin with none; `clock` counts seconds."""
         self.refused = 0
+        self.default_limit = MAX_CALLS
         self._clock = clock
         self._lines: dict[Line, str] = {}
-        # Until when a line is kept for a call on its way here.
-        self._reserved: dict[str, tuple[str, float]] = {}
+        self._kept: dict[str, _Kept] = {}
 
     def __len__(self) -> int:
         """How many are in progress."""
         return len(self._lines)
+
+    @property
+    def limit(self) -> int:
+        """How many there may be at once; 0 is no limit.
+
+        Raises:
+            RuntimeError: MAX_CALLS is no whole number.
+        """
+        return whole_number("MAX_CALLS", self.default_limit)
 
     def refusal(self, caller: str = "", call_id: str = "") -> str:
         """Why a call cannot be taken now; empty where it can.
@@ -83,35 +104,51 @@ class Calls:
         if shutdown.takes_no_calls():
             return "this server is about to stop and takes no new calls"
         now = self._clock()
-        self._reserved = {
-            call: kept for call, kept in self._reserved.items() if kept[1] > now and call != call_id
+        self._kept = {
+            call: kept
+            for call, kept in self._kept.items()
+            if kept.until > now and call != call_id and not kept.has_come()
         }
-        lines = [*self._lines.values(), *(caller for caller, _ in self._reserved.values())]
-        limit = whole_number("MAX_CALLS", MAX_CALLS)
-        if limit and len(lines) >= limit:
+        lines = [*self._lines.values(), *(kept.caller for kept in self._kept.values())]
+        if self.limit and len(lines) >= self.limit:
             return "all lines are busy; please try again in a few minutes"
         limit = whole_number("MAX_CALLS_PER_CALLER", MAX_CALLS_PER_CALLER)
         if limit and caller and lines.count(caller) >= limit:
             return "you have other calls here; please end one of them first"
         return ""
 
-    def reserve(self, call_id: str, number: str) -> str:
-        """Keep a line for a phone call on its way here; return why not, where there is none."""
+    def reserve(
+        self, call_id: str, number: str, has_come: Callable[[], bool] = lambda: False
+    ) -> str:
+        """Keep a line for a phone call on its way here; return why not, where there is none.
+
+        Args:
+            call_id: Its id.
+            number: The number it comes from.
+            has_come: Whether it has, to whichever process of the server.
+        """
         caller = identity(number)
         if refusal := self.refusal(caller, call_id):
             self.refused += 1
             return refusal
         if call_id:
-            self._reserved[call_id] = (caller, self._clock() + RESERVED_SECONDS)
+            self._kept[call_id] = _Kept(caller, self._clock() + RESERVED_SECONDS, has_come)
         return ""
 
-    def begin(self, caller: str, call_id: str = "") -> Line:
+    def begin(self, caller: str, call_id: str = "", *, is_promised: bool = False) -> Line:
         """Take a call, which is in progress until its line is given back or its context is left.
+
+        Args:
+            caller: The number or address it comes from.
+            call_id: Its id, if a line may have been kept for it.
+            is_promised: Whether a process of this server has kept a line for it. The proxy may have
+                sent it to another one, and its caller has heard the phone being picked up.
 
         Raises:
             Busy: It cannot be taken.
         """
-        if refusal := self.refusal(caller, call_id):
+        refusal = self.refusal(caller, call_id)
+        if refusal and (shutdown.takes_no_calls() or not is_promised):
             self.refused += 1
             raise Busy(refusal)
         line = Line(self._lines, caller)

@@ -151,16 +151,18 @@ def guard(app: "FastAPI", arguments: Sequence[str]) -> None:
     Raises:
         SystemExit: A limit in the environment is no number.
     """
-    try:
-        limit = calls.whole_number("MAX_CALLS", calls.MAX_CALLS)
-        calls.whole_number("MAX_CALLS_PER_CALLER", calls.MAX_CALLS_PER_CALLER)
-    except RuntimeError as error:
-        raise SystemExit(str(error)) from None
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("-t", "--transport", nargs="?")
     transport = parser.parse_known_args(arguments)[0].transport
+    if transport == "twilio":
+        calls.of_process.default_limit = calls.MAX_PHONE_CALLS
+    try:
+        limit = calls.of_process.limit
+        calls.whole_number("MAX_CALLS_PER_CALLER", calls.MAX_CALLS_PER_CALLER)
+    except RuntimeError as error:
+        raise SystemExit(str(error)) from None
 
-    async def status(_request: Request) -> Response:
+    async def status(request: Request) -> Response:
         draining = shutdown.is_draining()
         busy = bool(limit) and len(calls.of_process) >= limit
         answer = {
@@ -170,8 +172,10 @@ def guard(app: "FastAPI", arguments: Sequence[str]) -> None:
             "max_calls": limit,
             "refused": calls.of_process.refused,
         }
-        # A proxy that asks sends its next call to another process.
-        return JSONResponse(answer, 503 if draining else 200)
+        # A proxy that asks sends its next call to another process; one that asks for a line does
+        # so when this one is full, too.
+        is_none = draining or (busy and "line" in request.query_params)
+        return JSONResponse(answer, 503 if is_none else 200)
 
     # Before Pipecat's own route for the same address: the first one answers.
     app.router.routes.append(Route("/status", status, methods=["GET"]))

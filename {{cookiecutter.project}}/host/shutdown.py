@@ -138,8 +138,7 @@ def _take_signals(process: _Process, loop: asyncio.AbstractEventLoop) -> None:
 
 def _drain(process: _Process, loop: asyncio.AbstractEventLoop) -> None:
     logger.info(
-        f"Draining: {len(process.calls)} calls may go on for {process.drain_seconds:g} s; "
-        "another SIGTERM ends them now"
+        f"Draining: calls may go on for {process.drain_seconds:g} s; another SIGTERM ends them now"
     )
 
     def end_now() -> None:

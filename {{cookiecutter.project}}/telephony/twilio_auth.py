@@ -57,6 +57,7 @@ NO_HOST = (
 
 # Of everything that Twilio gives an id to: calls, media streams, accounts.
 # https://www.twilio.com/docs/glossary/what-is-a-sid
+Reserve = Callable[[str, str, Callable[[], bool]], str]
 SID = re.compile(r"(?P<kind>[A-Z]{2})[0-9a-fA-F]{32}")
 
 TWIML = """<?xml version="1.0" encoding="UTF-8"?>
@@ -161,6 +162,10 @@ class Gate:
         self._used[token] = expires
         return self._is_first_use(token)
 
+    def is_used(self, token: str) -> bool:
+        """Whether a call has come with this token, to whichever process of the server."""
+        return token in self._used or (self._folder is not None and (self._folder / token).exists())
+
     def _is_first_use(self, token: str) -> bool:
         """Whether no process of the server has let a call in with this token."""
         if self._folder is None:
@@ -187,7 +192,7 @@ def guard(
     app: "FastAPI",
     arguments: Sequence[str],
     *,
-    reserve: Callable[[str, str], str] = lambda _call_sid, _number: "",
+    reserve: Reserve = lambda _call_sid, _number, _has_come: "",
 ) -> None:
     """Answer Twilio's requests for TwiML, and put a gate before the phone calls of `app`.
 
@@ -196,7 +201,8 @@ def guard(
     Args:
         app: Pipecat's development server, before it starts.
         arguments: The command line of bot.py, without the program.
-        reserve: Keeps a line for a call from a number; returns why it cannot be taken now, if so.
+        reserve: Keeps a line for a call from a number until it has come, to whichever process;
+            returns why it cannot be taken now, if so.
     """
     # Pipecat reads its options when it is too late to add a route, so these two are read here too.
     parser = argparse.ArgumentParser(add_help=False)
@@ -276,7 +282,7 @@ class _OnlyOpenPaths:
 
 
 def _answer_with_twiml(
-    gate: Gate | None, host: str, reserve: Callable[[str, str], str]
+    gate: Gate | None, host: str, reserve: Reserve
 ) -> "Callable[[Request], Coroutine[None, None, Response]]":
     from starlette.responses import RedirectResponse, Response
 
@@ -293,11 +299,12 @@ def _answer_with_twiml(
         if (gate or call_sid) and not is_sid(call_sid, "CA"):
             logger.warning("Refused a request for TwiML: its CallSid is none of Twilio's")
             return Response("not a call of Twilio's", status_code=400)
-        if refusal := reserve(call_sid, caller):
+        token = gate.issue(call_sid) if gate else ""
+        if refusal := reserve(call_sid, caller, _is_used(gate, token)):
             logger.warning(f"A call was refused: {refusal}")
             return Response(BUSY, media_type="application/xml")
         parameters = {"from_number": caller, "to_number": fields.get("To", "")} if call_sid else {}
-        return _connect(gate, host, call_sid, parameters | _sip(fields))
+        return _connect(host, token, parameters | _sip(fields))
 
     return answer
 
@@ -312,13 +319,15 @@ def _sip(fields: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _connect(
-    gate: Gate | None, host: str, call_sid: str, parameters: Mapping[str, str]
-) -> "Response":
+def _is_used(gate: Gate | None, token: str) -> Callable[[], bool]:
+    return lambda: gate is not None and gate.is_used(token)
+
+
+def _connect(host: str, token: str, parameters: Mapping[str, str]) -> "Response":
     """Answer with the TwiML that connects a call with the bot."""
     from starlette.responses import Response
 
-    brought = {**parameters, TOKEN_PARAMETER: gate.issue(call_sid)} if gate else parameters
+    brought = {**parameters, TOKEN_PARAMETER: token} if token else parameters
     document = TWIML.format(
         host=host, parameters=twiml.parameters(brought), failover=transfer.failover_twiml()
     )
@@ -326,7 +335,7 @@ def _connect(
 
 
 def _go_on_after_transfer(
-    gate: Gate, host: str, reserve: Callable[[str, str], str]
+    gate: Gate, host: str, reserve: Reserve
 ) -> "Callable[[Request], Coroutine[None, None, Response]]":
     from starlette.responses import Response
 
@@ -340,10 +349,11 @@ def _go_on_after_transfer(
             return Response(transfer.HANG_UP, media_type="application/xml")
         call_sid = fields["call"]
         # They have had a line and get one: what is refused here could not be told them.
-        reserve(call_sid, fields.get("From", ""))
+        token = gate.issue(call_sid)
+        reserve(call_sid, fields.get("From", ""), _is_used(gate, token))
         told = transfer.Note(note.name, note.summary, outcome)
         sealed = told.seal(call_sid, setting("TWILIO_AUTH_TOKEN"))
-        return _connect(gate, host, call_sid, {**note.parameters, transfer.NOTE: sealed})
+        return _connect(host, token, {**note.parameters, transfer.NOTE: sealed})
 
     return answer
 

@@ -2,10 +2,13 @@
 
 import asyncio
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 
 import aiohttp
 import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 
 from host import calls, front_door
 from host.calls import Busy, Calls
@@ -13,6 +16,7 @@ from host.tests.development_server import development_server
 from rehearsal.callers.twilio import TwilioCaller
 from rehearsal.callers.webrtc import WebRTCCaller
 from rehearsal.host.bot_process import BotProcess
+from telephony.twilio_auth import Gate
 
 SECONDS = 30.0
 AUTH_TOKEN = "an-auth-token-of-twilio"
@@ -89,6 +93,47 @@ async def test_a_line_is_kept_for_a_call_between_its_twiml_and_its_stream(
     assert not lines.reserve("CA2", "+15550199")
     clock.now += calls.RESERVED_SECONDS
     assert not lines.reserve("CA3", "+15550111"), "a call that never came keeps no line"
+
+
+@pytest.mark.anyio
+async def test_a_call_that_the_proxy_sends_to_another_process_keeps_no_line_here_and_gets_one_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MAX_CALLS", "1")
+    here, there = Calls(clock=Clock()), Calls(clock=Clock())
+    gate, its_gate = (Gate(AUTH_TOKEN, used=tmp_path) for _ in range(2))
+    token = gate.issue("CA1")
+    assert not here.reserve("CA1", "+15550100", lambda: gate.is_used(token))
+    assert here.reserve("CA2", "+15550199", lambda: False)
+    with there.begin("+15550111"):
+        assert its_gate.lets_in("CA1", token)
+        with pytest.raises(Busy):
+            there.begin("+15550100", "CA1")
+        with there.begin("+15550100", "CA1", is_promised=True):
+            assert len(there) == 2
+    assert not here.reserve("CA2", "+15550199"), "the line of a call that went elsewhere is free"
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("transport", "limit"), [("twilio", calls.MAX_PHONE_CALLS), ("webrtc", 2), ("daily", 2)]
+)
+async def test_phones_may_be_more_than_browsers_and_who_asks_for_a_line_is_told_of_none(
+    monkeypatch: pytest.MonkeyPatch, transport: str, limit: int
+) -> None:
+    monkeypatch.setenv("MAX_CALLS", "")
+    monkeypatch.setattr(calls, "of_process", lines := Calls())
+    app = FastAPI()
+    front_door.guard(app, ["-t", transport])
+    client = TestClient(app)
+    assert client.get("/status").json()["max_calls"] == lines.limit == limit
+    with ExitStack() as stack:
+        for _ in range(limit):
+            assert client.get("/status?line").status_code == 200
+            stack.enter_context(lines.begin(""))
+        assert client.get("/status?line").status_code == 503
+        assert client.get("/status").status_code == 200
+        assert lines.refusal()
 
 
 @pytest.mark.parametrize("number", ["", "anonymous", "Restricted", "client:bob", None])

@@ -198,7 +198,7 @@ def webhook(
     """The server of `-t twilio`, as Twilio's webhook meets it."""
     monkeypatch.setenv("TWILIO_AUTH_TOKEN", auth_token)
     app = FastAPI()
-    twilio_auth.guard(app, ["-t", "twilio", *arguments], reserve=lambda _call_sid, _number: busy)
+    twilio_auth.guard(app, ["-t", "twilio", *arguments], reserve=lambda *_: busy)
     return TestClient(app, follow_redirects=False)
 
 
