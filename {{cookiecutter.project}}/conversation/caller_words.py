@@ -12,6 +12,7 @@ from pipecat.frames.frames import (
     Frame,
     FunctionCallResultFrame,
     InputAudioRawFrame,
+    InputTransportMessageFrame,
     InterimTranscriptionFrame,
     LLMMessagesAppendFrame,
     TranscriptionFrame,
@@ -27,6 +28,10 @@ from conversation.floor import Floor
 # and mathematical ones.
 OPENING = "[\uff3b\u3010\u3014\u3016\u301a\u27e6\u2045\u2772\ufe5d\ufe47\u298b\u298d\u298f\u2e22"
 CLOSING = "]\uff3d\u3011\u3015\u3017\u301b\u27e7\u2046\u2773\ufe5e\ufe48\u298c\u298e\u2990\u2e23"
+# Longer than any that a client has reason to send.
+MAX_MESSAGE_CHARACTERS = 64 * 1024
+# What is typed or pasted stays in the context, and is paid for with each answer: some two pages.
+MAX_TYPED_CHARACTERS = 4000
 ROUND = str.maketrans(OPENING + CLOSING, "(" * len(OPENING) + ")" * len(CLOSING))
 
 
@@ -91,14 +96,31 @@ class CallerAudio(FrameProcessor):
     """Stands before the line, which brings the caller's audio at a rate that is known.
 
     A client that speaks RTVI can send audio in messages as well, at any rate it likes: the models
-    would hear nonsense, and the recording would be as long as the client says.
+    would hear nonsense, and the recording would be as long as the client says. And a message of any
+    size, which would stand in the record and be paid for with each answer.
     """
 
+    def __init__(self) -> None:
+        """No message was too long so far."""
+        super().__init__()
+        self._has_warned = False
+
     async def process_frame(self, frame: Frame, direction: FrameDirection) -> None:
-        """Pass everything on but audio."""
+        """Pass everything on but audio and long messages."""
         await super().process_frame(frame, direction)
-        if not isinstance(frame, InputAudioRawFrame):
-            await self.push_frame(frame, direction)
+        match frame:
+            case InputAudioRawFrame():
+                return
+            case InputTransportMessageFrame() if len(repr(frame.message)) > MAX_MESSAGE_CHARACTERS:
+                if not self._has_warned:
+                    logger.warning(
+                        f"Dropped a client's message: over {MAX_MESSAGE_CHARACTERS} characters"
+                    )
+                self._has_warned = True
+                return
+            case _:
+                pass
+        await self.push_frame(frame, direction)
 
 
 def _is_of_caller(message: Any) -> bool:
@@ -108,5 +130,5 @@ def _is_of_caller(message: Any) -> bool:
 def _of_caller(message: Any) -> Any:
     match message:
         case {"role": "user", "content": str(text)}:
-            return {**message, "content": text.translate(ROUND)}
+            return {**message, "content": text[:MAX_TYPED_CHARACTERS].translate(ROUND)}
     return message

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # Twilio's form is one or two kilobytes, the offer of a browser ten.
-MAX_BODY_BYTES = 256 * 1024
+MAX_BODY_BYTES = 64 * 1024
 BODY_SECONDS = 10.0
 # What a browser may upload in a call, where that is switched on.
 MAX_FILE_BYTES = 25 * 1024 * 1024
@@ -310,7 +310,7 @@ async def _is_new_call(receive: "Receive") -> "tuple[Receive, bool]":
             if not message.get("more_body"):
                 break
         offer = json.loads(body)
-    except (HTTPException, ValueError):
+    except (HTTPException, ValueError, RecursionError):
         return receive, True
     given = False
 

@@ -70,7 +70,7 @@ def serve(app: "FastAPI", *, agent: str, busy: Callable[[str], str]) -> None:
             to, name, reason, digits, transport = (
                 str(asked.get(key, "")) for key in ("to", "name", "reason", "digits", "transport")
             )
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             return answer(400, detail="The body is a JSON object with to, name and reason.")
         if transport not in ("", "twilio", "daily"):
             return answer(400, detail="The transport is twilio or daily.")

@@ -18,7 +18,7 @@ CALL_HOURS = "08-20"
 # Twilio allows name and value of a parameter 500 characters together.
 MAX_CHARACTERS = 450
 
-E164 = re.compile(r"\+[1-9]\d{6,14}")
+E164 = re.compile(r"\+[1-9][0-9]{6,14}")
 HOURS = re.compile(r"([01]?\d|2[0-3])-([01]?\d|2[0-4])")
 HOST = re.compile(r"[\w.-]+(:\d+)?")
 # https://www.twilio.com/docs/voice/twiml/play#digits

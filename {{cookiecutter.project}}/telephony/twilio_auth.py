@@ -55,10 +55,14 @@ NO_HOST = (
     "python bot.py -t twilio -x voice.example.org"
 )
 
+Reserve = Callable[[str, str, Callable[[], bool]], str]
+
 # Of everything that Twilio gives an id to: calls, media streams, accounts.
 # https://www.twilio.com/docs/glossary/what-is-a-sid
-Reserve = Callable[[str, str, Callable[[], bool]], str]
 SID = re.compile(r"(?P<kind>[A-Z]{2})[0-9a-fA-F]{32}")
+TOKEN = re.compile(r"([0-9]{1,12})\.[0-9a-f]{64}")
+# Twilio's forms have some 30. Thousands would hold up the calls while they are looked through.
+MAX_FORM_FIELDS = 200
 
 TWIML = """<?xml version="1.0" encoding="UTF-8"?>
 <Response>
@@ -152,10 +156,11 @@ class Gate:
     def lets_in(self, call: str, token: str) -> bool:
         """Whether the token was issued for this call and is neither used nor too old; uses it."""
         now = self._clock()
-        expires = (
-            int(text) if (text := token.partition(".")[0]).isdecimal() and token.isascii() else 0
-        )
-        is_ours = hmac.compare_digest(self._token(call, expires).encode(), token.encode())
+        match = TOKEN.fullmatch(token)
+        if not match:
+            return False
+        expires = int(match[1])
+        is_ours = hmac.compare_digest(self._token(call, expires), token)
         if not is_ours or not now < expires or token in self._used:
             return False
         self._used = {used: until for used, until in self._used.items() if until > now}
@@ -384,7 +389,12 @@ async def signed_form(gate: Gate | None, host: str, request: "Request") -> dict[
     is_posted = request.method == "POST"
     query, path = request.url.query, request.url.path
     body = await request.body() if is_posted else query.encode()
-    form = parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True)
+    try:
+        form = parse_qsl(
+            body.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=MAX_FORM_FIELDS
+        )
+    except ValueError:
+        return None
     signed = form if is_posted else []
     if gate and not gate.signed_by_twilio(host, query, signed, signature, path=path):
         return None

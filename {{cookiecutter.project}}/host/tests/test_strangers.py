@@ -12,16 +12,18 @@ from pipecat.frames.frames import (
     Frame,
     FunctionCallResultFrame,
     InputAudioRawFrame,
+    InputTransportMessageFrame,
     LLMMessagesAppendFrame,
     TranscriptionFrame,
     UserFileRawFrame,
     UserImageRawFrame,
 )
+from pipecat.processors.frame_processor import FrameDirection
 from pipecat.runner.types import DailyRunnerArguments
 from pipecat.tests.utils import run_test
 
 import transports
-from conversation import endings
+from conversation import caller_words, endings
 from conversation.caller_words import CallerAudio, CallerWords
 from conversation.floor import Floor
 from rehearsal.callers.twilio import TwilioCaller
@@ -242,6 +244,24 @@ async def test_a_client_sends_neither_files_nor_the_results_of_our_tools(forged:
 async def test_audio_comes_by_the_line_not_in_messages_at_a_rate_of_the_clients() -> None:
     audio = InputAudioRawFrame(audio=bytes(640), sample_rate=1, num_channels=1)
     await run_test(CallerAudio(), frames_to_send=[audio], expected_down_frames=[])
+
+
+async def test_what_a_client_types_is_bounded_like_any_message_of_a_stranger() -> None:
+    pasted = "a" * (caller_words.MAX_TYPED_CHARACTERS + 1)
+    typed = LLMMessagesAppendFrame([{"role": "user", "content": pasted}])
+    await run_test(CallerWords(Floor()), frames_to_send=[typed])
+    assert typed.messages == [{"role": "user", "content": pasted[:-1]}]
+
+    short, long = (
+        InputTransportMessageFrame(message={"type": "send-text", "data": {"content": "a" * size}})
+        for size in (10, caller_words.MAX_MESSAGE_CHARACTERS)
+    )
+    _, up = await run_test(
+        CallerAudio(),
+        frames_to_send=[short, long],
+        frames_to_send_direction=FrameDirection.UPSTREAM,
+    )
+    assert [frame for frame in up if isinstance(frame, InputTransportMessageFrame)] == [short]
 
 
 @pytest.mark.slow

@@ -105,7 +105,7 @@ def test_a_token_lets_its_call_in_once() -> None:
     assert not gate.lets_in(CALL, token), "replayed"
 
 
-@pytest.mark.parametrize("wrong", ["", "guess", "\u00e9"])
+@pytest.mark.parametrize("wrong", ["", "guess", "\u00e9", "\ud800", "9" * 5000 + ".x", "\0"])
 def test_a_wrong_token_neither_enters_nor_uses_up_the_right_one(wrong: str) -> None:
     gate = Gate(AUTH_TOKEN)
     token = gate.issue(CALL)
@@ -257,6 +257,22 @@ def test_a_signed_request_about_something_else_than_a_call_is_refused(
     client = webhook(monkeypatch, AUTH_TOKEN, "-x", HOST)
     form = {"CallSid": "../../x"}
     assert client.post("/", data=form, headers=signed(f"https://{HOST}/", form)).status_code == 400
+
+
+def test_a_stranger_does_not_hold_up_the_calls_with_a_form_of_thousands_of_fields(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    client = webhook(monkeypatch, AUTH_TOKEN, "-x", HOST)
+    looked_through: list[int] = []
+
+    def signed_by_twilio(_gate: Gate, _host: str, _query: str, form: list[Any], *_: Any, **__: Any):
+        looked_through.append(len(form))
+
+    monkeypatch.setattr(Gate, "signed_by_twilio", signed_by_twilio)
+    for fields in (30, 30_000):
+        answer = client.post("/", content="a&" * fields, headers={"X-Twilio-Signature": "x"})
+        assert answer.status_code == 403
+    assert looked_through == [30]
 
 
 def test_when_every_line_is_busy_twilio_is_told_to_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
