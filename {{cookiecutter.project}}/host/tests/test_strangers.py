@@ -183,6 +183,9 @@ DIAL_IN = {
     [
         {"daily_api_url": "http://169.254.169.254/v1"},
         {"daily_api_url": "https://api.daily.co.example.org/v1"},
+        {"daily_api_url": "https://example.org\\.daily.co/v1"},
+        {"daily_api_url": "https://api.daily.co@example.org/.daily.co"},
+        {"daily_api_url": "https://[::1"},
         {"daily_api_url": None},
         {"dialin_settings": {"call_id": "../../x", "call_domain": "9f-0e"}},
         {"dialin_settings": ["call_id"]},
