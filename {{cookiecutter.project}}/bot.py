@@ -274,8 +274,12 @@ async def run_pipeline(
     @transport.event_handler("on_client_disconnected")
     async def on_client_disconnected(_transport, client):
         if caller is None or transports.client_id(client) == caller:
-            hung_up = "client-disconnected", "the caller hung up"
-            await caller_is_gone(*(opening.how_it_ended() if opening else hung_up))
+            how = "client-disconnected", "the caller hung up"
+            if connection.is_broken_off():
+                how = "error", "the line sent what is no message of its protocol"
+            elif opening:
+                how = opening.how_it_ended()
+            await caller_is_gone(*how)
 
     if opening and connection.dial_out:
         connection.dial_out.watch(

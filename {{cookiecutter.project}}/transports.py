@@ -77,6 +77,7 @@ class Connection:
         is_promised: Whether this server, any process of it, has said that it takes the call.
         is_phone: Whether a telephone is at the other end: no RTVI client, no "ready" to wait for.
         is_alive: Whether the caller's end shows signs of life; None where Pipecat tells if not.
+        is_broken_off: Whether it was closed for what came over it.
         is_closed: Whether the connection was closed, perhaps before Pipecat listened for that.
         dropped: How many of the line's messages made no sense so far.
         say_busy: Lets a caller whose call is not taken hear so; a web client was told by HTTP.
@@ -96,6 +97,7 @@ class Connection:
     is_promised: bool = False
     is_phone: bool = False
     is_alive: Callable[[], bool] | None = None
+    is_broken_off: Callable[[], bool] = lambda: False
     is_closed: Callable[[], bool] = lambda: False
     dropped: Callable[[], int] = lambda: 0
     say_busy: Callable[[], Awaitable[None]] = lambda: asyncio.sleep(0)
@@ -264,6 +266,7 @@ async def _answer_phone(runner_args: WebSocketRunnerArguments) -> Connection:
         is_promised=errand is None and twilio_auth.gate_before(websocket) is not None,
         is_phone=True,
         dropped=lambda: serializer.dropped,
+        is_broken_off=lambda: calls.is_broken_off(websocket.scope),
         say_busy=lambda: play_busy_tone(websocket.send_text, stream_id),
         transfer=transfer,
         note=note,

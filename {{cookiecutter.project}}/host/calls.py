@@ -7,10 +7,11 @@ within a second. So the next caller is told that all lines are busy.
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import config
 from host import shutdown
@@ -27,6 +28,8 @@ MAX_CALLS_PER_CALLER = 3
 RESERVED_SECONDS = 2.0
 # A withheld number comes as a word or as a number that many share.
 NUMBER = re.compile(r"\+[1-9][0-9]{6,14}")
+# In the scope of a websocket; RFC 6455, section 7.4.1.
+CLOSE_CODE = "close_code"
 
 caller_address: ContextVar[str] = ContextVar("caller_address", default="")
 """Where the request came from that this code answers; empty where nobody looked."""
@@ -159,6 +162,11 @@ class Calls:
 
 of_process = Calls()
 """The calls of this process."""
+
+
+def is_broken_off(scope: Mapping[str, Any]) -> bool:
+    """Whether the websocket of this scope was closed for what came over it, no text or too long."""
+    return scope.get(CLOSE_CODE) in (1002, 1003, 1007, 1009)
 
 
 def identity(number: str | None) -> str:

@@ -37,6 +37,8 @@ MAX_BODY_BYTES = 64 * 1024
 BODY_SECONDS = 10.0
 # What a browser may upload in a call, where that is switched on.
 MAX_FILE_BYTES = 25 * 1024 * 1024
+# Of a browser with many cookies it is a few kilobytes.
+MAX_HEADER_BYTES = 64 * 1024
 # A message of Twilio's is less than one; a burst is many messages.
 MAX_MESSAGE_BYTES = 64 * 1024
 # For everything up to the proof: header, body, the first messages of a stream. Counts anew when a
@@ -101,6 +103,8 @@ class Protocol(AutoHTTPProtocol):
         super().__init__(config, *args, **options)  # type: ignore[call-arg]
         self._connection: asyncio.Transport | None = None
         self._time_is_up: asyncio.TimerHandle | None = None
+        # Of a header that has begun and not ended.
+        self._header_bytes: int | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to count its time."""
@@ -108,6 +112,16 @@ class Protocol(AutoHTTPProtocol):
         self._connection = transport
         connections.opened(transport)
         self._count_time(transport)
+
+    def on_message_begin(self) -> None:
+        """Begin to count the header's bytes; httptools, unlike h11, takes any number."""
+        self._header_bytes = 0
+        super().on_message_begin()  # type: ignore[misc]
+
+    def on_headers_complete(self) -> None:
+        """The header has ended."""
+        self._header_bytes = None
+        super().on_headers_complete()  # type: ignore[misc]
 
     def on_response_complete(self) -> None:
         """Begin to count anew."""
@@ -139,6 +153,10 @@ class Protocol(AutoHTTPProtocol):
             super().data_received(data)
         finally:
             calls.proves_its_connection.reset(outer)
+        if self._header_bytes is not None:
+            self._header_bytes += len(data)
+            if self._header_bytes > MAX_HEADER_BYTES:
+                self._connection.abort()
 
 
 def guard(app: "FastAPI", arguments: Sequence[str]) -> None:
@@ -201,6 +219,8 @@ class FrontDoor:
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         """Pass on what is within the limits."""
         calls.caller_address.set(_address(scope))
+        if scope["type"] == "websocket":
+            receive = _noting_close(scope, receive)
         if scope["type"] == "http":
             is_file = scope["path"].endswith("/files")
             receive = _limited(receive, MAX_FILE_BYTES if is_file else MAX_BODY_BYTES)
@@ -268,6 +288,18 @@ def _call_asked_for(scope: "Scope") -> str:
         ("GET", "/daily"),
     )
     return "start" if is_start else ""
+
+
+def _noting_close(scope: "Scope", receive: "Receive") -> "Receive":
+    """Let calls.is_broken_off() know why a websocket was closed."""
+
+    async def noting() -> "Message":
+        message = await receive()
+        if message["type"] == "websocket.disconnect":
+            scope[calls.CLOSE_CODE] = message.get("code")
+        return message
+
+    return noting
 
 
 def _limited(receive: "Receive", max_bytes: int) -> "Receive":

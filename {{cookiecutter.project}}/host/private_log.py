@@ -34,6 +34,8 @@ HIDDEN = "…"
 PROJECT = Path(__file__).resolve().parents[1]
 # What Pipecat calls its objects, such as "DeepgramSTTService#0", and the place of an error.
 NAME = re.compile(r"\b[A-Z]\w*[A-Z]\w*#\d+\b|\([^()\s]+\.py:\d+\)")
+# In Pipecat's runner; what they could not read is nobody's fault here.
+STRANGERS_SAY = ("parse_telephony_websocket", "start_agent", "handle_dialin_webhook")
 # Tokens that Pipecat's server takes as part of an address, and queries, in uvicorn's lines.
 ADDRESS = re.compile(r"(/ws(?:-client)?/|\?)[^\s\"']+")
 
@@ -58,6 +60,9 @@ def _hush(record: "Record") -> None:
     if _is_off():
         return
     path = record["file"].path
+    if record["function"] in STRANGERS_SAY and record["level"].name == "ERROR":
+        warning = logger.level("WARNING")
+        record["level"] = type(record["level"])(warning.name, warning.no, warning.icon)
     if not is_ours(path):
         record["message"] = _what_stays(path, record["line"], record["message"])
     if (error := record["exception"]) and error.value:
@@ -79,6 +84,9 @@ class _QuietRecord(logging.LogRecord):
             self.msg, self.args = _what_stays(self.pathname, self.lineno, self.getMessage()), ()
         if self.exc_info and (error := self.exc_info[1]):
             self.exc_text, self.exc_info = _places(error), None
+            if self.name.startswith("uvicorn") and isinstance(error, UnicodeDecodeError):
+                # A stranger's bytes.
+                self.exc_text, self.levelno, self.levelname = None, logging.WARNING, "WARNING"
 
 
 def _is_off() -> bool:

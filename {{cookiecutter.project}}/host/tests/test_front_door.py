@@ -2,7 +2,7 @@
 
 import asyncio
 import signal
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import aiohttp
@@ -190,6 +190,12 @@ SLOW_BODY = (
 )
 
 
+HANDSHAKE = (
+    b"GET /ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)
+
+
 @pytest.mark.slow
 @pytest.mark.anyio
 async def test_a_thousand_who_wait_harm_neither_the_call_nor_the_next_caller(
@@ -216,10 +222,14 @@ async def test_a_thousand_who_wait_harm_neither_the_call_nor_the_next_caller(
             async with TwilioCaller(socket) as next_caller:
                 await next_caller.hear(within=SECONDS)
             assert not caller.ended.is_set()
+            await caller.send_raw("x" * (front_door.MAX_MESSAGE_BYTES + 1))
+            await asyncio.wait_for(caller.ended.wait(), SECONDS)
         del strangers
         await roark.until(lambda: len(roark.calls) == 2, timeout=SECONDS)
         await roark.until(lambda: all(call.whole for call in roark.calls.values()), timeout=SECONDS)
+        reasons = {(call.ended or {})["callEndedReason"] for call in roark.calls.values()}
         log = bot.log.read_text()
+    assert reasons == {"client-disconnected", "error"}, "what no caller's line sends is no hang-up"
     assert "Traceback" not in log
 
 
@@ -243,6 +253,17 @@ async def test_what_is_too_slow_or_too_large_is_refused_without_a_traceback(tmp_
             headers = {"X-Twilio-Signature": "guess"}
             async with client.post(bot.url, data=body, headers=headers) as answer:
                 assert answer.status == 413
+            endless = await connect(bot, b"GET / HTTP/1.1\r\nX: " + b"x" * 2_000_000)
+            with suppress(ConnectionError):
+                assert not await asyncio.wait_for(endless.read(), front_door.BODY_SECONDS)
+            no_text = await connect(bot, HANDSHAKE)
+            assert (await no_text.readline()).split()[1] == b"101"
+            no_text.writer.write(b"\x81\x82\0\0\0\0\xff\xfe")  # type: ignore[attr-defined]
+            await asyncio.wait_for(no_text.read(), SECONDS)
+            async with client.ws_connect(bot.url.replace("http", "ws", 1) + "/ws") as socket:
+                await socket.send_str("NaN")
+                await socket.send_str("NaN")
+                await asyncio.wait_for(socket.receive(), SECONDS)
             async with client.ws_connect(bot.url.replace("http", "ws", 1) + "/ws") as socket:
                 await socket.send_str("x" * (front_door.MAX_MESSAGE_BYTES + 1))
                 message = await asyncio.wait_for(socket.receive(), SECONDS)
