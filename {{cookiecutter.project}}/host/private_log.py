@@ -62,7 +62,8 @@ def _hush(record: "Record") -> None:
     path = record["file"].path
     if record["function"] in STRANGERS_SAY and record["level"].name == "ERROR":
         warning = logger.level("WARNING")
-        record["level"] = type(record["level"])(warning.name, warning.no, warning.icon)
+        level = type(record["level"])
+        record["level"] = level(warning.name, warning.no, warning.icon)  # type: ignore[call-arg]
     if not is_ours(path):
         record["message"] = _what_stays(path, record["line"], record["message"])
     if (error := record["exception"]) and error.value:
