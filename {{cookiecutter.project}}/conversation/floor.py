@@ -70,6 +70,8 @@ class Floor:
         is_saying_goodbye: Whether the call ends once the bot has said what it says.
         is_final: Whether nothing the caller says can take that back.
         hears_itself: Whether the bot's own words have come back in this call.
+        caller_is_hushed: Whether the caller has been silent for vad.HUSH_SECONDS, though the
+            detector is not sure yet.
         caller_sounds: Whether the caller makes a sound like a voice, however short.
     """
 
@@ -81,9 +83,11 @@ class Floor:
         self.is_saying_goodbye = False
         self.is_final = False
         self.hears_itself = False
+        self.caller_is_hushed = False
         self.caller_sounds = False
         self._said: deque[str] = deque(maxlen=OWN_WORDS)
         self._saying: list[str] = []
+        self._has_said = False
         self._cut_off_words: list[str] = []
         self._bot_silent_at: float | None = None
         self._began_under_bot = False
@@ -133,7 +137,9 @@ class Floor:
             return True
         if len(words) == 1:
             is_first = may_grow and words == self._saying[:1]
-            return is_first or (self.hears_itself and words[0] in self._saying)
+            is_known = is_first or (self.hears_itself and words[0] in self._saying)
+            # An answer in the bot's own words comes later than its last ones come back.
+            return is_known and self._was_just_heard()
         blocks = SequenceMatcher(None, words, [*self._said], autojunk=False).get_matching_blocks()
         is_run = max(block.size for block in blocks) >= max(2, len(words) / 2)
         return is_run and sum(block.size for block in blocks) >= OWN_SHARE * len(words)
@@ -304,12 +310,14 @@ class Floor:
         self.is_greeting = False
         self._bot_silent_at = self._clock()
         self._bot_heard_at = None
-        self._saying = []
+        self._has_said = True
         self._change()
 
     def bot_said(self, text: str) -> None:
         """The voice says `text`, or is about to."""
         words = _words(text)
+        if self._has_said:
+            self._saying, self._has_said = [], False
         self._said.extend(words)
         self._saying.extend(words)
 

@@ -50,12 +50,16 @@ def params(floor: Floor, recogniser: STTService | None = None) -> LLMUserAggrega
     """
     protected = config.is_on("PROTECT_GREETING")
     strategies = _strategies(floor, recogniser)
-    ours = [stop for stop in strategies.stop or [] if isinstance(stop, PauseUserTurnStopStrategy)]
+
+    def on_hush(is_hushed: bool) -> None:
+        floor.caller_is_hushed = is_hushed
+        for stop in strategies.stop or []:
+            if isinstance(stop, PauseUserTurnStopStrategy):
+                stop.hushed(is_hushed)
+
     return LLMUserAggregatorParams(
         # Silero hears when the caller speaks; Smart Turn, with turn_end.py, whether they are done.
-        vad_analyzer=HushVADAnalyzer(
-            on_hush=ours[0].hushed if ours else lambda _is: None, on_sound=floor.sound
-        ),
+        vad_analyzer=HushVADAnalyzer(on_hush=on_hush, on_sound=floor.sound),
         user_turn_strategies=strategies,
         user_mute_strategies=[MuteUntilFirstBotCompleteUserMuteStrategy()] if protected else [],
         # silence.py sees to turns without a word.
@@ -151,6 +155,7 @@ class InterruptionUserTurnStartStrategy(BaseUserTurnStartStrategy):
         self._floor = floor
         self._clock = clock
         self._speaks_since: float | None = None
+        self._spoke_until: float | None = None
         self._backchannel = ""
         self._backchannel_at = 0.0
         self._is_hello_due = False
@@ -200,19 +205,21 @@ class InterruptionUserTurnStartStrategy(BaseUserTurnStartStrategy):
                 await self._answer_with_backchannel()
             case _ if isinstance(frame, self._begins):
                 lead = getattr(frame, "start_secs", 0.0)
-                self._speaks_since = self._clock() - lead
+                self._speaks_since, self._spoke_until = self._clock() - lead, None
                 is_bots = floor.bot_speaks or floor.answer_is_due or floor.is_saying_goodbye
                 if not is_bots and not floor.may_be_echo:
                     return await self._start_turn()
             case _ if isinstance(frame, self._ends):
                 self._speaks_since = None
+                self._spoke_until = self._clock() - getattr(frame, "stop_secs", 0.0)
             case UserSpeakingFrame() if self._speaks_since is not None:
                 # Until the bot is to be heard there is no hurry: a cough may be over by then, of
                 # which the detector tells so much later.
                 patience = 0.0 if floor.bot_speaks else VAD_STOP_SECS
                 spoken = self._clock() - self._speaks_since
                 is_long = spoken >= LONGEST_BACKCHANNEL_SECONDS + patience
-                if is_long and not floor.is_saying_goodbye:
+                # The detector goes on for a while after a sound.
+                if is_long and not floor.caller_is_hushed and not floor.is_saying_goodbye:
                     return await self._cut_off()
             case InterimTranscriptionFrame() if not self._is_aside(frame.text):
                 return await self._start_turn()
@@ -250,7 +257,9 @@ class InterruptionUserTurnStartStrategy(BaseUserTurnStartStrategy):
     async def _note_backchannel(self, frame: TranscriptionFrame) -> None:
         self._is_hello_due = False
         if is_backchannel(frame.text):
-            self._backchannel, self._backchannel_at = frame.text, self._clock()
+            # Its words come some time after it was said.
+            self._backchannel_at = self._clock() if self._spoke_until is None else self._spoke_until
+            self._backchannel = frame.text
         # It is not the beginning of what they say next.
         await self.trigger_reset_aggregation()
         await self.push_frame(

@@ -232,13 +232,20 @@ def test_a_single_word_is_the_bots_own_where_it_was_cut_off_with_it(
 
 
 def test_a_single_word_out_of_what_it_says_is_the_bots_own_where_it_hears_itself() -> None:
-    floor, _ = floor_and_clock()
+    floor, clock = floor_and_clock()
     floor.hears_itself = True
     floor.bot_said("On Monday. Then on Tuesday.")
     floor.bot_heard()
     assert floor.is_own("Then")
     floor.bot_silent()
+    clock.now += 0.4
+    assert floor.is_own("Tuesday"), "its last word comes back when it is silent"
+    clock.now += 0.5
     assert not floor.is_own("Tuesday"), "the caller's answer"
+    floor.bot_said("Tuesday it is.")
+    floor.bot_said("At noon?")
+    floor.bot_heard()
+    assert floor.is_own("Noon") and not floor.is_own("Monday")
 
 
 def watched(floor: Floor) -> tuple[AsyncMock, Callable[[], None], Any]:

@@ -372,6 +372,13 @@ async def test_speech_that_goes_on_takes_the_turn_without_a_word_recognised() ->
     assert await line.hears(UserSpeakingFrame(), after=0.25) == 1
 
 
+async def test_a_sound_that_is_over_is_not_speech_that_goes_on() -> None:
+    line = Line()
+    await line.hears(BotStartedSpeakingFrame(), VAD_STARTED)
+    line.floor.caller_is_hushed = True
+    assert await line.hears(UserSpeakingFrame(), after=0.5) == 0
+
+
 async def test_a_voice_that_had_no_words_cuts_the_bot_off_once_and_words_still_do() -> None:
     line = Line()
     interim = InterimTranscriptionFrame(text="Where are you?", user_id="", timestamp="")
@@ -415,13 +422,19 @@ async def test_speech_into_the_end_of_the_bots_takes_the_turn() -> None:
     assert await line.hears(BotStoppedSpeakingFrame(), after=0.1) == 1
 
 
-@pytest.mark.parametrize(("seconds_before", "answers"), [(0.5, 1), (3.0, 0)])
+@pytest.mark.parametrize(
+    ("recognised_after", "seconds_before", "answers"), [(0.1, 0.4, 1), (0.8, 0.4, 0), (0.1, 3.0, 0)]
+)
 async def test_a_yeah_just_before_the_bot_falls_silent_is_an_answer(
-    monkeypatch: pytest.MonkeyPatch, seconds_before: float, answers: int
+    monkeypatch: pytest.MonkeyPatch,
+    recognised_after: float,
+    seconds_before: float,
+    answers: int,
 ) -> None:
     monkeypatch.setenv("LANGUAGE", "en")
     line = Line()
-    await line.hears(BotStartedSpeakingFrame(), heard("Yeah."))
+    await line.hears(BotStartedSpeakingFrame(), VAD_STARTED, VADUserStoppedSpeakingFrame())
+    await line.hears(heard("Yeah."), after=recognised_after)
     await line.hears(BotStoppedSpeakingFrame(), after=seconds_before)
     messages = [frame for frame in line.pushed if isinstance(frame, LLMMessagesAppendFrame)]
     assert len(messages) == answers
