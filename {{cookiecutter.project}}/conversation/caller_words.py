@@ -33,6 +33,8 @@ MAX_MESSAGE_CHARACTERS = 64 * 1024
 # What is typed or pasted stays in the context, and is paid for with each answer: some two pages.
 MAX_TYPED_CHARACTERS = 4000
 ROUND = str.maketrans(OPENING + CLOSING, "(" * len(OPENING) + ")" * len(CLOSING))
+# JSON can name half a character, which no request to an LLM can hold: all later ones would fail.
+PLAIN = ROUND | dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
 
 
 class CallerWords(DTMFAggregator):
@@ -57,7 +59,7 @@ class CallerWords(DTMFAggregator):
                     is_interim = isinstance(frame, InterimTranscriptionFrame)
                     if self._is_echo(frame.text, may_grow=is_interim):
                         return
-                    frame.text = frame.text.translate(ROUND)
+                    frame.text = frame.text.translate(PLAIN)
                 case LLMMessagesAppendFrame():
                     # Instructions come this way as well; theirs is another role.
                     frame.messages = [_of_caller(message) for message in frame.messages]
@@ -130,5 +132,5 @@ def _is_of_caller(message: Any) -> bool:
 def _of_caller(message: Any) -> Any:
     match message:
         case {"role": "user", "content": str(text)}:
-            return {**message, "content": text[:MAX_TYPED_CHARACTERS].translate(ROUND)}
+            return {**message, "content": text[:MAX_TYPED_CHARACTERS].translate(PLAIN)}
     return message

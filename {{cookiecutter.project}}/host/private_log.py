@@ -34,8 +34,13 @@ HIDDEN = "…"
 PROJECT = Path(__file__).resolve().parents[1]
 # What Pipecat calls its objects, such as "DeepgramSTTService#0", and the place of an error.
 NAME = re.compile(r"\b[A-Z]\w*[A-Z]\w*#\d+\b|\([^()\s]+\.py:\d+\)")
-# In Pipecat's runner; what they could not read is nobody's fault here.
-STRANGERS_SAY = ("parse_telephony_websocket", "start_agent", "handle_dialin_webhook")
+# What these of Pipecat's could not read is nobody's fault here.
+READERS = {
+    ("pipecat.runner.utils", "parse_telephony_websocket"),
+    ("pipecat.runner.run", "start_agent"),
+    ("pipecat.runner.run", "handle_dialin_webhook"),
+    ("pipecat.transports.smallwebrtc.connection", "on_message"),
+}
 # Tokens that Pipecat's server takes as part of an address, and queries, in uvicorn's lines.
 ADDRESS = re.compile(r"(/ws(?:-client)?/|\?)[^\s\"']+")
 
@@ -60,7 +65,8 @@ def _hush(record: "Record") -> None:
     if _is_off():
         return
     path = record["file"].path
-    if record["function"] in STRANGERS_SAY and record["level"].name == "ERROR":
+    is_error = record["level"].name == "ERROR"
+    if is_error and (record["name"], record["function"]) in READERS:
         warning = logger.level("WARNING")
         level = type(record["level"])
         record["level"] = level(warning.name, warning.no, warning.icon)  # type: ignore[call-arg]

@@ -10,6 +10,7 @@ from zoneinfo import ZoneInfo
 
 from config import setting
 from telephony.twilio_auth import TOKEN_PARAMETER, Gate
+from telephony.twiml import NO_XML
 
 # From the request to the stream: waiting in a queue, ringing, a phone tree's digits.
 ERRAND_SECONDS = 300
@@ -107,8 +108,12 @@ def check(errand: Errand, *, now: Callable[[], datetime] = lambda: datetime.now(
     if not number.startswith(tuple(prefixes)):
         raise NotPlaced(f"{number} begins with none of CALL_PREFIXES ({', '.join(prefixes)})")
     for part in (errand.callee_name, errand.call_reason):
-        if not part.strip() or len(part) > MAX_CHARACTERS:
-            raise NotPlaced(f"name and reason are needed, up to {MAX_CHARACTERS} characters each")
+        # Of others the stream would bring back something else than was signed.
+        if not part.strip() or len(part) > MAX_CHARACTERS or NO_XML.search(part):
+            raise NotPlaced(
+                f"name and reason are needed, up to {MAX_CHARACTERS} characters each, and none of "
+                "control"
+            )
     hours = HOURS.fullmatch(setting("CALL_HOURS", CALL_HOURS))
     if not hours:
         raise NotPlaced(f"CALL_HOURS is like 08-20, hours of the day, not {setting('CALL_HOURS')}")
