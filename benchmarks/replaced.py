@@ -244,8 +244,7 @@ async def _hold(house: House, old: AsyncExitStack, stack: AsyncExitStack) -> Non
         line for number in range(LINES) if (line := await house.call(CALLS + number)) is not None
     ]
     for port in house.ports:
-        for line in lines[port]:
-            await ask(line)
+        await asyncio.gather(*map(ask, lines[port]))
     for line in lines[others[0]]:
         await _hang_up(line, found)
     # Until the proxy has noticed that there are lines.

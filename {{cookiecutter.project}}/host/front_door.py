@@ -10,8 +10,9 @@ import asyncio
 import ipaddress
 import json
 import re
+import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -44,8 +45,10 @@ MAX_MESSAGE_BYTES = 64 * 1024
 # For everything up to the proof: header, body, the first messages of a stream. Counts anew when a
 # request was answered: a proxy sends many through one connection.
 UNPROVEN_SECONDS = 30.0
-# Far below the 1024 files that a process may have open.
-MAX_UNPROVEN = 128
+# Of those that wait for longer than a moment, and of all: below the 1024 files that a process may
+# have open. Whoever comes in a burst of strangers is not read yet when the last of them is there.
+MAX_UNPROVEN, MAX_WITH_A_BURST = 128, 768
+MOMENT_SECONDS = 1.0
 TRANSPORTS = ["webrtc", "daily", "twilio"]
 # What Pipecat's server answers itself, in whatever way a stranger asks.
 PIPECATS = re.compile(r"(/.+)?/api/offer|/start|/daily|/daily-dialin-webhook|/sessions/.+|/files")
@@ -56,10 +59,19 @@ class Connections:
     oldest goes: a caller proves it within milliseconds, and whoever only waits makes room.
     """
 
-    def __init__(self, limit: int = MAX_UNPROVEN) -> None:
-        """Let there be at most `limit`."""
+    def __init__(
+        self,
+        limit: int = MAX_UNPROVEN,
+        limit_with_a_burst: int = MAX_WITH_A_BURST,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Let `limit` wait for longer than a moment, and `limit_with_a_burst` at all."""
         self._limit = limit
-        self._unproven: dict[asyncio.Transport, None] = {}
+        self._limit_with_a_burst = limit_with_a_burst
+        self._clock = clock
+        # Each with the time since which it has proved nothing.
+        self._unproven: dict[asyncio.Transport, float] = {}
 
     def __len__(self) -> int:
         """How many there are."""
@@ -67,9 +79,13 @@ class Connections:
 
     def opened(self, connection: asyncio.Transport) -> None:
         """Note a new connection."""
-        self._unproven[connection] = None
-        if len(self._unproven) > self._limit:
-            oldest = next(iter(self._unproven))
+        now = self._clock()
+        self._unproven[connection] = now
+        while len(self._unproven) > self._limit:
+            oldest, since = next(iter(self._unproven.items()))
+            is_burst = now - since < MOMENT_SECONDS
+            if is_burst and len(self._unproven) <= self._limit_with_a_burst:
+                break
             self.forget(oldest)
             oldest.abort()
 
@@ -77,7 +93,7 @@ class Connections:
         """Take a connection for the newest, if it has still to prove something."""
         if connection in self._unproven:
             self.forget(connection)
-            self._unproven[connection] = None
+            self._unproven[connection] = self._clock()
 
     def forget(self, connection: asyncio.Transport) -> None:
         """Let a connection be: it is proven, or gone."""

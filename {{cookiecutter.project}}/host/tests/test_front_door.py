@@ -158,12 +158,14 @@ class Wire(asyncio.Transport):
 
 
 def test_whoever_only_waits_makes_room_and_a_proven_call_stays() -> None:
-    connections = front_door.Connections(limit=3)
+    clock = Clock()
+    connections = front_door.Connections(limit=3, limit_with_a_burst=5, clock=clock)
     call, *strangers = [Wire() for _ in range(6)]
     connections.opened(call)
     connections.forget(call)
     for stranger in strangers:
         connections.opened(stranger)
+        clock.now += front_door.MOMENT_SECONDS
     assert [stranger.is_broken for stranger in strangers] == [True, True, False, False, False]
     connections.renew(call)
     connections.renew(strangers[2])
@@ -173,6 +175,20 @@ def test_whoever_only_waits_makes_room_and_a_proven_call_stays() -> None:
     connections.expire(strangers[-1])
     assert strangers[-1].is_broken and not call.is_broken
     assert len(connections) == 2
+
+
+def test_who_comes_in_a_burst_of_strangers_has_a_moment_to_prove_it() -> None:
+    clock = Clock()
+    connections = front_door.Connections(limit=3, limit_with_a_burst=5, clock=clock)
+    caller, *strangers = [Wire() for _ in range(5)]
+    for one in (caller, *strangers):
+        connections.opened(one)
+    assert not caller.is_broken
+    connections.opened(Wire())
+    assert caller.is_broken, "no more than there are files to open"
+    clock.now += front_door.MOMENT_SECONDS
+    connections.opened(Wire())
+    assert [one.is_broken for one in strangers] == [True, True, True, False]
 
 
 async def connect(bot: BotProcess, sent: bytes) -> asyncio.StreamReader:
