@@ -16,6 +16,9 @@ FOLDER = "{{cookiecutter.project}}"
 FORM: dict[str, Any] = json.loads((ROOT / "cookiecutter.json").read_text(encoding="utf-8"))
 # The newest Python on which a call is held; newer ones generate and compile.
 NEWEST_TRIED = "3.13"
+# What installs, types and tests whole projects gives way to the calls that are held beside it in
+# real time, however busy it keeps the machine.
+GIVING_WAY = (nice, "-n", "19") if (nice := shutil.which("nice")) else ()
 # For whole projects whose calls are not about time: on a busy machine the answer may be late.
 PATIENT = ("ANSWER_SECONDS", "30")
 
@@ -54,7 +57,12 @@ class BakedProject:
         own = {"VIRTUAL_ENV", "PYTEST_ADDOPTS"}
         environment = {name: value for name, value in os.environ.items() if name not in own}
         return subprocess.run(
-            command, cwd=self.path, env=environment, text=True, capture_output=True, timeout=timeout
+            (*GIVING_WAY, *command),
+            cwd=self.path,
+            env=environment,
+            text=True,
+            capture_output=True,
+            timeout=timeout,
         )
 
     def tool(self, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:

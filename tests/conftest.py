@@ -13,9 +13,6 @@ from typing import Any
 import pytest
 from baking import FOLDER, FORM, ROOT, Bake, BakedProject, CommandLine, is_vendored, tracked_files
 from cookiecutter.main import cookiecutter
-from machine import machine
-
-__all__ = ["machine"]
 
 # Of the many processes that tests start each would compile Pipecat again: three seconds of work.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -23,20 +20,19 @@ sys.dont_write_bytecode = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put tests in an order in which xdist's workers seldom wait for one another.
+    """Put the longest tests first, so that no worker begins one when the others are done.
 
-    The longest install and test whole projects and keep a core busy: one worker begins with them.
-    Those that want the machine alone come last, when nothing long is under way.
+    These install and test whole projects and keep a core busy. xdist deals the list out in equal
+    shares, one behind the other, so that one worker begins with all of them, while the others hold
+    calls, which take time and no processor; what is left is stolen.
     """
-    # xdist deals the list out in equal shares, one behind the other; what is left is stolen.
     items.sort(key=_place)
 
 
-def _place(item: pytest.Item) -> int:
-    if item.get_closest_marker("alone"):
-        return 2
-    is_long = item.get_closest_marker("slow") and item.path.parent == ROOT / "tests"
-    return 0 if is_long else 1
+def _place(item: pytest.Item) -> tuple[bool, int]:
+    slow = item.get_closest_marker("slow")
+    is_long = slow and item.path.parent == ROOT / "tests"
+    return not is_long, -slow.kwargs.get("seconds", 0) if slow else 0
 
 
 @pytest.fixture(scope="session")

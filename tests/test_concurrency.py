@@ -187,8 +187,7 @@ async def run_harness(calls_dir: Path) -> AsyncIterator[Harness]:
             yield Harness(bot, roark, engine)
 
 
-@pytest.mark.slow
-@pytest.mark.alone
+@pytest.mark.slow(seconds=50)
 async def test_twenty_calls_at_once_are_each_their_own(tmp_path: Path) -> None:
     async with run_harness(tmp_path / "calls") as harness:
         everybody = asyncio.Barrier(len(NAMES))

@@ -19,7 +19,7 @@ socket.getaddrinfo = getaddrinfo
 """
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=80)
 def test_a_bot_with_whisper_and_piper_holds_its_calls(
     bake: Bake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -68,7 +68,6 @@ async def test_a_killed_process_costs_no_more_than_five_seconds_of_audio() -> No
     assert ours.seconds is not None and ours.seconds <= 5.0
 
 
-@pytest.mark.alone
 async def test_markers_are_on_the_audio_where_the_published_ones_are_not(tmp_path: Path) -> None:
     """A call that misses the goal is judged together with two more: a machine may pause once."""
     found: dict[str, list[markers.Markers]] = {OURS: [], PUBLISHED: []}
@@ -87,7 +86,6 @@ async def test_markers_are_on_the_audio_where_the_published_ones_are_not(tmp_pat
     assert np.percentile(theirs, 95) > 100
 
 
-@pytest.mark.alone
 async def test_of_an_interrupted_sentence_only_what_was_heard_is_kept(tmp_path: Path) -> None:
     """The voice gives no word timestamps; the published transcript has all of it, or nothing."""
     answer = " ".join(f"number{number}" for number in range(40))

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from baking import ROOT, BakedProject, installed_python, succeed
+from baking import GIVING_WAY, ROOT, BakedProject, installed_python, succeed
 
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
 OLDEST = PYTHONS[0]
@@ -33,7 +33,7 @@ def test_every_python_generates_the_same_project_and_compiles_it_without_a_warni
     generator = ["uvx", "--python", program, f"cookiecutter=={version('cookiecutter')}"]
     home = ["--config-file", cookiecutter_home / "config.yaml"]
     done = subprocess.run(
-        [*generator, "--no-input", *home, "--output-dir", tmp_path, template],
+        [*GIVING_WAY, *generator, "--no-input", *home, "--output-dir", tmp_path, template],
         env=os.environ | {"TMPDIR": str(tmp_path)},
         capture_output=True,
         text=True,

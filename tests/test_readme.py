@@ -16,11 +16,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from baking import FOLDER, NEWEST_TRIED, PATIENT, ROOT, BakedProject, installed_python, succeed
+from baking import (
+    FOLDER,
+    GIVING_WAY,
+    NEWEST_TRIED,
+    PATIENT,
+    ROOT,
+    BakedProject,
+    installed_python,
+    succeed,
+)
 from documented import FOLLOWED, NEEDS, TESTED, commands, shell_blocks
 
 SPOKEN = "he might even have been made amiable himself"
 SECONDS = 900
+LOUD = 500
+"""Of 32767: more than a line makes of silence, less than a voice."""
 
 # Documents of this repository, and of the project it generates.
 OURS = ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")
@@ -46,7 +57,7 @@ def fresh_environment(home: Path) -> dict[str, str]:
 def follow(command: str, folder: Path, environment: dict[str, str]) -> None:
     """Type a command; fail with what it printed unless it succeeds."""
     done = subprocess.run(
-        ["bash", "-e", "-c", command],
+        [*GIVING_WAY, "bash", "-e", "-c", command],
         cwd=folder,
         env=environment,
         stdin=subprocess.DEVNULL,
@@ -60,7 +71,7 @@ def follow(command: str, folder: Path, environment: dict[str, str]) -> None:
 def serve(command: str, address: str, folder: Path, environment: dict[str, str]) -> None:
     """Type a command that serves until Ctrl-C; fail unless it prints a line with its address."""
     with subprocess.Popen(
-        ["bash", "-c", f"exec {command}"],
+        [*GIVING_WAY, "bash", "-c", f"exec {command}"],
         cwd=folder,
         env=environment | {"PYTHONUNBUFFERED": "1"},
         stdin=subprocess.DEVNULL,
@@ -122,7 +133,7 @@ def readme_commands() -> list[str]:
     return [line for block in blocks[:2] for line in block]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=120)
 def test_followed_from_nothing_a_human_voice_is_answered_on_both_transports_and_the_rest_works(
     template: Path, tmp_path: Path
 ) -> None:
@@ -153,9 +164,11 @@ def test_followed_from_nothing_a_human_voice_is_answered_on_both_transports_and_
             first, last = (int(turn[edge] * rate / 1000) for edge in ("start_ms", "end_ms"))
             # How exact the edges are, test_markers measures with the machine to itself.
             quarter = (last - first) // 4
-            loudness = np.abs(samples[first + quarter : last - quarter].astype(float)).mean(axis=0)
+            middle = samples[first + quarter : last - quarter]
+            # Not how loud on the whole: on a busy machine there are holes in what is said.
+            loud = np.count_nonzero(np.abs(middle.astype(int)) > LOUD, axis=0)
             speaker = 0 if turn["role"] == "user" else 1
-            assert loudness[speaker] > 10 * loudness[1 - speaker]
+            assert loud[speaker] > 10 * loud[1 - speaker]
 
     for command, address in FOLLOWED.items():
         if address:
@@ -165,7 +178,7 @@ def test_followed_from_nothing_a_human_voice_is_answered_on_both_transports_and_
     assert list((project / "calls").glob("*/report.html"))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=150)
 def test_a_project_installs_and_holds_a_call_with_pip_alone(
     default_project: BakedProject, tmp_path: Path
 ) -> None:

@@ -214,7 +214,7 @@ def test_a_rendering_holds_calls_with_its_own_services(
     succeed(bake(**answers).tool("pytest", "-q", "-n", "0", "-m", "not slow", *files))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=100)
 def test_the_rendering_farthest_from_the_default_passes_its_own_tests_in_a_fresh_environment(
     bake: Bake,
 ) -> None:

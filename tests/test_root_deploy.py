@@ -187,7 +187,7 @@ def test_every_dependency_has_an_arm64_wheel_for_the_image(default_project: Bake
     assert set(SOURCE_ONLY) <= names, "an exception that is needed no longer"
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=50)
 def test_ci_writes_what_the_image_holds_and_fails_at_a_licence_not_allowed(
     default_project: BakedProject, tmp_path: Path
 ) -> None:

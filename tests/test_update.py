@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from baking import FOLDER, ROOT, BakedProject, CommandLine, succeed
+from baking import FOLDER, GIVING_WAY, ROOT, BakedProject, CommandLine, succeed
 
 from extensions.template_link import checked_out, link, origin
 
@@ -55,7 +55,7 @@ class Workplace:
         people |= {f"GIT_{who}": "ann@example.org" for who in ("COMMITTER_NAME", "COMMITTER_EMAIL")}
         own = {"HOME": str(self.folder), "TMPDIR": str(self.folder), "PYTHONUTF8": "1"}
         done = subprocess.run(
-            command,
+            (*GIVING_WAY, *command),
             cwd=cwd or self.folder,
             env=os.environ | people | own | {"GIT_CONFIG_GLOBAL": os.devnull},
             stdin=subprocess.DEVNULL,

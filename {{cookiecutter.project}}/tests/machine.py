@@ -1,6 +1,5 @@
 """What all tests share, those of the folders too: the loop, the machine, a copy of the project."""
 
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -10,12 +9,6 @@ from pathlib import Path
 import pytest
 
 import config
-
-try:
-    import fcntl
-except ImportError:  # Windows: there they share it.
-    fcntl = None
-
 
 KEYS = {name: f"value-of-{name.lower()}" for name in config.REQUIRED}
 A_KEY = next(iter(KEYS), "")
@@ -29,22 +22,6 @@ def without_rehearsal(folder: Path) -> list[str]:
         return []
     files = folder.glob("test_*.py")
     return [file.name for file in files if HOLDS_CALLS.search(file.read_text(encoding="utf-8"))]
-
-
-@pytest.fixture(autouse=True)
-def machine(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[None]:
-    """Share the machine with pytest-xdist's other workers; have it alone where marked `alone`."""
-    if fcntl is None or "PYTEST_XDIST_WORKER" not in os.environ:
-        yield
-        return
-    shared = tmp_path_factory.getbasetemp().parent
-    with open(shared / "machine.lock", "w", encoding="utf-8") as machine:
-        # Whoever wants to be alone lets the others go first: they would stand still behind it.
-        alone = request.node.get_closest_marker("alone") is not None
-        fcntl.flock(machine, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-        yield
 
 
 @pytest.fixture

@@ -93,7 +93,6 @@ def user_messages(harness: Harness) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.alone
 @BOTH_TRANSPORTS
 async def test_mhm_does_not_cut_the_bot_and_an_interruption_does_within_300_ms(
     harness: Harness, transport: str

@@ -379,7 +379,6 @@ async def test_pipecats_twilio_transport_takes_the_phone_for_real(parrot: Parrot
     assert parrot.call.from_number == "+15551234"
 
 
-@pytest.mark.alone
 async def test_pipecats_webrtc_transport_takes_the_browser_for_real(parrot: ParrotBot) -> None:
     async with WebRTCCaller(f"http://{parrot.url}") as caller:
         await hears_itself(caller)

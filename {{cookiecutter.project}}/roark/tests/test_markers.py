@@ -23,7 +23,6 @@ from rehearsal.engines.scripted import Answer, Script
 
 pytestmark = [
     pytest.mark.anyio,
-    pytest.mark.alone,
     pytest.mark.slow,
     pytest.mark.skipif(not RECORDS_AUDIO, reason="this project does not record"),
 ]

@@ -597,7 +597,6 @@ class Loudspeaker(BaseOutputTransport):
 
 
 @pytest.mark.slow
-@pytest.mark.alone
 async def test_a_voice_without_word_timestamps_is_cut_where_it_was_interrupted(call):
     observer = observer_of(call)
     loudspeaker = Loudspeaker(1.0)
