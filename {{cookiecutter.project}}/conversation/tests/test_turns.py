@@ -198,7 +198,8 @@ async def test_a_protected_greeting_is_said_to_its_end(
     assert harness.received.ended
     said = harness.received.ended.get("transcript", [])
     heard = " ".join(turn["content"] for turn in said if turn["role"] == "assistant")
-    assert (heard == greeting) is protected
+    # What comes after it, if the caller is answered before they hang up, is no part of it.
+    assert heard.startswith(greeting) is protected
 
 
 async def test_keys_reach_the_llm_as_text(harness: Harness) -> None:

@@ -3,8 +3,10 @@
 For a project that chose both, where weights for them are installed; see weights.py.
 """
 
+import asyncio
 import os
 import re
+import time
 from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
@@ -86,17 +88,22 @@ async def test_a_human_is_understood_and_hears_words(harness: Harness) -> None:
     voice = recorded_voice(HUMAN_VOICE)
     async with harness.caller("twilio") as caller:
         await hear_out(caller)
-        said = await caller.say(voice.pcm, voice.sample_rate)
-        await hear_out(caller, since=said.end)
+        await caller.say(voice.pcm, voice.sample_rate)
+        # Where the machine is busy the bot may ask again before Whisper has the words.
+        async with asyncio.timeout(SECONDS):
+            while harness.engine.asked[-1][-1]["role"] != "user":
+                await asyncio.sleep(0.02)
+        await hear_out(caller, since=time.monotonic())
     assert (await harness.over()).error is None
 
-    (greeter, greeting), (_, heard), *rest = texts(harness)
+    (greeter, greeting), *rest, answer = texts(harness)
     assert (greeter, greeting) == ("assistant", GREETING)
-    assert plain(heard) == SAID
-    assert rest == [("assistant", ANSWER)]
+    assert [plain(text) for role, text in rest if role == "user"] == [SAID]
+    assert answer == ("assistant", ANSWER)
     assert plain(harness.engine.asked[-1][-1]["content"]) == SAID
     played = caller.heard
-    assert recognised(played.pcm(), played.sample_rate) == plain(f"{GREETING} {ANSWER}")
+    understood = recognised(played.pcm(), played.sample_rate)
+    assert understood.startswith(plain(GREETING)) and understood.endswith(plain(ANSWER))
     if RECORDS_AUDIO:
         recording, rate = harness.recording()
         assert rate == 8000
