@@ -16,9 +16,10 @@ FOLDER = "{{cookiecutter.project}}"
 FORM: dict[str, Any] = json.loads((ROOT / "cookiecutter.json").read_text(encoding="utf-8"))
 # The newest Python on which a call is held; newer ones generate and compile.
 NEWEST_TRIED = "3.13"
-# What installs, types and tests whole projects gives way to the calls that are held beside it in
+# What installs, lints and types whole projects gives way to the calls that are held beside it in
 # real time, however busy it keeps the machine.
-GIVING_WAY = (nice, "-n", "19") if (nice := shutil.which("nice")) else ()
+GIVING_WAY = (nice, "-n", "10") if (nice := shutil.which("nice")) else ()
+HOLD_CALLS = {"pytest", "rehearsal"}
 # For whole projects whose calls are not about time: on a busy machine the answer may be late.
 PATIENT = ("ANSWER_SECONDS", "30")
 
@@ -57,7 +58,7 @@ class BakedProject:
         own = {"VIRTUAL_ENV", "PYTEST_ADDOPTS"}
         environment = {name: value for name, value in os.environ.items() if name not in own}
         return subprocess.run(
-            (*GIVING_WAY, *command),
+            command if HOLD_CALLS & {*command} else (*GIVING_WAY, *command),
             cwd=self.path,
             env=environment,
             text=True,
