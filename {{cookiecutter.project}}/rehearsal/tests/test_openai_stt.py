@@ -1,5 +1,6 @@
 """What is OpenAI's own as a recogniser, as Pipecat's class sees it."""
 
+import asyncio
 import time
 from typing import Any
 
@@ -67,19 +68,24 @@ async def test_the_projects_openai_ends_turns_at_once_and_its_interim_transcript
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["500", "refused"])
-async def test_openai_is_given_up_after_four_attempts(fault: str) -> None:
+async def test_openai_is_given_up_after_four_attempts() -> None:
     """4 s apart, the second at once. The pipeline starts before."""
-    async with wire(VENDOR) as ear:
-        if fault == "refused":
-            await ear.server.refuse()
-        else:
-            ear.server.faults.server_errors = ALWAYS
-        began = time.monotonic()
-        async with line(ear.stt) as call:
-            await call.until(lambda: not ear.stt.is_usable, within_s=30)
-        assert time.monotonic() - began >= 12
-    assert ear.statuses == ([] if fault == "refused" else [500] * 4)
+
+    async def given_up(fault: str) -> None:
+        async with wire(VENDOR) as ear:
+            if fault == "refused":
+                await ear.server.refuse()
+            else:
+                ear.server.faults.server_errors = ALWAYS
+            began = time.monotonic()
+            async with line(ear.stt) as call:
+                await call.until(lambda: not ear.stt.is_usable, within_s=30)
+            assert time.monotonic() - began >= 12
+        assert ear.statuses == ([] if fault == "refused" else [500] * 4)
+
+    async with asyncio.TaskGroup() as both:
+        for fault in ("500", "refused"):
+            both.create_task(given_up(fault))
 
 
 async def test_openai_is_left_when_there_is_nothing_to_commit() -> None:
