@@ -21,7 +21,8 @@ file, because Python reads TOML without a dependency and people write it without
     [[answers]]                         # no condition: the n-th of these answers the n-th thing
     says = "Goodbye."                   # the caller says, the last one all that follow
 
-Several `calls` in one answer are parallel calls. `greeting` answers every other instruction.
+Several `calls` in one answer are parallel calls. To any other instruction the bot says again what
+it had to say to the caller's last words, or, if there were none, `greeting`.
 """
 
 import tomllib
@@ -146,6 +147,7 @@ class ScriptedEngine:
 
     def _answer(self, messages: list[dict[str, Any]]) -> Answer:
         said = [_text(message) for message in messages if message["role"] == "user"]
+        has_greeted = any(message["role"] == "assistant" for message in messages)
         last = messages[-1] if messages else {"role": "system"}
         match last["role"]:
             case "tool":
@@ -155,20 +157,25 @@ class ScriptedEngine:
                         return answer
                 return Answer(says="Done.")
             case "user":
-                heard = said[-1].lower()
-                for answer in self.script.answers:
-                    if answer.heard is not None and answer.heard.lower() in heard:
-                        return answer
-                in_order = [a for a in self.script.answers if a.heard is a.result is a.told is None]
-                if in_order:
-                    return in_order[min(len(said), len(in_order)) - 1]
-                return Answer(says="The script has no answer to that.")
+                return self._answer_to(said)
             case _:
                 told = _text(last).lower()
                 for answer in self.script.answers:
                     if answer.told is not None and answer.told.lower() in told:
                         return answer
+                if said and has_greeted and not (again := self._answer_to(said)).calls:
+                    return again
                 return Answer(says=self.script.greeting)
+
+    def _answer_to(self, said: list[str]) -> Answer:
+        heard = said[-1].lower()
+        for answer in self.script.answers:
+            if answer.heard is not None and answer.heard.lower() in heard:
+                return answer
+        in_order = [a for a in self.script.answers if a.heard is a.result is a.told is None]
+        if in_order:
+            return in_order[min(len(said), len(in_order)) - 1]
+        return Answer(says="The script has no answer to that.")
 
 
 def _text(message: dict[str, Any]) -> str:

@@ -45,6 +45,8 @@ TOOL_MESSAGES: list[dict[str, Any]] = [
     {"role": "assistant", "tool_calls": [{"id": "call_1", "function": {"name": "cancel"}}]},
     {"role": "tool", "tool_call_id": "call_1", "content": '"done"'},
 ]
+GREETED = {"role": "assistant", "content": "This is the clinic."}
+AGAIN = {"role": "developer", "content": "Say it again."}
 
 
 def user(*texts: str) -> list[dict[str, Any]]:
@@ -64,6 +66,9 @@ async def said(messages: list[dict[str, Any]], script: Script | None = None) -> 
         ([{"role": "system", "content": "Be kind."}], "This is the clinic."),
         ([*user("Hi."), {"role": "developer", "content": "Greet."}], "This is the clinic."),
         ([{"role": "developer", "content": "Ask: still there?"}], "Are you still there?"),
+        ([GREETED, *user("Hi."), AGAIN], "First."),
+        # Nothing is done twice.
+        ([GREETED, *user("Cancel it."), AGAIN], "This is the clinic."),
         (user("Could you CANCEL?"), "One moment."),
         (TOOL_MESSAGES, "It is cancelled."),
         (user("Hi."), "First."),
