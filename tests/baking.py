@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ NEWEST_TRIED = "3.13"
 # What installs, lints and types whole projects gives way to the calls that are held beside it in
 # real time, however busy it keeps the machine.
 GIVING_WAY = (nice, "-n", "10") if (nice := shutil.which("nice")) else ()
-HOLD_CALLS = {"pytest", "rehearsal"}
+HOLDS_CALLS = re.compile(r"(?<![\w/-])(pytest|rehearsal)(?![\w/-])")
 # For whole projects whose calls are not about time: on a busy machine the answer may be late.
 PATIENT = ("ANSWER_SECONDS", "30")
 
@@ -58,7 +59,7 @@ class BakedProject:
         own = {"VIRTUAL_ENV", "PYTEST_ADDOPTS"}
         environment = {name: value for name, value in os.environ.items() if name not in own}
         return subprocess.run(
-            command if HOLD_CALLS & {*command} else (*GIVING_WAY, *command),
+            (*giving_way(*command), *command),
             cwd=self.path,
             env=environment,
             text=True,
@@ -85,6 +86,11 @@ class CommandLine(Protocol):
     def __call__(
         self, *arguments: str | Path, lines: Sequence[str] = ()
     ) -> subprocess.CompletedProcess[str]: ...
+
+
+def giving_way(*command: str) -> tuple[str, ...]:
+    """Return what goes before a command that has time, so that calls are not held up by it."""
+    return () if any(map(HOLDS_CALLS.search, command)) else GIVING_WAY
 
 
 def is_vendored(name: str) -> bool:

@@ -22,6 +22,7 @@ from baking import (
     PATIENT,
     ROOT,
     BakedProject,
+    giving_way,
     installed_python,
     succeed,
 )
@@ -56,7 +57,7 @@ def fresh_environment(home: Path) -> dict[str, str]:
 def follow(command: str, folder: Path, environment: dict[str, str]) -> None:
     """Type a command; fail with what it printed unless it succeeds."""
     done = subprocess.run(
-        ["bash", "-e", "-c", command],
+        [*giving_way(command), "bash", "-e", "-c", command],
         cwd=folder,
         env=environment,
         stdin=subprocess.DEVNULL,
@@ -199,6 +200,9 @@ def test_a_project_installs_and_holds_a_call_with_pip_alone(
 
     # Python compiles what is imported; pip would compile all that is there, half a minute's work.
     environment = fresh_environment(home) | {"PATH": path, "PIP_NO_COMPILE": "1"}
+    install = [
+        " ".join([*giving_way(line), line]) if line.startswith("pip ") else line for line in install
+    ]
     follow("\n".join([*install, f"{test} {quick}"]), project, environment)
     if installed_python(NEWEST_TRIED):
         assert list(project.glob(f".venv/lib/python{NEWEST_TRIED}"))
