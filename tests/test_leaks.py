@@ -4,12 +4,14 @@ import asyncio
 import gc
 import os
 import time
+import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from conversation import endings
 from harness import SECONDS, Harness, run_harness
 from pipecat.frames.frames import Frame
 from pipecat.pipeline.worker import PipelineWorker
@@ -54,6 +56,31 @@ async def test_twenty_calls_leave_no_task_no_open_file_and_no_object(
         while more_than(before) and time.monotonic() < deadline:
             await asyncio.sleep(0.1)
         assert more_than(before) == {}, who_is_left()
+
+
+class Call:
+    """What a call is to Python's memory: a circle."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+@pytest.mark.usefixtures("nobody_else_collects")
+async def test_what_a_busy_machine_lets_go_of_late_is_freed_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    later: list[Callable[[], object]] = []
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(loop, "call_later", lambda _seconds, collect: later.append(collect))
+    endings.forget_soon()
+    call = Call()
+    is_there = weakref.ref(call)
+    first, *again = later
+    first()
+    del call
+    for collect in again:
+        collect()
+    assert not is_there()
 
 
 async def one_call(harness: Harness, number: int) -> None:

@@ -38,7 +38,8 @@ CONNECT_SECONDS = 20.0
 LOOK_EVERY_SECONDS = 0.5
 # For Pipecat, to take a cancelled pipeline down: its connections are closed meanwhile.
 TEARDOWN_SECONDS = 5.0
-FORGET_SECONDS = 0.5
+# The second time for what a busy machine had not let go of at the first.
+FORGET_SECONDS = (0.5, 5.0)
 # Below max_session_duration in pcc-deploy.toml, which ends a call without a goodbye.
 MAX_CALL_SECONDS = 3300.0
 
@@ -54,7 +55,8 @@ def forget_soon() -> None:
     A call is full of cycles and holds 10 MB. Python's own collection, which counts objects and not
     bytes, would let dozens of calls pile up.
     """
-    asyncio.get_running_loop().call_later(FORGET_SECONDS, gc.collect)
+    for seconds in FORGET_SECONDS:
+        asyncio.get_running_loop().call_later(seconds, gc.collect)
 
 
 def note(roark: "RoarkObserver", reason: str, detail: str) -> None:

@@ -1,4 +1,4 @@
-"""What all tests share, those of the folders too: the loop, the machine, a copy of the project."""
+"""What all tests share, those of the folders too: the loop, weights, a copy of the project."""
 
 import re
 import shutil
