@@ -118,7 +118,10 @@ async def test_a_person_is_greeted_when_they_have_said_hello_and_talks_with_the_
     assert asked
     # What the LLM was asked knows whom it has on the line, and the first words were not its own.
     assert all("you have called Ann, about your appointment" in a[0]["content"] for a in asked)
-    assert {a[-1]["content"] for a in asked} == {"That suits me."}
+    # On a busy machine it may be asked with a part of their answer, and then anew with all of it.
+    assert asked[-1][-1]["content"] == "That suits me."
+    contents = [a[-1]["content"] for a in asked]
+    assert all(content and "That suits me.".startswith(content) for content in contents)
 
 
 @pytest.mark.slow
