@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 from baking import FOLDER, FORM, ROOT, Bake, BakedProject, CommandLine, is_vendored, tracked_files
 from cookiecutter.main import cookiecutter
+from machine import goes_first
+
+__all__ = ["goes_first"]
 
 # Of the many processes that tests start each would compile Pipecat again: three seconds of work.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

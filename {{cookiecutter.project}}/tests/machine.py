@@ -1,8 +1,10 @@
 """What all tests share, those of the folders too: the loop, weights, a copy of the project."""
 
+import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +17,9 @@ A_KEY = next(iter(KEYS), "")
 # Some of roark's take from one another what they need of rehearsal/.
 HOLDS_CALLS = re.compile(r"^ *(?:from|import) (?:harness|rehearsal|roark\.tests)\b", re.MULTILINE)
 
+# A nice value, 19 to -20: ten times the share of a process at 0.
+TIMED_PRIORITY = -10
+
 
 def without_rehearsal(folder: Path) -> list[str]:
     """Return the files of tests in a folder that need rehearsal/; none where that is there."""
@@ -22,6 +27,19 @@ def without_rehearsal(folder: Path) -> list[str]:
         return []
     files = folder.glob("test_*.py")
     return [file.name for file in files if HOLDS_CALLS.search(file.read_text(encoding="utf-8"))]
+
+
+@pytest.fixture(autouse=True)
+def goes_first(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Have a test marked `timed` go before pytest-xdist's other workers, where one may ask so."""
+    if not request.node.get_closest_marker("timed") or not hasattr(os, "setpriority"):
+        yield
+        return
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    with suppress(PermissionError):
+        os.setpriority(os.PRIO_PROCESS, 0, TIMED_PRIORITY)
+    yield
+    os.setpriority(os.PRIO_PROCESS, 0, before)
 
 
 @pytest.fixture

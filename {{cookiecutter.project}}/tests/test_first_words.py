@@ -81,6 +81,7 @@ LONG_GREETING = "Good morning, this is the clinic. This call is recorded. What c
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 async def test_a_hello_at_pick_up_does_not_cost_the_greeting_and_a_sentence_is_answered_with_it(
     harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -93,6 +93,7 @@ def user_messages(harness: Harness) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 @BOTH_TRANSPORTS
 async def test_mhm_does_not_cut_the_bot_and_an_interruption_does_within_300_ms(
     harness: Harness, transport: str
@@ -126,6 +127,7 @@ async def test_mhm_does_not_cut_the_bot_and_an_interruption_does_within_300_ms(
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 async def test_a_caller_who_coughs_and_types_is_answered_each_time_once_and_in_order(
     harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,7 @@ from rehearsal.engines.scripted import Answer, Script
 pytestmark = [
     pytest.mark.anyio,
     pytest.mark.slow,
+    pytest.mark.timed,
     pytest.mark.skipif(not RECORDS_AUDIO, reason="this project does not record"),
 ]
 
