@@ -27,15 +27,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     These install and test whole projects and keep a core busy. xdist deals the list out in equal
     shares, one behind the other, so that one worker begins with all of them, while the others hold
-    calls, which take time and no processor; what is left is stolen.
+    calls, which take time and no processor; what is left is stolen. Those that measure time come
+    last, for in the first seconds all workers load what they need.
     """
     items.sort(key=_place)
 
 
-def _place(item: pytest.Item) -> tuple[bool, int]:
+def _place(item: pytest.Item) -> tuple[bool, bool, int]:
     slow = item.get_closest_marker("slow")
     is_long = slow and item.path.parent == ROOT / "tests"
-    return not is_long, -slow.kwargs.get("seconds", 0) if slow else 0
+    seconds = slow.kwargs.get("seconds", 0) if slow else 0
+    return not is_long, item.get_closest_marker("timed") is not None, -seconds
 
 
 @pytest.fixture(scope="session")
