@@ -226,8 +226,7 @@ def test_the_rendering_farthest_from_the_default_passes_its_own_tests_in_a_fresh
         ("uv", "sync", "--locked"),
         # The folders are those of the default, which the followed README checks whole.
         ("uv", "run", "--locked", "pyright", *(path.name for path in project.path.glob("*.py"))),
-        # Each worker of a fresh environment compiles what it imports.
-        ("uv", "run", "--locked", "pytest", "-q", "-rs", "-n", "2", *WHAT_ANSWERS_TOUCH),
+        ("uv", "run", "--locked", "pytest", "-q", "-rs", *WHAT_ANSWERS_TOUCH),
     ):
         done = project.run(*command)
         succeed(done)
