@@ -4,6 +4,7 @@ Silero says that somebody speaks after 0.2 s of a voice it is sure of, and that 
 much later. People notice both sooner: a first soft sound, a short pause.
 """
 
+import asyncio
 from collections import deque
 from collections.abc import Callable
 
@@ -44,6 +45,10 @@ def loudness_db(samples: np.ndarray) -> float:
     """Return how loud mono PCM16 is, in dB below the loudest that it can be."""
     level = float(np.sqrt(np.mean(np.square(samples / 32768.0)))) if samples.size else 0.0
     return 20.0 * float(np.log10(max(level, 1e-6)))
+
+
+# For Silero, which takes a millisecond: half of a piece of sound.
+PATIENCE_SECONDS = 0.01
 
 
 class Onset:
@@ -103,6 +108,9 @@ class HushVADAnalyzer(SileroVADAnalyzer):
         self._quiet_seconds = 0.0
         self._is_hushed = False
         self._may_be_voice = False
+        self._held = b""
+        self._analysis: asyncio.Future[VADState] | None = None
+        self._state = VADState.QUIET
 
     def voice_confidence(self, buffer: bytes) -> float:
         """Say how much one window of mono PCM16 is like a voice, 0 to 1."""
@@ -118,13 +126,40 @@ class HushVADAnalyzer(SileroVADAnalyzer):
 
     async def analyze_audio(self, buffer: bytes) -> VADState:
         """Listen to mono PCM16."""
-        state = await super().analyze_audio(buffer)
+        state = await self._state_after(buffer)
         self._on_sound(self._may_be_voice or state is not VADState.QUIET)
         is_stopping = state is VADState.STOPPING
-        seconds = len(buffer) / 2 / self.sample_rate
+        # While Silero lags nothing is known of the last piece.
+        seconds = 0.0 if self._analysis else len(buffer) / 2 / self.sample_rate
         self._quiet_seconds = self._quiet_seconds + seconds if is_stopping else 0.0
         is_hushed = self._quiet_seconds >= HUSH_SECONDS
         if is_hushed != self._is_hushed:
             self._is_hushed = is_hushed
             self._on_hush(is_hushed)
         return state
+
+    async def cleanup(self) -> None:
+        """The call is over."""
+        if self._analysis:
+            self._analysis.cancel()
+        await super().cleanup()
+
+    async def _state_after(self, buffer: bytes) -> VADState:
+        """Return what Silero makes of the sound so far, or of all but the last if it lags.
+
+        Pipecat passes sound on before all else, and waits for this: where each piece took longer
+        than it lasts, no word and no answer would ever get through the call.
+        """
+        self._held += buffer
+        window = 2 * self.num_frames_required()
+        if not self._analysis and len(self._held) >= window:
+            # In a thread: all that is there, and no part of a window, of which nothing follows.
+            whole = len(self._held) // window * window
+            heard, self._held = self._held[:whole], self._held[whole:]
+            self._analysis = asyncio.ensure_future(super().analyze_audio(heard))
+        if self._analysis:
+            await asyncio.wait({self._analysis}, timeout=PATIENCE_SECONDS)
+            if self._analysis.done():
+                self._state = self._analysis.result()
+                self._analysis = None
+        return self._state

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import cast
 import numpy as np
 import pytest
 from pipecat.audio.turn.base_turn_analyzer import BaseTurnAnalyzer, BaseTurnParams, EndOfTurnState
+from pipecat.audio.vad.silero import SileroVADAnalyzer
 from pipecat.frames.frames import (
     EagerEndOfTurnCancelFrame,
     ErrorFrame,
@@ -492,6 +494,34 @@ async def test_a_pause_is_told_of_before_it_is_one() -> None:
     assert (hushed, over) == (True, False)
     assert HUSH_SECONDS <= after < later
     assert (sounds[0], any(sounds), sounds[-1]) == (False, True, False)
+    await analyzer.cleanup()
+
+
+@pytest.mark.anyio
+async def test_a_detector_that_lags_holds_up_nothing_else_and_misses_no_sound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Pipecat waits for it before it passes a word or an answer on."""
+    goes_on = threading.Event()
+    heard: list[bytes] = []
+
+    def voice_confidence(_analyzer: SileroVADAnalyzer, buffer: bytes) -> float:
+        goes_on.wait(5)
+        heard.append(buffer)
+        return 0.0
+
+    monkeypatch.setattr(SileroVADAnalyzer, "voice_confidence", voice_confidence)
+    analyzer = HushVADAnalyzer(lambda _is_hushed: None, lambda _is_sound: None)
+    analyzer.set_sample_rate(VOICE_HZ)
+    pieces = [bytes([number]) * 640 for number in range(8)]
+    for piece in pieces:
+        await analyzer.analyze_audio(piece)
+    assert not heard
+    goes_on.set()
+    async with asyncio.timeout(5):
+        while len(heard) < sum(map(len, pieces)) // 1024:
+            await analyzer.analyze_audio(b"")
+    assert b"".join(heard) == b"".join(pieces)
     await analyzer.cleanup()
 
 
