@@ -147,11 +147,15 @@ class WebRTCCaller(Caller):
             assert isinstance(frame, av.AudioFrame)
             # The decoder's stereo is one voice twice.
             pcm = frame.to_ndarray().reshape(-1, len(frame.layout.channels))[:, 0].tobytes()
-            at = time.monotonic()
+            at = self._heard_at(frame)
             # The bot's track never pauses. Silence that comes late is dropped, as a jitter
             # buffer does it: else one hiccup would delay all that is heard after it.
             if at >= self.heard.end or rms(pcm) > LOUD_RMS:
                 self._hears(pcm, at)
+
+    def _heard_at(self, _frame: av.AudioFrame) -> float:
+        """Return when a piece of the bot's sound is heard: once the jitter buffer gives it out."""
+        return time.monotonic()
 
     async def _put_down(self) -> None:
         for task in self._tasks:

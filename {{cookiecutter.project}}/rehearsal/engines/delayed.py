@@ -54,11 +54,14 @@ class DelayedEngine:
     """Another engine, later."""
 
     def __init__(self, engine: Engine, latencies: Latencies, *, seed: int = 0) -> None:
-        """Let `engine` wait for as long as `latencies` say; the same `seed` gives the same."""
+        """Let `engine` wait for as long as `latencies` say.
+
+        The same `seed` gives the same, of each of the three, whatever is asked of the others.
+        """
         self.name = engine.name
         self._engine = engine
         self._latencies = latencies
-        self._chance = random.Random(seed)
+        self._chances = {name: random.Random(f"{seed} {name}") for name in ("llm", "tts", "stt")}
 
     def listen(self, sample_rate: int) -> "DelayedRecogniser":
         """Return a recogniser whose final words come late."""
@@ -68,13 +71,13 @@ class DelayedEngine:
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]
     ) -> AsyncIterator[TextDelta | ToolCall]:
         """Answer after a while, and then at once."""
-        await self.wait(self._latencies.llm)
+        await self._wait("llm")
         async for piece in self._engine.think(messages, tools):
             yield piece
 
     async def speak(self, text: str, sample_rate: int) -> AsyncIterator[Speech]:
         """Say `text` after a while."""
-        await self.wait(self._latencies.tts)
+        await self._wait("tts")
         async for piece in self._engine.speak(text, sample_rate):
             yield piece
 
@@ -84,12 +87,11 @@ class DelayedEngine:
 
     async def confirm(self) -> None:
         """Take the time of a recogniser that was told to say what it has."""
-        await self.wait(self._latencies.stt)
+        await self._wait("stt")
 
-    async def wait(self, median: float) -> None:
-        """Wait for about `median` seconds."""
-        if median:
-            await asyncio.sleep(median * math.exp(self._chance.gauss(0.0, SPREAD)))
+    async def _wait(self, name: str) -> None:
+        if median := getattr(self._latencies, name):
+            await asyncio.sleep(median * math.exp(self._chances[name].gauss(0.0, SPREAD)))
 
 
 class DelayedRecogniser:

@@ -22,7 +22,7 @@ async def test_latencies_are_drawn_around_their_medians(monkeypatch: pytest.Monk
     for _ in range(400):
         assert [piece async for piece in engine.think([], [])]
     assert statistics.median(slept) == pytest.approx(0.45, rel=0.05)
-    assert statistics.quantiles(slept, n=6)[-1] < 0.45 * (1 + 1.2 * SPREAD)
+    assert statistics.quantiles(slept, n=6)[-1] < 0.45 * (1 + 1.4 * SPREAD)
     slept.clear()
     assert [piece async for piece in engine.speak("Hello there.", 8000)]
     assert slept == []
