@@ -21,6 +21,7 @@ from pipecat.pipeline.pipeline import Pipeline
 from pipecat.pipeline.worker import PipelineParams, PipelineWorker, ProcessorUnusablePolicy
 from pipecat.processors.aggregators.llm_context import LLMContext
 from pipecat.processors.aggregators.llm_response_universal import LLMContextAggregatorPair
+from pipecat.processors.frameworks.rtvi import RTVIObserverParams
 from pipecat.runner.types import RunnerArguments
 from pipecat.workers.runner import WorkerRunner
 
@@ -168,7 +169,7 @@ async def run_pipeline(
     floor = Floor()
     client_ready = asyncio.Event()
     context.set_tools(tools.offered())
-    # Loads two models; in a thread, for the other calls of this process are not to stumble.
+    # May load two models; in a thread, for the other calls of this process are not to stumble.
     user_params = await asyncio.to_thread(turns.params, floor, stt)
     aggregators = LLMContextAggregatorPair(
         context, user_params=user_params, assistant_params=services.memory_params()
@@ -213,6 +214,9 @@ async def run_pipeline(
         app_resources=call,
         conversation_id=roark.pipecat_call_id,
         enable_rtvi=not connection.is_phone,
+        # Each message takes the way of an answer, at the same time; and what the services take and
+        # cost is not the browser's business.
+        rtvi_observer_params=RTVIObserverParams(metrics_enabled=False),
         enable_tracing=is_traced,
         # Counts turns for the traces; nobody else asks.
         enable_turn_tracking=is_traced,
@@ -315,6 +319,8 @@ async def run_pipeline(
 
     with shutdown.ends_call(on_signal):
         await ending.run(connection)
+    # Nobody waits for it now.
+    asyncio.get_running_loop().run_in_executor(None, turns.prepare, stt)
 
 
 if __name__ == "__main__":

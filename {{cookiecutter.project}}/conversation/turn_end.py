@@ -5,6 +5,9 @@ pause whether it was the end; where that says no it waits three seconds, and whe
 late it answers half a sentence. Here the pause goes on and the evidence grows: Smart Turn is asked
 again, the whole transcript is waited for, and a number gets the time that numbers take.
 
+Smart Turn takes 0.1 to 0.2 s of a processor. It is asked before the detector is sure of the pause,
+so that both have come to their conclusion at the same time.
+
 Meanwhile the LLM already answers what is there (speculation): held back in Pipecat's LLM service,
 the answer is spoken if the turn ends with these words, and thrown away if there come others.
 """
@@ -34,10 +37,21 @@ from pipecat.frames.frames import (
     VADUserStartedSpeakingFrame,
     VADUserStoppedSpeakingFrame,
 )
+from pipecat.metrics.metrics import MetricsData
 from pipecat.processors.frame_processor import FrameProcessorSetup
 from pipecat.services.llm_service import LLMService
 from pipecat.turns.types import ProcessFrameResult, UserTurnSpeculation
 from pipecat.turns.user_stop import BaseUserTurnStopStrategy, NormalizedMatch
+
+# What Smart Turn listens to, at most; it is longer than most turns.
+LISTENS_SECONDS = 8.0
+# Of what came before the detector was sure of a voice: it takes 0.2 s, and a first sound is soft.
+LEAD_SECONDS = 0.7
+
+# Asked before the pause is one, it is given what is missing: the last moment again and again. Of 69
+# ends and pauses of the benchmark's sentences it then thinks of 64 what it thinks 0.1 s later, when
+# the detector is sure; of 60 without.
+STILL_SECONDS, STILL_TIMES = 0.06, 2
 
 # All measured from the caller's last sound.
 # Smart Turn hears the pause grow: what it took for a pause at first it may take for the end later.
@@ -145,7 +159,9 @@ class TurnEnd:
 
     def hushed(self, is_hushed: bool) -> None:
         """The caller has made no sound for vad.HUSH_SECONDS; or they go on."""
-        self._is_hushed = is_hushed
+        self._is_hushed = is_hushed and self._is_speaking
+        if self._is_speaking and not is_hushed:
+            self._forget_verdict()
 
     def speech_stopped(self, silent_for: float) -> None:
         """The caller made their last sound `silent_for` seconds ago."""
@@ -179,6 +195,11 @@ class TurnEnd:
         self._is_complete = is_complete
 
     @property
+    def is_open(self) -> bool:
+        """Whether the caller has the turn."""
+        return self._is_open
+
+    @property
     def text(self) -> str:
         """All words of the turn so far, with those that are not certain yet."""
         return " ".join(word for word in (*self._words, self._guess) if word).strip()
@@ -205,8 +226,7 @@ class TurnEnd:
         if (wordless := self._wordless_due_in()) is not None and wordless <= 0.0:
             return Step.END
         if (pause := self._pause()) is None:
-            is_sentence = self._is_hushed and SENTENCE_END.search(self.text)
-            return self._speculate() if is_sentence else Step.WAIT
+            return self._before_pause()
         if self._is_over(pause):
             if self._words and self._are_words_due and not self._has_last_words:
                 self._confirms = False
@@ -215,6 +235,15 @@ class TurnEnd:
             self._asked += 1
             return Step.ASK
         return self._speculate()
+
+    def _before_pause(self) -> Step:
+        """What may be done while the detector is not sure that the caller is silent."""
+        if not (self._is_hushed and self._is_open):
+            return Step.WAIT
+        if not self._asked:
+            self._asked = 1
+            return Step.ASK
+        return self._speculate() if SENTENCE_END.search(self.text) else Step.WAIT
 
     def due_in(self) -> float | None:
         """Seconds from the last `step` until it may say something else by itself.
@@ -279,6 +308,9 @@ class TurnEnd:
 
     def _forget_pause(self) -> None:
         self._has_last_words = False
+        self._forget_verdict()
+
+    def _forget_verdict(self) -> None:
         self._is_complete = False
         self._asked = 0
 
@@ -306,28 +338,37 @@ class PauseUserTurnStopStrategy(BaseUserTurnStopStrategy):
         self._turn = TurnEnd(clock, speculates=speculates, patience=patience, goes_on=goes_on)
         self._was_confirmed = False
         self._is_speaking = False
+        self._sound = bytearray()
+        self._sample_rate = 0
         self._pauses = 0
+        self._verdict: MetricsData | None = None
         self._changed = asyncio.Event()
-        self._watching: asyncio.Task[None] | None = None
-        self._asking: asyncio.Task[None] | None = None
+        self._is_asked = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
 
     def hushed(self, is_hushed: bool) -> None:
         """Take from a HushVADAnalyzer that the caller may be done; or that they go on."""
+        if not is_hushed:
+            self._goes_on()
         self._turn.hushed(is_hushed)
         self._changed.set()
 
     async def setup(self, setup: FrameProcessorSetup) -> None:
         """Begin to watch the clock."""
         await super().setup(setup)
+        self._sample_rate = setup.audio_in_sample_rate
         self._analyzer.set_sample_rate(setup.audio_in_sample_rate)
-        self._watching = self.create_task(self._watch(), f"{self}::watch")
+        self._tasks = [
+            self.create_task(self._watch(), f"{self}::watch"),
+            self.create_task(self._judge(), f"{self}::judge"),
+        ]
 
     async def cleanup(self) -> None:
         """The call is over, or another strategy takes over."""
         await super().cleanup()
-        for task in (self._watching, self._asking):
-            if task and not task.done():
-                await self.cancel_task(task)
+        for task in self._tasks:
+            await self.cancel_task(task)
+        self._tasks.clear()
         await self._analyzer.cleanup()
 
     async def handle_user_turn_started(self) -> None:
@@ -339,7 +380,7 @@ class PauseUserTurnStopStrategy(BaseUserTurnStopStrategy):
         """The turn is over, whoever ended it."""
         await self._withdraw()
         self._turn.end()
-        self._analyzer.clear()
+        self._sound.clear()
 
     async def process_frame(self, frame: Frame) -> ProcessFrameResult:
         """Take from the frames what they tell of the turn."""
@@ -348,17 +389,15 @@ class PauseUserTurnStopStrategy(BaseUserTurnStopStrategy):
                 params = self._analyzer.params
                 await self.broadcast_frame(SpeechControlParamsFrame, turn_params=params)
             case InputAudioRawFrame():
-                state = self._analyzer.append_audio(frame.audio, self._is_speaking)
-                if state is EndOfTurnState.COMPLETE:
-                    self._note_judgement(True)
+                self._listen(frame.audio)
             case VADUserStartedSpeakingFrame():
-                self._analyzer.update_vad_start_secs(frame.start_secs)
                 self._is_speaking = True
-                self._pauses += 1
+                self._goes_on()
                 self._turn.speech_started()
             case VADUserStoppedSpeakingFrame():
                 self._is_speaking = False
                 self._turn.speech_stopped(frame.stop_secs)
+                await self._tell_verdict()
                 self._changed.set()
             case TranscriptionFrame():
                 self._turn.heard(frame.text, is_last=frame.finalized)
@@ -396,8 +435,8 @@ class PauseUserTurnStopStrategy(BaseUserTurnStopStrategy):
             self._changed.clear()
             while (step := self._turn.step()) is not Step.WAIT:
                 match step:
-                    case Step.ASK if self._asking is None or self._asking.done():
-                        self._asking = self.create_task(self._ask(self._pauses), f"{self}::ask")
+                    case Step.ASK:
+                        self._is_asked.set()
                     case Step.SPECULATE:
                         await self.trigger_user_turn_inference_triggered(
                             speculation=UserTurnSpeculation(self._turn.text)
@@ -405,7 +444,7 @@ class PauseUserTurnStopStrategy(BaseUserTurnStopStrategy):
                     case Step.END:
                         await self._end()
                         break
-                    case _:
+                    case Step.WAIT:
                         pass
 
     async def _end(self) -> None:
@@ -430,13 +469,39 @@ class PauseUserTurnStopStrategy(BaseUserTurnStopStrategy):
         self._was_confirmed = False
         self._turn.forget_answer()
 
-    async def _ask(self, pause: int) -> None:
-        state, prediction = await self._analyzer.analyze_end_of_turn()
-        if prediction:
-            await self.push_frame(MetricsFrame(data=[prediction]))
-        if pause == self._pauses:
-            self._note_judgement(state is EndOfTurnState.COMPLETE)
+    def _listen(self, audio: bytes) -> None:
+        in_turn = self._is_speaking or self._turn.is_open
+        seconds = LISTENS_SECONDS if in_turn else LEAD_SECONDS
+        self._sound += audio
+        del self._sound[: -2 * round(seconds * self._sample_rate)]
 
-    def _note_judgement(self, is_complete: bool) -> None:
-        self._turn.judged(is_complete)
-        self._changed.set()
+    def _goes_on(self) -> None:
+        """What the analyzer is about to say is of a pause that is over."""
+        self._pauses += 1
+        self._verdict = None
+
+    async def _judge(self) -> None:
+        while True:
+            await self._is_asked.wait()
+            self._is_asked.clear()
+            pause = self._pauses
+            # Given anew each time, for it forgets what it took for a whole turn. The last piece
+            # that it has it leaves out.
+            still = self._sound[-2 * round(STILL_SECONDS * self._sample_rate) :]
+            sound = self._sound + still * (STILL_TIMES if self._is_speaking else 0)
+            self._analyzer.clear()
+            self._analyzer.append_audio(bytes(sound), is_speech=True)
+            self._analyzer.append_audio(bytes(2), is_speech=False)
+            state, verdict = await self._analyzer.analyze_end_of_turn()
+            if pause == self._pauses:
+                self._verdict = verdict
+                if not self._is_speaking:
+                    await self._tell_verdict()
+                self._turn.judged(state is EndOfTurnState.COMPLETE)
+                self._changed.set()
+
+    async def _tell_verdict(self) -> None:
+        """Let observers know, once the detector is sure that this is a pause."""
+        verdict, self._verdict = self._verdict, None
+        if verdict:
+            await self.push_frame(MetricsFrame(data=[verdict]))

@@ -2,7 +2,9 @@
 
 import re
 import time
+from collections import deque
 from collections.abc import Callable
+from functools import cached_property
 
 from pipecat.audio.turn.smart_turn.local_smart_turn_v3 import LocalSmartTurnAnalyzerV3
 from pipecat.audio.vad.vad_analyzer import VAD_STOP_SECS
@@ -42,14 +44,51 @@ BACKCHANNEL_ANSWERS_SECONDS = 1.0
 FIRST_WITHOUT_SPACES = "\u2e80"
 
 
-def params(floor: Floor, recogniser: STTService | None = None) -> LLMUserAggregatorParams:
+class Models:
+    """What listens to one caller, not shared with any other. Loading it takes 0.1 s."""
+
+    @cached_property
+    def voice(self) -> HushVADAnalyzer:
+        """Silero hears when the caller speaks."""
+        return HushVADAnalyzer()
+
+    @cached_property
+    def turn(self) -> LocalSmartTurnAnalyzerV3:
+        """Smart Turn hears, with turn_end.py, whether they are done."""
+        return LocalSmartTurnAnalyzerV3()
+
+
+# Loaded, and not used yet: the next caller is greeted so much sooner.
+_spare = deque[Models](maxlen=1)
+
+
+def prepare(recogniser: STTService | None = None) -> None:
+    """Load the models of the next call; `recogniser` is one of the kind that it will have."""
+    if not _spare:
+        models = Models()
+        params(Floor(), recogniser, models)
+        _spare.append(models)
+
+
+def _take_spare() -> Models:
+    # Calls begin in threads of their own.
+    try:
+        return _spare.pop()
+    except IndexError:
+        return Models()
+
+
+def params(
+    floor: Floor, recogniser: STTService | None = None, models: Models | None = None
+) -> LLMUserAggregatorParams:
     """How turns are taken in the call whose floor this is. Each call needs its own.
 
     A recogniser that tells by itself when a turn begins and ends (Deepgram Flux, Cartesia Turns) is
     believed the end, and the beginning where it is not the bot's turn.
     """
     protected = config.is_on("PROTECT_GREETING")
-    strategies = _strategies(floor, recogniser)
+    models = models or _take_spare()
+    strategies = _strategies(floor, recogniser, models)
 
     def on_hush(is_hushed: bool) -> None:
         floor.caller_is_hushed = is_hushed
@@ -57,9 +96,9 @@ def params(floor: Floor, recogniser: STTService | None = None) -> LLMUserAggrega
             if isinstance(stop, PauseUserTurnStopStrategy):
                 stop.hushed(is_hushed)
 
+    models.voice.tell(on_hush=on_hush, on_sound=floor.sound)
     return LLMUserAggregatorParams(
-        # Silero hears when the caller speaks; Smart Turn, with turn_end.py, whether they are done.
-        vad_analyzer=HushVADAnalyzer(on_hush=on_hush, on_sound=floor.sound),
+        vad_analyzer=models.voice,
         user_turn_strategies=strategies,
         user_mute_strategies=[MuteUntilFirstBotCompleteUserMuteStrategy()] if protected else [],
         # silence.py sees to turns without a word.
@@ -67,7 +106,7 @@ def params(floor: Floor, recogniser: STTService | None = None) -> LLMUserAggrega
     )
 
 
-def _strategies(floor: Floor, recogniser: STTService | None) -> UserTurnStrategies:
+def _strategies(floor: Floor, recogniser: STTService | None, models: Models) -> UserTurnStrategies:
     recommended = recogniser and recogniser.service_metadata_frame().user_turn_strategies
     if isinstance(recommended, ExternalUserTurnStrategies):
         start = InterruptionUserTurnStartStrategy(
@@ -78,7 +117,7 @@ def _strategies(floor: Floor, recogniser: STTService | None) -> UserTurnStrategi
         # Of a kind that is not known here.
         return recommended
     stop = PauseUserTurnStopStrategy(
-        turn_analyzer=LocalSmartTurnAnalyzerV3(),
+        turn_analyzer=models.turn,
         speculates=config.is_on("SPECULATE", True),
         patience=config.seconds("PATIENCE_SECONDS", 0.0),
         goes_on=goes_on,

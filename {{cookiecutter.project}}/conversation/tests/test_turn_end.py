@@ -16,6 +16,7 @@ from pipecat.frames.frames import (
     EagerEndOfTurnCancelFrame,
     ErrorFrame,
     Frame,
+    InputAudioRawFrame,
     InterimTranscriptionFrame,
     TranscriptionFrame,
     VADUserStartedSpeakingFrame,
@@ -29,6 +30,8 @@ from pipecat.utils.asyncio.task_manager import TaskManager
 
 from conversation.turn_end import (
     ASK_AGAIN_SECONDS,
+    LEAD_SECONDS,
+    LISTENS_SECONDS,
     LONGEST_PAUSE_SECONDS,
     MOST_SPECULATIONS,
     NO_WORDS_SECONDS,
@@ -42,6 +45,7 @@ from conversation.turns import goes_on
 from conversation.vad import (
     HUSH_SECONDS,
     ONSET_SECONDS,
+    Hush,
     HushVADAnalyzer,
     Onset,
     VoicesAround,
@@ -137,6 +141,26 @@ def test_the_analyzer_is_asked_again_as_the_pause_goes_on() -> None:
     caller.turn.heard("He might.", is_last=True)
     assert caller.waits(5.0) == ASK_AGAIN_SECONDS[1]
     assert caller.asked_at == [VAD_SECONDS, *ASK_AGAIN_SECONDS]
+
+
+def test_the_analyzer_is_asked_before_the_pause_is_one_and_not_again_when_it_is() -> None:
+    caller = Caller()
+    caller.turn.begin()
+    caller.turn.speech_started()
+    assert caller.turn.step() is Step.WAIT
+    caller.turn.hushed(True)
+    assert caller.turn.step() is Step.ASK
+    caller.turn.judged(True)
+    # A gap between two words: what was made of it is void.
+    caller.turn.hushed(False)
+    assert caller.turn.step() is Step.WAIT
+    caller.turn.hushed(True)
+    assert caller.turn.step() is Step.ASK
+    caller.turn.judged(True)
+    assert caller.turn.step() is Step.WAIT
+    caller.turn.speech_stopped(VAD_SECONDS)
+    caller.turn.heard("That is all.", is_last=True)
+    assert caller.turn.step() is Step.END
 
 
 def test_the_longest_pause_ends_a_turn_that_the_analyzer_thinks_incomplete() -> None:
@@ -333,11 +357,14 @@ class TestSpeculation:
         caller.turn.speech_started()
         caller.turn.hears("Are you")
         caller.turn.hushed(True)
+        assert caller.turn.step() is Step.ASK
         assert caller.turn.step() is Step.WAIT
         caller.turn.hushed(False)
         caller.turn.hears("Are you open?")
         assert caller.turn.step() is Step.WAIT
         caller.turn.hushed(True)
+        assert caller.turn.step() is Step.ASK
+        caller.turn.judged(True)
         assert caller.turn.step() is Step.SPECULATE
         assert caller.turn.step() is Step.WAIT
         caller.turn.speech_stopped(VAD_SECONDS)
@@ -406,6 +433,8 @@ class Verdict(BaseTurnAnalyzer):
     def __init__(self) -> None:
         super().__init__()
         self.answer: asyncio.Future[EndOfTurnState] = asyncio.get_running_loop().create_future()
+        self.listened = b""
+        self.asked_about: list[bytes] = []
 
     @property
     def speech_triggered(self) -> bool:
@@ -416,13 +445,15 @@ class Verdict(BaseTurnAnalyzer):
         return BaseTurnParams()
 
     def append_audio(self, buffer: bytes, is_speech: bool) -> EndOfTurnState:
+        self.listened += buffer if is_speech else b""
         return EndOfTurnState.INCOMPLETE
 
     async def analyze_end_of_turn(self) -> tuple[EndOfTurnState, None]:
-        return await self.answer, None
+        self.asked_about.append(self.listened)
+        return await asyncio.shield(self.answer), None
 
     def clear(self) -> None:
-        pass
+        self.listened = b""
 
 
 class Watched:
@@ -479,20 +510,28 @@ async def watched(analyzer: Verdict) -> AsyncIterator[Watched]:
 
 
 @pytest.mark.anyio
-async def test_a_pause_is_told_of_before_it_is_one() -> None:
+async def test_a_pause_is_told_of_before_it_is_one_and_taken_back_once_they_go_on() -> None:
     told: list[tuple[bool, float]] = []
-    silent = 0.0
+    second = 0.0
     sounds: list[bool] = []
-    analyzer = HushVADAnalyzer(lambda is_hushed: told.append((is_hushed, silent)), sounds.append)
+    analyzer = HushVADAnalyzer()
+    analyzer.tell(
+        on_hush=lambda is_hushed: told.append((is_hushed, second)), on_sound=sounds.append
+    )
     analyzer.set_sample_rate(VOICE_HZ)
     voice = b"".join([p.pcm async for p in ScriptedEngine().speak("as long as a cat is", VOICE_HZ)])
-    sound, size = bytes(VOICE_HZ) + voice, 2 * VOICE_HZ // 50
-    for at in range(0, len(sound) + 2 * VOICE_HZ, size):
-        silent += 0.02 * (at >= len(sound))
+    spoken = len(voice) / 2 / VOICE_HZ
+    sound, size = bytes(2 * VOICE_HZ) + voice + bytes(2 * VOICE_HZ), 2 * VOICE_HZ // 50
+    sound += voice + bytes(2 * VOICE_HZ)
+    for at in range(0, len(sound), size):
+        second = at / 2 / VOICE_HZ
         await analyzer.analyze_audio(sound[at : at + size].ljust(size, b"\0"))
-    (hushed, after), (over, later) = told[-2:]
-    assert (hushed, over) == (True, False)
-    assert HUSH_SECONDS <= after < later
+    kinds = [is_hushed for is_hushed, _ in told]
+    assert kinds == [True, False, True]
+    (_, hushed_at), (_, on_at), (_, again_at) = told
+    # Behind its last word the voice is silent for 0.04 s; a frame's time is its beginning.
+    assert HUSH_SECONDS - 0.06 <= hushed_at - (1.0 + spoken) < VAD_SECONDS
+    assert 2.0 + spoken < on_at < 2.5 + spoken < again_at
     assert (sounds[0], any(sounds), sounds[-1]) == (False, True, False)
     await analyzer.cleanup()
 
@@ -511,7 +550,7 @@ async def test_a_detector_that_lags_holds_up_nothing_else_and_misses_no_sound(
         return 0.0
 
     monkeypatch.setattr(SileroVADAnalyzer, "voice_confidence", voice_confidence)
-    analyzer = HushVADAnalyzer(lambda _is_hushed: None, lambda _is_sound: None)
+    analyzer = HushVADAnalyzer()
     analyzer.set_sample_rate(VOICE_HZ)
     pieces = [bytes([number]) * 640 for number in range(8)]
     for piece in pieces:
@@ -545,6 +584,20 @@ def test_a_noise_that_goes_on_is_none_and_the_louder_sound_in_it_is() -> None:
     street = told_of([*[300] * 60, 2000, 2000])
     assert sum(street[:60]) <= ONSET_SECONDS / 0.032
     assert street[-2:] == [True, True]
+
+
+def test_a_voice_that_has_fallen_is_silent_and_a_soft_word_or_a_noisy_line_is_not() -> None:
+    hush = Hush()
+
+    def silent(*levels: float, is_voice: bool = True) -> list[float]:
+        return [hush.heard(level, 0.03, is_voice=is_voice) for level in levels]
+
+    assert silent(-20.0, -25.0, -22.0, -38.0, -30.0) == [0.0] * 5
+    assert silent(-60.0, -70.0, -48.0, -21.0) == pytest.approx([0.03, 0.06, 0.09, 0.0])
+    assert silent(-40.0, -41.0, -40.0, is_voice=False) == [0.0] * 3
+    # A click, and who speaks softly after it.
+    silent(-1.0, is_voice=False)
+    assert silent(-30.0, -35.0) == [0.0] * 2
 
 
 def test_voices_that_never_stop_are_told_from_the_caller_who_is_louder() -> None:
@@ -649,3 +702,45 @@ async def test_an_answer_that_wants_a_tool_as_the_turn_ends_is_asked_for_again()
         await call.until("push LLMRunFrame")
         await call.strategy.process_frame(EagerEndOfTurnCancelFrame())
         assert call.did == []
+
+
+def sound(number: int, seconds: float) -> InputAudioRawFrame:
+    """Audio that is nothing but one number."""
+    pcm = number.to_bytes(2, "little") * round(seconds * 16000)
+    return InputAudioRawFrame(audio=pcm, sample_rate=16000, num_channels=1)
+
+
+@pytest.mark.anyio
+async def test_the_analyzer_hears_the_whole_turn_each_time_and_nothing_of_the_one_before() -> None:
+    analyzer = Verdict()
+    analyzer.answer.set_result(EndOfTurnState.INCOMPLETE)
+
+    async def asked(times: int) -> list[int]:
+        """Wait until it was asked so often; return which sounds it heard the last time."""
+        async with asyncio.timeout(5):
+            while len(analyzer.asked_about) < times:
+                await asyncio.sleep(0)
+        heard = analyzer.asked_about[-1]
+        return sorted(
+            {int.from_bytes(heard[at : at + 2], "little") for at in range(0, len(heard), 2)}
+        )
+
+    async with watched(analyzer) as call:
+        await call.strategy.process_frame(SPEAKS)
+        await call.strategy.process_frame(sound(1, 1.0))
+        call.strategy.hushed(True)
+        assert await asked(1) == [1]
+        # They go on, and pause again.
+        call.strategy.hushed(False)
+        await call.strategy.process_frame(sound(2, 1.0))
+        call.strategy.hushed(True)
+        assert await asked(2) == [1, 2]
+        await call.strategy.process_frame(IS_SILENT)
+        await call.strategy.handle_user_turn_stopped()
+        await call.strategy.process_frame(sound(3, 10.0))
+        await call.strategy.process_frame(sound(4, LEAD_SECONDS))
+        await call.strategy.process_frame(SPEAKS)
+        await call.strategy.handle_user_turn_started()
+        await call.strategy.process_frame(sound(5, LISTENS_SECONDS - LEAD_SECONDS))
+        await call.strategy.process_frame(IS_SILENT)
+        assert await asked(3) == [4, 5]

@@ -1,6 +1,7 @@
 """Who has the turn: interruptions, backchannels, a protected greeting, keys pressed on a phone."""
 
 import asyncio
+from collections import deque
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,12 +37,13 @@ from pipecat.tests.utils import SleepFrame, run_test
 from pipecat.turns.user_stop import EagerUserTurnStopStrategy, ExternalUserTurnStopStrategy
 from pipecat.utils.text.base_text_aggregator import TextType
 
-from conversation import hold
+from conversation import hold, turns
 from conversation.caller_words import CallerWords
 from conversation.floor import Floor
 from conversation.hold import Hold
 from conversation.turn_end import PauseUserTurnStopStrategy
 from conversation.turns import InterruptionUserTurnStartStrategy, is_backchannel, params
+from conversation.vad import HushVADAnalyzer
 from rehearsal.callers.twilio import TwilioCaller
 from rehearsal.callers.webrtc import WebRTCCaller
 from rehearsal.engines.engine import ToolCall
@@ -143,6 +145,10 @@ async def test_a_caller_who_coughs_and_types_is_answered_each_time_once_and_in_o
         said = await harness.say(caller)
         llm = harness.server("llm")
         await harness.providers.log.until(lambda: len(llm.requests) == 2, within_s=SECONDS)
+        # Which may be before the turn is over.
+        async with asyncio.timeout(SECONDS):
+            while not any(one.get("type") == "user-stopped-speaking" for one in caller.messages):
+                await asyncio.sleep(0.02)
         cough = await harness.say(caller, COUGH)
         answer = await caller.hear(since=said.end, within=SECONDS)
         assert cough.start < answer.start < cough.end + 3.0
@@ -340,6 +346,25 @@ async def test_a_sound_that_does_not_end_holds_no_answer_for_long(
     await run_test(
         Hold(floor, set_event()), frames_to_send=[AUDIO], expected_down_frames=[TTSAudioRawFrame]
     )
+
+
+async def test_the_next_calls_models_are_loaded_before_it_and_no_two_calls_share_any(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded: list[HushVADAnalyzer] = []
+
+    def load() -> HushVADAnalyzer:
+        loaded.append(HushVADAnalyzer())
+        return loaded[-1]
+
+    monkeypatch.setattr(turns, "_spare", deque(maxlen=1))
+    monkeypatch.setattr(turns, "HushVADAnalyzer", load)
+    for _ in range(2):
+        turns.prepare()
+    assert len(loaded) == 1
+    of_calls = [params(Floor()).vad_analyzer for _ in range(2)]
+    assert of_calls == loaded
+    assert len(loaded) == 2
 
 
 async def test_what_is_ready_before_the_client_can_play_it_waits_and_is_not_lost() -> None:
