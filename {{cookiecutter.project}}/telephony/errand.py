@@ -9,6 +9,7 @@ from typing import Self
 from zoneinfo import ZoneInfo
 
 from config import setting
+from telephony.transfer import E164
 from telephony.twilio_auth import TOKEN_PARAMETER, Gate
 from telephony.twiml import NO_XML
 
@@ -19,7 +20,6 @@ CALL_HOURS = "08-20"
 # Twilio allows name and value of a parameter 500 characters together.
 MAX_CHARACTERS = 450
 
-E164 = re.compile(r"\+[1-9][0-9]{6,14}")
 HOURS = re.compile(r"([01]?\d|2[0-3])-([01]?\d|2[0-4])")
 HOST = re.compile(r"[\w.-]+(:\d+)?")
 # https://www.twilio.com/docs/voice/twiml/play#digits

@@ -24,13 +24,13 @@ from telephony import twilio_rest, twiml
 from telephony.errand import (
     DECLINED,
     DIGITS,
-    E164,
     HOST,
     SIP_ENDINGS,
     Errand,
     NotPlaced,
     check,
 )
+from telephony.transfer import E164
 from telephony.twilio_auth import is_sid
 
 # Twilio lets it ring for so long, voicemail comes in sooner: after some 25 s.

@@ -59,7 +59,8 @@ VOICES = {
 
 # Of a session's telephone: ids in its body, which whoever starts one can write.
 DAILY_ID = re.compile(r"[\w.@:+-]{1,200}")
-PERSON = re.compile(r"\s*([\w-]+)\s*=\s*(\+[1-9][0-9]{6,14})\s*")
+E164 = re.compile(r"\+[1-9][0-9]{6,14}")
+PERSON = re.compile(rf"\s*([\w-]+)\s*=\s*({E164.pattern})\s*")
 TWIML = """<?xml version="1.0" encoding="UTF-8"?>
 <Response>
   <Dial timeout="{seconds}" answerOnBridge="true"{action}>
