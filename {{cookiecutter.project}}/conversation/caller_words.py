@@ -22,7 +22,7 @@ from pipecat.frames.frames import (
 from pipecat.processors.aggregators.dtmf_aggregator import DTMFAggregator
 from pipecat.processors.frame_processor import FrameDirection, FrameProcessor
 
-from conversation.floor import Floor
+from conversation.floor import Floor, is_of_caller
 
 # Whatever a reader would take for a square bracket: also the full-width, tortoise shell, lenticular
 # and mathematical ones.
@@ -79,7 +79,7 @@ class CallerWords(DTMFAggregator):
         turn, and its interruption would drop these.
         """
         is_typed = isinstance(frame, LLMMessagesAppendFrame) and any(
-            map(_is_of_caller, frame.messages)
+            map(is_of_caller, frame.messages)
         )
         if isinstance(frame, TranscriptionFrame) or is_typed:
             frame.interruptible = False
@@ -123,10 +123,6 @@ class CallerAudio(FrameProcessor):
             case _:
                 pass
         await self.push_frame(frame, direction)
-
-
-def _is_of_caller(message: Any) -> bool:
-    return isinstance(message, dict) and message.get("role") == "user"
 
 
 def _of_caller(message: Any) -> Any:

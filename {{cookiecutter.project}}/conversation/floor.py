@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from difflib import SequenceMatcher
 from enum import StrEnum
+from typing import Any
 
 from pipecat.frames.frames import (
     BotSpeakingFrame,
@@ -337,6 +338,11 @@ class Floor:
         return heard_at is not None and self._clock() - heard_at < LOST_SECONDS
 
 
+def is_of_caller(message: Any) -> bool:
+    """Whether a message for the LLM is what the caller has said, typed or pressed."""
+    return isinstance(message, dict) and message.get("role") == "user"
+
+
 def _words(text: str) -> list[str]:
     return re.sub(r"[^\w\s]", "", text.lower()).split()
 
@@ -410,7 +416,7 @@ def tell(floor: Floor, frame: Frame) -> None:
             if not floor.is_answering:
                 floor.bot_owes()
         case LLMMessagesAppendFrame():
-            if any(isinstance(m, dict) and m.get("role") == "user" for m in frame.messages):
+            if any(map(is_of_caller, frame.messages)):
                 floor.caller_took_turn()
             if frame.run_llm:
                 floor.bot_owes()

@@ -45,15 +45,14 @@ ABOVE_AROUND_DB = 7.5
 # Some consonants are soft: the loudest of so many windows counts.
 SMOOTH_WINDOWS = 3
 
+# Silero, which takes a millisecond, is waited for this long: half of a piece of sound.
+LAG_SECONDS = 0.01
+
 
 def loudness_db(samples: np.ndarray) -> float:
     """Return how loud mono PCM16 is, in dB below the loudest that it can be."""
     level = float(np.sqrt(np.mean(np.square(samples / 32768.0)))) if samples.size else 0.0
     return 20.0 * float(np.log10(max(level, 1e-6)))
-
-
-# For Silero, which takes a millisecond: half of a piece of sound.
-PATIENCE_SECONDS = 0.01
 
 
 class Onset:
@@ -196,7 +195,7 @@ class HushVADAnalyzer(SileroVADAnalyzer):
             heard, self._held = self._held[:whole], self._held[whole:]
             self._analysis = asyncio.ensure_future(super().analyze_audio(heard))
         if self._analysis:
-            await asyncio.wait({self._analysis}, timeout=PATIENCE_SECONDS)
+            await asyncio.wait({self._analysis}, timeout=LAG_SECONDS)
             if self._analysis.done():
                 self._state = self._analysis.result()
                 self._analysis = None
