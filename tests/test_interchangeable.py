@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import groupby
 from pathlib import Path
 from re import fullmatch, sub
 from types import SimpleNamespace
@@ -180,17 +181,29 @@ def test_every_difference_between_the_two_is_an_intended_one(
     assert unused == []
 
 
+def sides_in_order(call: ReceivedCall) -> list[str]:
+    """Return who is heard in the recording, one after the other.
+
+    What one side says with nothing of the other between is one, however long the silence in it: in
+    a process that stalls, Pipecat's recorder leaves holes in the bot's sound.
+    """
+    assert call.ended
+    stereo = np.frombuffer(call.recording, dtype="<i2").reshape(-1, 2)
+    rate = call.ended["recordingSampleRate"]
+    begun = [
+        (start, side)
+        for channel, side in enumerate(("caller", "bot"))
+        for start, _end in utterances(stereo[:, channel], rate)
+    ]
+    return [side for side, _ in groupby(side for _start, side in sorted(begun))]
+
+
 @pytest.mark.slow
-def test_both_recordings_hold_the_same_utterances_on_the_same_sides(
+def test_both_recordings_hold_the_same_turns_on_the_same_sides(
     arrived: dict[str, ReceivedCall],
 ) -> None:
-    heard: dict[str, list[int]] = {}
-    for name, call in arrived.items():
-        assert call.ended
-        stereo = np.frombuffer(call.recording, dtype="<i2").reshape(-1, 2)
-        rate = call.ended["recordingSampleRate"]
-        heard[name] = [len(utterances(stereo[:, channel], rate)) for channel in (0, 1)]
-    assert heard[OURS] == heard[PUBLISHED] == [1, 2]
+    ours, theirs = (sides_in_order(arrived[name]) for name in (OURS, PUBLISHED))
+    assert ours == theirs == ["bot", "caller", "bot"]
 
 
 def test_whatever_the_published_observer_takes_ours_takes() -> None:
