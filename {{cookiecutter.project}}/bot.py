@@ -55,7 +55,9 @@ PROMPT_FILE = Path(__file__).with_name("prompt.md")
 # What it is told besides, of a call that it has placed.
 OUTBOUND_FILE = Path(__file__).with_name("outbound.md")
 # Many places want the caller to be told. GREETING says it; the LLM does where that is blank.
+# <% if not cookiecutter.record_audio %>
 RECORDED = ""
+# <% endif %>
 # <% if cookiecutter.record_audio %>
 RECORDED = "Say in a sentence of its own that this call is recorded."
 # <% endif %>
@@ -324,7 +326,7 @@ async def run_pipeline(
 
 
 if __name__ == "__main__":
-    config.exit_without_keys()
+    config.exit_without_keys(transfer.check_values)
 
     from pipecat.runner.run import app, main
 

@@ -1,8 +1,10 @@
 """What the bot reads from its environment (`.env` on your machine, a secret set in the cloud)."""
 
+import math
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
@@ -54,6 +56,14 @@ def required(services: Path) -> dict[str, str]:
 # If any of these is missing, no call can be held.
 REQUIRED = required(SERVICES)
 
+# What is a number where it is set: a slip is said before there is a call to fail for it.
+SECONDS = (
+    *("MAX_CALL_SECONDS", "SILENCE_SECONDS", "ANSWER_SECONDS", "PATIENCE_SECONDS"),
+    *("DRAIN_SECONDS", "ROARK_FLUSH_SECONDS"),
+)
+NUMBERS = ("CALLS_MAX_MB", "CALLS_MAX_DAYS")
+WHOLE_NUMBERS = ("MAX_CALLS", "MAX_CALLS_PER_CALLER", "CONTEXT_TOKENS")
+
 # What is spoken in calls, where LANGUAGE does not say.
 # <% if cookiecutter.language != "en" %>
 DEFAULT_LANGUAGE = "{{ cookiecutter.language }}"
@@ -69,12 +79,35 @@ def setting(name: str, default: str = "") -> str:
 
 
 def seconds(name: str, default: float) -> float:
-    """The variable `name` as a number of seconds, or `default` where it is unset or blank."""
-    value = setting(name)
+    """The variable `name` as a number of seconds, or `default` where it is unset or blank.
+
+    Raises:
+        RuntimeError: It is no number, or less than 0.
+    """
+    return _number(name, default, "a number of seconds")
+
+
+def whole_number(name: str, default: int) -> int:
+    """The variable `name`, or `default` where it is unset or blank.
+
+    Raises:
+        RuntimeError: It is no whole number.
+    """
+    value = setting(name, str(default))
+    if not value.isdecimal():
+        raise RuntimeError(f"{name} is a whole number, 0 for no limit, not {value!r}")
+    return int(value)
+
+
+def _number(name: str, default: float, what: str = "a number") -> float:
+    value = setting(name, str(default))
     try:
-        return float(value) if value else default
+        number = float(value)
     except ValueError:
-        raise RuntimeError(f"{name} is a number of seconds, not {value!r}") from None
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise RuntimeError(f"{name} is {what}, 0 or more, not {value!r}")
+    return number
 
 
 def is_on(name: str, default: bool = False) -> bool:
@@ -127,9 +160,15 @@ def require_keys() -> None:
 
 
 def check_values() -> None:
-    """Raise RuntimeError for the first of LANGUAGE and TIMEZONE that is not what it has to be."""
+    """Raise RuntimeError for the first setting that is not what it has to be."""
     language()
     timezone()
+    for name in SECONDS:
+        seconds(name, 0.0)
+    for name in NUMBERS:
+        _number(name, 0.0)
+    for name in WHOLE_NUMBERS:
+        whole_number(name, 0)
 
 
 def reason(error: Exception) -> str:
@@ -141,14 +180,27 @@ def reason(error: Exception) -> str:
     return str(error) if is_plain else type(error).__name__
 
 
-def exit_without_keys() -> None:
-    """Read `.env`; where a required variable is missing, say which and exit with status 2."""
+def exit_without_keys(*checks: Callable[[], None]) -> None:
+    """Read `.env`; where a required variable is missing, say which and exit with status 2.
+
+    Args:
+        *checks: Raise RuntimeError for a setting that is not what it has to be; its text is said,
+            and the status is 1.
+    """
     from dotenv import load_dotenv
 
     # As Pipecat's runner does a moment later: what .env says wins over the shell.
-    load_dotenv(override=True)
     try:
-        check_values()
+        load_dotenv(override=True)
+    except (OSError, ValueError) as error:
+        # A parser's text repeats what it read.
+        raise SystemExit(
+            f".env cannot be read ({type(error).__name__}): make it plain text in UTF-8, as "
+            "env.example is"
+        ) from None
+    try:
+        for check in (check_values, *checks):
+            check()
     except RuntimeError as error:
         raise SystemExit(str(error)) from None
     missing = missing_keys()

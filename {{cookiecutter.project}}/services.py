@@ -12,7 +12,7 @@ environment: at a proxy, at a region, or at the rehearsal on this machine.
 # <% endif %>
 from typing import TYPE_CHECKING, Any
 
-from config import language, setting
+from config import language, setting, whole_number
 from spoken_text import for_voice
 
 if TYPE_CHECKING:
@@ -501,10 +501,11 @@ def memory_params() -> "LLMAssistantAggregatorParams":
         LLMContextSummaryConfig,
     )
 
+    tokens = whole_number("CONTEXT_TOKENS", CONTEXT_TOKENS)
     return LLMAssistantAggregatorParams(
-        enable_auto_context_summarization=True,
+        enable_auto_context_summarization=tokens > 0,
         auto_context_summarization_config=LLMAutoContextSummarizationConfig(
-            max_context_tokens=int(setting("CONTEXT_TOKENS", str(CONTEXT_TOKENS))),
+            max_context_tokens=tokens or CONTEXT_TOKENS,
             max_unsummarized_messages=None,
             summary_config=LLMContextSummaryConfig(
                 target_context_tokens=SUMMARY_TOKENS,

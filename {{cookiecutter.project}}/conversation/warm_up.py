@@ -10,6 +10,7 @@ from functools import cache
 
 from loguru import logger
 
+import config
 import services
 import transports
 from conversation import outcome, phrases, turns
@@ -36,8 +37,8 @@ def once() -> None:
 
 
 def _build() -> None:
-    transfer.people()
-    transfer.failover()
+    config.check_values()
+    transfer.check_values()
     for doubt in (*phrases.doubts(), *outcome.doubts()):
         logger.warning(f"{doubt[0].upper()}{doubt[1:]}")
     recogniser = services.create_stt()

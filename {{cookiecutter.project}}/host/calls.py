@@ -95,7 +95,7 @@ class Calls:
         Raises:
             RuntimeError: MAX_CALLS is no whole number.
         """
-        return whole_number("MAX_CALLS", self.default_limit)
+        return config.whole_number("MAX_CALLS", self.default_limit)
 
     def refusal(self, caller: str = "", call_id: str = "") -> str:
         """Why a call cannot be taken now; empty where it can.
@@ -115,7 +115,7 @@ class Calls:
         lines = [*self._lines.values(), *(kept.caller for kept in self._kept.values())]
         if self.limit and len(lines) >= self.limit:
             return "all lines are busy; please try again in a few minutes"
-        limit = whole_number("MAX_CALLS_PER_CALLER", MAX_CALLS_PER_CALLER)
+        limit = config.whole_number("MAX_CALLS_PER_CALLER", MAX_CALLS_PER_CALLER)
         if limit and caller and lines.count(caller) >= limit:
             return "you have other calls here; please end one of them first"
         return ""
@@ -172,15 +172,3 @@ def is_broken_off(scope: Mapping[str, Any]) -> bool:
 def identity(number: str | None) -> str:
     """Who calls from this number; empty where that cannot be told."""
     return number if number and NUMBER.fullmatch(number) else ""
-
-
-def whole_number(name: str, default: int) -> int:
-    """The variable `name`, or `default` where it is unset or blank.
-
-    Raises:
-        RuntimeError: It is no whole number.
-    """
-    value = config.setting(name, str(default))
-    if not value.isdecimal():
-        raise RuntimeError(f"{name} is a whole number, 0 for no limit, not {value!r}")
-    return int(value)

@@ -27,6 +27,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
+import config
 from host import calls, shutdown
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ def guard(app: "FastAPI", arguments: Sequence[str]) -> None:
         calls.of_process.default_limit = calls.MAX_PHONE_CALLS
     try:
         limit = calls.of_process.limit
-        calls.whole_number("MAX_CALLS_PER_CALLER", calls.MAX_CALLS_PER_CALLER)
+        config.whole_number("MAX_CALLS_PER_CALLER", calls.MAX_CALLS_PER_CALLER)
     except RuntimeError as error:
         raise SystemExit(str(error)) from None
 

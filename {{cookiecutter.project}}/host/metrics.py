@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from loguru import logger
 
-from config import setting
+from config import setting, whole_number
 from host import calls
 from roark import folder
 from roark.catalog import Catalog
@@ -41,7 +41,7 @@ def serve() -> Callable[[], object]:
     except ModuleNotFoundError:
         raise SystemExit("METRICS_PORT is set: run uv sync --extra metrics") from None
     try:
-        port = calls.whole_number("METRICS_PORT", 0)
+        port = whole_number("METRICS_PORT", 0)
         server, _ = start_http_server(port, addr=LOOPBACK)
     except (RuntimeError, OSError, OverflowError) as error:
         raise SystemExit(f"METRICS_PORT is a free port of this machine: {error}") from None

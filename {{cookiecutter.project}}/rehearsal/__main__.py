@@ -33,13 +33,13 @@ from rehearsal.call import (
     Answered,
     NoAnswer,
     Voice,
-    broken_tools,
     conversation,
     kept_at,
     recorded_voice,
     speculation,
     spoken_voice,
     talk,
+    what_broke,
     without_words,
 )
 from rehearsal.dial import CALLEES, NUMBER, greeting_to_callees, who_is_called, words
@@ -327,6 +327,8 @@ class _World:
 async def _engine(options: argparse.Namespace, *, by_script: bool = False) -> AsyncIterator[Engine]:
     """What hears, thinks and speaks; `by_script`: what is heard is known beforehand."""
     engine: Engine
+    if options.script and options.engine != "scripted":
+        raise ValueError("--script is played by the scripted engine: add --engine scripted.")
     if options.engine == "scripted":
         engine = ScriptedEngine(Script.load(options.script) if options.script else None)
     else:
@@ -419,7 +421,7 @@ def _report(world: _World, call_id: str, answers: Sequence[Answered] = ()) -> li
         _tell(f"Ending: {record['ending']['reason']} ({record['ending']['detail']})")
         if saved := speculation(record):
             _tell(saved)
-        broken = broken_tools(record)
+        broken = what_broke(record)
     has = ["call-started"] * (call.started is not None)
     has += [f"{len(call.chunks)} chunks of audio"] * bool(call.chunks)
     has += ["call-ended"] * (call.ended is not None)

@@ -236,13 +236,16 @@ def speculation(record: Mapping[str, Any]) -> str:
     )
 
 
-def broken_tools(record: Mapping[str, Any]) -> list[str]:
-    """Return a sentence for each tool that was called and is not there, or broke."""
-    return [
+def what_broke(record: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for each tool that is not there or broke, and one for a broken call."""
+    broken = [
         f"The tool {tool['name']} was called and failed: {tool['error']}"
         for tool in record["tools"]
         if tool["error"] and tool["status"] == "failed"
     ]
+    if record["ending"]["reason"] == "error":
+        broken.append(f"The call ended in an error: {record['ending']['detail']}")
+    return broken
 
 
 def kept_at(calls_dir: Path, call_id: str) -> Path | None:

@@ -75,7 +75,7 @@ from pipecat.transports.base_output import BaseOutputTransport
 from pipecat.utils.asyncio.task_manager import BaseTaskManager
 
 from roark.call import ENDINGS, CallRecord, Event, Rank, Redact
-from roark.outbox import outbox_for, setting
+from roark.outbox import number_setting, outbox_for, setting
 from roark.prices import prices_in
 from roark.recorder import CallRecorder, Sounds, sounds_of
 from roark.redaction import card_and_phone_numbers
@@ -151,7 +151,7 @@ class RoarkObserver(BaseObserver):
         self._runner_args = runner_args
         self._call_id = pipecat_call_id or call_id_of(runner_args)
         self._redact = redaction(redact)
-        self._flush_seconds = flush_seconds or seconds_setting("ROARK_FLUSH_SECONDS")
+        self._flush_seconds = flush_seconds or number_setting("ROARK_FLUSH_SECONDS", FLUSH_SECONDS)
         self._folder = folder or open_folder(
             self._call_id,
             api_key=api_key,
@@ -834,15 +834,6 @@ def open_folder(
 ) -> CallFolder:
     """Return the folder of this call in the process's outbox for `calls_dir`."""
     return outbox_for(calls_dir, api_key=api_key or None, base_url=base_url).open(call_id)
-
-
-def seconds_setting(name: str) -> float:
-    """A time limit from the environment, seconds; FLUSH_SECONDS if it is unset or no number."""
-    try:
-        return float(setting(name) or FLUSH_SECONDS)
-    except ValueError:
-        logger.warning(f"Roark: {name} is not a number; using {FLUSH_SECONDS:g}")
-        return FLUSH_SECONDS
 
 
 def redaction(wanted: Redact | bool | None) -> Redact | None:

@@ -810,8 +810,8 @@ def outbox_for(
                 directory,
                 client,
                 destinations=destinations,
-                disk_bytes=int(_number("CALLS_MAX_MB", DISK_BYTES / 1e6) * 1e6),
-                disk_days=_number("CALLS_MAX_DAYS", DISK_DAYS),
+                disk_bytes=int(number_setting("CALLS_MAX_MB", DISK_BYTES / 1e6) * 1e6),
+                disk_days=number_setting("CALLS_MAX_DAYS", DISK_DAYS),
             )
         return outbox
 
@@ -848,9 +848,13 @@ def last_moment(events: list[dict[str, Any]]) -> datetime | None:
     return datetime.fromtimestamp(max(times) / 1e9, UTC) if times else None
 
 
-def _number(name: str, default: float) -> float:
+def number_setting(name: str, default: float) -> float:
+    """A number of 0 or more from the environment; `default` where it is unset or none."""
     try:
-        return float(setting(name) or default)
+        number = float(setting(name) or default)
     except ValueError:
-        logger.warning(f"Roark: {name} is not a number; {default:g} is used")
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        logger.warning(f"Roark: {name} is not a number of 0 or more; {default:g} is used")
         return default
+    return number

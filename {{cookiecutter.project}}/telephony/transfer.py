@@ -143,6 +143,12 @@ def people() -> dict[str, str]:
     return found
 
 
+def check_values() -> None:
+    """Raise RuntimeError where TRANSFER_TO or TRANSFER_ON_FAILURE is not what it has to be."""
+    people()
+    failover()
+
+
 def failover() -> tuple[str, str] | None:
     """The name and number of TRANSFER_ON_FAILURE, one of TRANSFER_TO; None where it is blank.
 

@@ -55,6 +55,47 @@ def test_a_blank_setting_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert config.seconds("SOME_SETTING", 1.5) == 1.5
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("SILENCE_SECONDS", "-1"),
+        ("PATIENCE_SECONDS", "nan"),
+        ("MAX_CALL_SECONDS", "1e400"),
+        ("DRAIN_SECONDS", "five"),
+        ("CALLS_MAX_MB", "-5"),
+        ("CONTEXT_TOKENS", "abc"),
+        ("MAX_CALLS", "1.5"),
+    ],
+)
+def test_a_setting_that_is_no_such_number_is_said_before_a_call(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(RuntimeError, match=f"^{name} is a .*number.*, not '{value}'$"):
+        config.check_values()
+
+
+def test_a_setting_that_makes_no_sense_ends_the_start_with_a_sentence(tmp_path: Path) -> None:
+    done = run_bot(cwd=tmp_path, **dict.fromkeys(KEYS, "x"), TRANSFER_TO="rubbish")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("TRANSFER_TO is a list such as reception=+49")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "content", [b"OPENAI_API_KEY=\xff-secret\n", b"OPENAI_API_KEY=a\0secret\n"]
+)
+def test_an_env_file_that_is_no_text_is_refused_in_a_sentence_without_its_content(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes
+) -> None:
+    (tmp_path / ".env").write_bytes(content)
+    path = str(tmp_path / ".env")
+    monkeypatch.setattr("dotenv.main.find_dotenv", lambda *_args, **_kwargs: path)
+    with pytest.raises(SystemExit, match=r"^\.env cannot be read") as refused:
+        config.exit_without_keys()
+    assert "secret" not in str(refused.value)
+
+
 def test_a_session_without_keys_fails_with_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
     for key in KEYS:
         monkeypatch.delenv(key, raising=False)

@@ -30,7 +30,7 @@ from harness import RECORDS_AUDIO
 import config
 import rehearsal
 from rehearsal import stand_ins
-from rehearsal.call import Answered, conversation, recorded_voice, speculation
+from rehearsal.call import Answered, conversation, recorded_voice, speculation, what_broke
 from rehearsal.engines.scripted import ScriptedEngine
 from rehearsal.host.bot_process import _harmless
 from rehearsal.providers.all import serve, wire, wires
@@ -156,6 +156,7 @@ def write_wav(path: Path, *, channels: int = 1, samples: int = 1600) -> Path:
         (["call", "--wav", "empty.wav"], "empty.wav holds no sound."),
         (["call", "--engine", "scripted", "--say", " "], "There is nothing to say in ' '."),
         (["providers", "--script", "missing.toml"], "missing.toml"),
+        (["call", "--script", "bad.toml"], "add --engine scripted."),
         (
             ["providers", "--script", "bad.toml"],
             "a script has greeting, hears, answers; not gretting",
@@ -176,6 +177,14 @@ async def test_what_cannot_be_used_is_refused_in_one_sentence(
     assert status == 2
     assert complaint in output
     assert output.startswith("rehearsal: ") and output.count("\n") == 1
+
+
+def test_a_call_that_ended_in_an_error_is_a_failed_rehearsal() -> None:
+    ending = {"reason": "error", "detail": "OpenAILLMService: unknown"}
+    assert what_broke({"tools": [], "ending": ending}) == [
+        "The call ended in an error: OpenAILLMService: unknown"
+    ]
+    assert what_broke({"tools": [], "ending": {**ending, "reason": "client-disconnected"}}) == []
 
 
 async def test_an_unknown_line_is_refused() -> None:
