@@ -22,7 +22,7 @@ from pipecat.frames.frames import (
 from pipecat.processors.aggregators.dtmf_aggregator import DTMFAggregator
 from pipecat.processors.frame_processor import FrameDirection, FrameProcessor
 
-from conversation.floor import Floor, is_of_caller
+from conversation.floor import Floor, is_of_caller, spoken_words
 
 # Whatever a reader would take for a square bracket: also the full-width, tortoise shell, lenticular
 # and mathematical ones.
@@ -48,6 +48,7 @@ class CallerWords(DTMFAggregator):
         """Ask `floor` what the bot has just said: that is not the caller's."""
         super().__init__()
         self._floor = floor
+        self._echo: list[str] = []
 
     async def process_frame(self, frame: Frame, direction: FrameDirection) -> None:
         """Pass on what the caller may say, with round brackets."""
@@ -86,12 +87,16 @@ class CallerWords(DTMFAggregator):
         await super().push_frame(frame, direction)
 
     def _is_echo(self, text: str, *, may_grow: bool) -> bool:
-        if not self._floor.is_own(text, may_grow=may_grow):
-            return False
-        if not self._floor.hears_itself and self._floor.is_own(text):
-            logger.warning("The bot hears itself: from now on only words cut it off")
-            self._floor.hears_itself = True
-        return True
+        words = spoken_words(text)
+        # What is its own stays so until the recogniser is certain of it, however late that is.
+        is_known = bool(words) and words == self._echo
+        is_own = is_known or self._floor.is_own(text)
+        self._echo = words if is_own and may_grow else []
+        if is_own:
+            if not self._floor.hears_itself:
+                logger.warning("The bot hears itself: from now on only words cut it off")
+            self._floor.own_heard()
+        return is_own or self._floor.is_own(text, may_grow=may_grow)
 
 
 class CallerAudio(FrameProcessor):

@@ -50,6 +50,8 @@ ECHO_SECONDS = 0.7
 OWN_WORDS = 80
 # Of the words heard, so many are its own where it hears itself; recognisers get some wrong.
 OWN_SHARE = 0.8
+# Nobody has heard a word, said it after the bot and been recognised by then.
+LAST_WORD_SECONDS = 0.5
 # An LLM that writes at all writes several words a second.
 STUCK_SECONDS = 1.5
 
@@ -74,6 +76,7 @@ class Floor:
         caller_is_hushed: Whether the caller has been silent for vad.HUSH_SECONDS, though the
             detector is not sure yet.
         caller_sounds: Whether the caller makes a sound like a voice, however short.
+        turn_is_echo: Whether of the caller's turn only the bot's own words were recognised.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -86,6 +89,7 @@ class Floor:
         self.hears_itself = False
         self.caller_is_hushed = False
         self.caller_sounds = False
+        self.turn_is_echo = False
         self._said: deque[str] = deque(maxlen=OWN_WORDS)
         self._saying: list[str] = []
         self._has_said = False
@@ -128,15 +132,18 @@ class Floor:
         """Whether these words, recognised on the caller's side, are what the bot has just said.
 
         A single word is not enough, for people repeat what they choose; unless the bot has heard
-        itself before, or was cut off when it had said no other. With `may_grow` there may be more
-        words to come: then the first one of what the bot says is its own too.
+        itself before, was cut off when it had said no other, or has said it last and this moment.
+        With `may_grow` there may be more words to come: then the first one of what the bot says is
+        its own too.
         """
-        words = _words(text)
+        words = spoken_words(text)
         if not words or not (self._began_under_bot or self._was_just_heard()):
             return False
         if words == self._cut_off_words[: len(words)]:
             return True
         if len(words) == 1:
+            if words == self._saying[-1:] and self._has_just_stopped(LAST_WORD_SECONDS):
+                return True
             is_first = may_grow and words == self._saying[:1]
             is_known = is_first or (self.hears_itself and words[0] in self._saying)
             # An answer in the bot's own words comes later than its last ones come back.
@@ -241,6 +248,7 @@ class Floor:
     def turn_began(self) -> None:
         """The caller has the turn."""
         self.turn_is_open = True
+        self.turn_is_echo = False
         self.is_greeting = False
         self.interrupted()
 
@@ -249,6 +257,10 @@ class Floor:
         self.turn_is_open = False
         self._caller_heard_at = None
         self._change()
+
+    def own_heard(self) -> None:
+        """The bot's own words were recognised on the caller's side."""
+        self.hears_itself = self.turn_is_echo = True
 
     def interrupted(self) -> None:
         """What the bot was about to say is dropped; tools may go on."""
@@ -316,7 +328,7 @@ class Floor:
 
     def bot_said(self, text: str) -> None:
         """The voice says `text`, or is about to."""
-        words = _words(text)
+        words = spoken_words(text)
         if self._has_said:
             self._saying, self._has_said = [], False
         self._said.extend(words)
@@ -327,9 +339,12 @@ class Floor:
         return self.answer_is_due and not self.turn_is_open
 
     def _was_just_heard(self) -> bool:
-        silent_at = self._bot_silent_at
-        is_just = silent_at is not None and self._clock() - silent_at < ECHO_SECONDS
-        return self.bot_speaks or is_just
+        return self.bot_speaks or self._has_just_stopped(ECHO_SECONDS)
+
+    def _has_just_stopped(self, seconds: float) -> bool:
+        if self.bot_speaks or self._bot_silent_at is None:
+            return False
+        return self._clock() - self._bot_silent_at < seconds
 
     def _change(self) -> None:
         self._changed_at = self._clock()
@@ -343,7 +358,8 @@ def is_of_caller(message: Any) -> bool:
     return isinstance(message, dict) and message.get("role") == "user"
 
 
-def _words(text: str) -> list[str]:
+def spoken_words(text: str) -> list[str]:
+    """Return the words of `text` as they can be compared."""
     return re.sub(r"[^\w\s]", "", text.lower()).split()
 
 

@@ -77,7 +77,10 @@ def watch(
     @caller.event_handler("on_user_turn_stopped")
     async def on_user_turn_stopped(_caller, _strategy, turn: UserTurnStoppedMessage):
         nonlocal not_understood
-        if turn.content or floor.answer_is_due or ending.has_begun:
+        is_answered = floor.answer_is_due or ending.has_begun
+        # Nobody waits for an answer to the bot's own words, unless they cost one.
+        is_echo = floor.turn_is_echo and not floor.was_cut_off
+        if turn.content or is_answered or is_echo:
             return
         not_understood += 1
         if floor.was_cut_off and not_understood <= RECOVERIES:

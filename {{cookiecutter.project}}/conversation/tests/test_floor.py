@@ -248,6 +248,22 @@ def test_a_single_word_out_of_what_it_says_is_the_bots_own_where_it_hears_itself
     assert floor.is_own("Noon") and not floor.is_own("Monday")
 
 
+@pytest.mark.parametrize(
+    ("heard", "after_s", "is_own"),
+    [("Tuesday.", 0.4, True), ("Tuesday.", 0.6, False), ("Wrote.", 0.4, False)],
+)
+def test_the_last_word_is_the_bots_own_sooner_than_anybody_can_have_said_it_again(
+    heard: str, after_s: float, is_own: bool
+) -> None:
+    floor, clock = floor_and_clock()
+    floor.bot_said("I wrote it down for Tuesday.")
+    floor.bot_heard()
+    clock.now += 1.0
+    floor.bot_silent()
+    clock.now += after_s
+    assert floor.is_own(heard) is is_own
+
+
 def watched(floor: Floor) -> tuple[AsyncMock, Callable[[], None], Any]:
     """What silence.py asks of the LLM, its look at the clock, and its handler of turns."""
     looks: list[Callable[[], None]] = []
@@ -280,6 +296,24 @@ async def test_a_caller_to_whom_the_bot_owes_a_sound_is_asked_nothing() -> None:
     look()
     await asyncio.sleep(0)
     asks.assert_called_once()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("cuts_off", [True, False])
+async def test_the_bots_own_words_are_asked_about_only_if_they_cut_its_answer_off(
+    cuts_off: bool,
+) -> None:
+    floor, _clock = floor_and_clock()
+    asks, _look, turn_stopped = watched(floor)
+    floor.bot_heard()
+    if not cuts_off:
+        floor.bot_silent()
+    floor.turn_began()
+    floor.own_heard()
+    floor.turn_ended()
+    await turn_stopped(MagicMock(content=""))
+    await asyncio.sleep(0)
+    assert asks.called is cuts_off
 
 
 @pytest.mark.anyio

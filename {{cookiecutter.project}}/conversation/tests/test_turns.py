@@ -519,6 +519,25 @@ async def test_the_bots_own_words_are_dropped_and_then_its_own_sound_does_not_cu
     assert await line.hears(BotStartedSpeakingFrame(), heard("Stop, please.")) == 1
 
 
+async def test_what_is_the_bots_own_is_so_when_the_recogniser_is_certain_and_then_no_more() -> None:
+    now = 0.0
+
+    class Later(CallerWords):
+        async def process_frame(self, frame: Frame, direction: FrameDirection) -> None:
+            nonlocal now
+            now += 0.4 if isinstance(frame, TranscriptionFrame | InterimTranscriptionFrame) else 0.0
+            await super().process_frame(frame, direction)
+
+    floor = Floor(clock=lambda: now)
+    floor.bot_said("I wrote it down for Tuesday.")
+    floor.bot_heard()
+    floor.bot_silent()
+    guess = InterimTranscriptionFrame(text="tuesday", user_id="", timestamp="")
+    sent = [guess, heard("Tuesday."), heard("Tuesday.")]
+    down, _ = await run_test(Later(floor), frames_to_send=sent)
+    assert len([frame for frame in down if isinstance(frame, TranscriptionFrame)]) == 1
+
+
 def goodbye(*, is_final: bool = False) -> Line:
     """A line on which the bot is saying goodbye."""
     line = Line()
