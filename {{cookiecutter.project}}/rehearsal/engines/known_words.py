@@ -38,6 +38,8 @@ _SAME_PHRASE, _SAME_WORD = 0.55, 0.3
 _DRIFT_SECONDS = 0.03
 """By so much a word may come earlier or later than it should: jitter buffers stretch time."""
 _AUDIBLE_RMS = 12.0
+_KNOWN_SHARE = 0.6
+"""So much of a word is enough where a pause is finalized in it: a soft end is a pause to many."""
 _SHORTEST_SECONDS = 0.05
 """A shorter word is taken as heard with its phrase: its sound alone says too little."""
 
@@ -219,7 +221,7 @@ class KnownWordsRecogniser:
     async def finalize(self) -> list[Heard]:
         """Say what was heard until now; it is known after the time that this takes."""
         self._look()
-        self._follow()
+        self._follow(_KNOWN_SHARE)
         self._finishing_until = self._now + round(self._final_s * RECOGNISER_HZ)
         heard = self._take() if self._heard else Heard("", True, self._now / RECOGNISER_HZ, 0.0)
         return [replace(heard, known_after_s=self._final_s)]
@@ -268,21 +270,25 @@ class KnownWordsRecogniser:
         is_early = at > len(audio) - len(sound) - _GUARD
         return (0.0 if is_same or is_early else alike), phrase, begin
 
-    def _follow(self) -> None:
-        """Listen for the words whose time has come."""
+    def _follow(self, share: float = 1.0) -> None:
+        """Listen for the words of which that share must have been said by now."""
         for found in self._playing:
             while found.next_word < len(found.phrase.words):
                 word = found.phrase.words[found.next_word]
-                begin, end = (
-                    found.at + round(t * RECOGNISER_HZ) for t in (word.start_s, word.end_s)
+                known_s = word.start_s + share * (word.end_s - word.start_s)
+                begin, known, end = (
+                    found.at + round(t * RECOGNISER_HZ) for t in (word.start_s, known_s, word.end_s)
                 )
                 slack = round(_DRIFT_SECONDS * RECOGNISER_HZ)
-                if self._now < end + slack:
+                if self._now < known + slack:
+                    break
+                around = self._audio[max(0, begin - slack - self._forgotten) :]
+                around = around[: known - begin + 2 * slack]
+                is_heard = self._is_heard(found.phrase.sound(word.start_s, known_s), around)
+                if not is_heard and share < 1.0:
                     break
                 found.next_word += 1
-                around = self._audio[max(0, begin - slack - self._forgotten) :]
-                around = around[: end - begin + 2 * slack]
-                if self._is_heard(found.phrase.sound(word.start_s, word.end_s), around):
+                if is_heard:
                     self._heard.append(Word(word.text, begin / RECOGNISER_HZ, end / RECOGNISER_HZ))
         self._playing = [f for f in self._playing if f.next_word < len(f.phrase.words)]
 

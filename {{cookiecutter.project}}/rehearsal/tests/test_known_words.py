@@ -45,6 +45,22 @@ async def listen(
     return told, await recogniser.finalize()
 
 
+@pytest.mark.parametrize(("share", "is_known"), [(0.9, True), (0.2, False)])
+async def test_a_word_that_is_nearly_said_is_known_where_a_pause_is_finalized_in_it(
+    human: tuple[Phrase, ...], share: float, is_known: bool
+):
+    recogniser = KnownWordsRecogniser(human, SAMPLE_RATE)
+    phrase, last = human[-1], human[-1].words[-1]
+    said_s = last.start_s + share * (last.end_s - last.start_s)
+    said = np.frombuffer(phrase.pcm, dtype="<i2")[: round(said_s * phrase.sample_rate)]
+    phone = soxr.resample(said, phrase.sample_rate, SAMPLE_RATE).tobytes()
+    for at in range(0, len(phone), 320):
+        await recogniser.feed(phone[at : at + 320])
+    [final] = await recogniser.finalize()
+    words = [word.text for word in phrase.words]
+    assert final.text == " ".join(words if is_known else words[:-1])
+
+
 async def test_an_ear_hears_the_words_it_knows_when_they_are_said(human: tuple[Phrase, ...]):
     """Over a telephone, with a pause and with noise 10 dB below the voice."""
     for pause_s, noise_db in ((0.6, None), (0.0, None), (0.3, 10)):
