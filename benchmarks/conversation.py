@@ -6,18 +6,21 @@ A person-like caller says human recordings, whose words and times are known, to 
 one that `pipecat init` writes, at the same time and on the same providers. The recogniser is one
 that knows the words and is as late as it is told to be; the LLM names in each answer the request
 that it answers, so that from what was audible at the caller's end it can be told what of the
-caller's words the bot had when it spoke.
+caller's words the bot had when it spoke. With `--ear local` a small recogniser hears in its place:
+a check that what is found does not hang on words that come as they are told to.
 """
 
 import argparse
 import asyncio
 import json
+import re
 import statistics
 import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from difflib import SequenceMatcher
 from enum import Enum
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,7 +42,7 @@ from rehearsal.callers.person import (
     white_noise,
     without_words,
 )
-from rehearsal.engines.engine import Speech, TextDelta, ToolCall, Word
+from rehearsal.engines.engine import Recogniser, Speech, TextDelta, ToolCall, Word
 from rehearsal.engines.known_words import (
     RECOGNISER_HZ,
     KnownWordsEngine,
@@ -47,6 +50,8 @@ from rehearsal.engines.known_words import (
     Phrase,
     joined,
 )
+from rehearsal.engines.language_model import ScriptedAnswerer
+from rehearsal.engines.local import LocalEngine
 from rehearsal.engines.scripted import ScriptedEngine
 from rehearsal.providers.all import Providers, serve
 from rehearsal.providers.cartesia import CartesiaServer
@@ -84,6 +89,8 @@ AT_ONCE = 2
 
 BEGIN, END, MARK_SECONDS, MARK_RMS = "Answer", "Endof", 0.45, 3000.0
 MIDDLE = "that has been noted and will be taken care of"
+HEARD_SHARE = 0.5
+"""So many of a phrase's words a small recogniser has right, of 1, where it heard the phrase."""
 UNHEARD_SECONDS = 0.2
 """The fading end of an answer, without which it is whole all the same."""
 VOICE_HZ = 16000
@@ -114,12 +121,24 @@ class Witness(KnownWordsEngine):
 
     Attributes:
         requests: Of the call that is up.
+        ear: Hears in its place, and is wrong at times.
     """
 
-    def __init__(self, phrases: Sequence[Phrase], *, llm_s: float = LLM_SECONDS) -> None:
+    def __init__(
+        self,
+        phrases: Sequence[Phrase],
+        *,
+        llm_s: float = LLM_SECONDS,
+        ear: LocalEngine | None = None,
+    ) -> None:
         super().__init__(phrases)
         self._llm_s = llm_s
         self.requests: list[Request] = []
+        self.ear = ear
+
+    def listen(self, sample_rate: int) -> Recogniser:  # type: ignore[override]
+        """Return a fresh recogniser for audio of `sample_rate` Hz."""
+        return self.ear.listen(sample_rate) if self.ear else super().listen(sample_rate)
 
     async def think(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]
@@ -204,6 +223,7 @@ class Call:
         providers_s: What the providers take of the time to an answer, seconds.
         hello: What they said into the greeting.
         spoken: When the bot was audible.
+        is_verbatim: Whether the recogniser is never wrong.
     """
 
     said: list[Said]
@@ -213,6 +233,12 @@ class Call:
     providers_s: float
     hello: Said | None = None
     spoken: Sequence[Utterance] = ()
+    is_verbatim: bool = True
+
+    def asked(self, request: Request, said: Said) -> str:
+        """Return what of `said` was asked with `request`, as it was said."""
+        phrases = said.saying.phrases
+        return request.asked if self.is_verbatim else in_known_words(request.asked, phrases)
 
 
 @dataclass
@@ -230,6 +256,18 @@ class Verdict:
     reacted_after: float | None = None
     requests: int = 0
     story: str = ""
+
+
+def in_known_words(heard: str, phrases: Sequence[Phrase]) -> str:
+    """Return those of `phrases` that a recogniser which is wrong at times has heard, in order."""
+    words = re.sub(r"[^\w\s]", "", heard.lower()).split()
+    found: list[tuple[int, str]] = []
+    for phrase in phrases:
+        known = phrase.text.lower().split()
+        blocks = SequenceMatcher(None, words, known, autojunk=False).get_matching_blocks()
+        if sum(block.size for block in blocks) >= HEARD_SHARE * len(known):
+            found.append((blocks[0].a, phrase.text))
+    return " ".join(text for _, text in sorted(found))
 
 
 async def heard_answers(engine: Witness, caller: Caller) -> list[Audible]:
@@ -314,12 +352,12 @@ def _judge(call: Call, said: Said, end: float) -> Verdict:
     words, last = said.saying.text, said.saying.phrases[-1].text
     here = [audible for audible in call.audible if said.start < audible.start < end]
     asked = [request for request in call.requests if said.start < request.at < end]
-    answers = [audible for audible in here if audible.request.asked.endswith(last)]
+    answers = [a for a in here if call.asked(a.request, said).endswith(last)]
     half = [
         audible
         for audible in here
-        if any(phrase.text in audible.request.asked for phrase in said.saying.phrases)
-        and not audible.request.asked.endswith(words)
+        if any(p.text in call.asked(audible.request, said) for p in said.saying.phrases)
+        and not call.asked(audible.request, said).endswith(words)
     ]
     first = answers[0].start - said.end if answers else None
     sounds = [sound for sound in call.sounds if said.end < sound.end < end]
@@ -499,14 +537,17 @@ class Lane:
                 providers_s=providers_s,
                 hello=sounds[0] if sounds and row.when is When.PICK_UP else None,
                 spoken=caller.heard.utterances,
+                is_verbatim=self.engine.ear is None,
             )
         )
 
 
 @asynccontextmanager
-async def lane(name: str, folder: Path, phrases: Sequence[Phrase]) -> AsyncIterator[Lane]:
+async def lane(
+    name: str, folder: Path, phrases: Sequence[Phrase], ear: LocalEngine | None
+) -> AsyncIterator[Lane]:
     """Run a bot and what it needs."""
-    engine = Witness(phrases)
+    engine = Witness(phrases, ear=ear)
     folder.mkdir()
     async with AsyncExitStack() as stack:
         providers = await stack.enter_async_context(serve(engine))
@@ -529,8 +570,11 @@ async def measure(
     chosen: Sequence[Row],
     calls: int,
     tell: Callable[[str], None] = lambda line: None,
+    *,
+    is_ear_local: bool = False,
 ) -> Found:
     """Hold `calls` calls of every row over every transport with every bot."""
+    ear = await LocalEngine.load(ScriptedAnswerer()) if is_ear_local else None
     said = [saying for row in chosen for saying in (*row.sayings, *row.sounds)]
     phrases = list({phrase: None for saying in said for phrase in saying.phrases if phrase.words})
     found: Found = {}
@@ -540,7 +584,7 @@ async def measure(
             for number in range(max(AT_ONCE, len(subjects))):
                 name = subjects[number % len(subjects)]
                 folder = Path(temporary) / f"{number}"
-                lanes.append(await stack.enter_async_context(lane(name, folder, phrases)))
+                lanes.append(await stack.enter_async_context(lane(name, folder, phrases, ear)))
             jobs = {
                 name: [(row, t) for row in chosen for t in transports for _ in range(calls)]
                 for name in subjects
@@ -602,6 +646,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--calls", type=int, default=1, help="per row, transport and bot")
     parser.add_argument("--stories", action="store_true", help="tell what became of each utterance")
     parser.add_argument(
+        "--ear",
+        choices=("known", "local"),
+        default="known",
+        help="local: a small recogniser, as a check; what it takes is not known beforehand",
+    )
+    parser.add_argument(
         "--keep", metavar="FILE", type=Path, help="add what is found to FILE; the table is of all"
     )
     options = parser.parse_args(arguments)
@@ -618,6 +668,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             [known[name] for name in names],
             options.calls,
             print if options.stories else lambda line: None,
+            is_ear_local=options.ear == "local",
         )
     )
     print(table(_kept(options.keep, found) if options.keep else found))

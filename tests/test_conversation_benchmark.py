@@ -13,6 +13,7 @@ from benchmarks.conversation import (
     Verdict,
     Witness,
     heard_answers,
+    in_known_words,
     judge,
 )
 
@@ -54,6 +55,21 @@ def test_an_utterance_is_judged_by_what_was_asked_when_the_bot_became_audible() 
     assert judged((15.0, BOTH), is_whole=False)[0] == {"interrupted"}
     # Its own words, or nothing at all.
     assert judged((15.0, BOTH), (20.0, "answer one that has been"))[0] == {"unasked"}
+
+
+@pytest.mark.parametrize(
+    ("heard", "known"),
+    [
+        ("Thirty three. Ninety two!", BOTH),
+        ("Dirty three.", FIRST),
+        ("ninety two", LAST),
+        ("What?", ""),
+    ],
+)
+def test_what_a_small_recogniser_hears_is_told_by_the_words_that_it_has_right(
+    heard: str, known: str
+) -> None:
+    assert in_known_words(heard, (phrase(FIRST), phrase(LAST))) == known
 
 
 @pytest.mark.anyio

@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import json
+import os
 import sys
 import threading
 import time
@@ -20,7 +21,7 @@ from loguru import logger
 from host import metrics, telemetry
 from rehearsal.callers.twilio import TwilioCaller
 from rehearsal.engines.scripted import Answer, Script, ScriptedEngine
-from rehearsal.host.bot_process import run_bot
+from rehearsal.host.bot_process import PROJECT, run_bot
 from rehearsal.providers.all import Providers
 from rehearsal.providers.all import serve as serve_providers
 from rehearsal.providers.roark import RoarkReceiver
@@ -31,6 +32,18 @@ HEARD, ANSWER, SETTING = "Xylophone", "Zephyranth", "Saltimbanco"
 TALK = Script(
     greeting="Hello there.", hears=(f"My word is {HEARD}.",), answers=(Answer(says=ANSWER),)
 )
+
+BREAKS = """
+import asyncio
+import config
+from host import telemetry
+
+async def call():
+    async with telemetry.of_call("a-call", service="a-bot"):
+        config.seconds("MAX_CALL_SECONDS", 0.0)
+
+asyncio.run(call())
+"""
 
 
 class Receiver:
@@ -199,17 +212,20 @@ async def test_sentry_hears_what_broke_in_which_call_and_no_word_of_it(tmp_path:
         assert f"{classes()['llm']}: authentication" in refused["message"]
         assert refused["tags"] == {"call": ids[1]}
 
-        # What converse() reads as a number; its complaint repeats what it read.
-        broken = {**dsn, "MAX_CALL_SECONDS": SETTING}
-        async with running_bot(broken, tmp_path, engine) as (url, _, roark):
-            await call(url, engine)
-            await sentry.until(lambda: any("exception" in event for event in events_of(sentry)))
-            (broken_id,) = roark.calls
+        # A bot whose settings are checked has no such exception: its complaint repeats what it
+        # read.
+        broken = {**dsn, "MAX_CALL_SECONDS": SETTING, "PATH": os.environ["PATH"]}
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", BREAKS), cwd=PROJECT, env=broken, stderr=asyncio.subprocess.PIPE
+        )
+        _, complaint = await process.communicate()
+        assert SETTING in complaint.decode()
+        await sentry.until(lambda: any("exception" in event for event in events_of(sentry)))
         (exception,) = [event for event in events_of(sentry) if "exception" in event]
         (error,) = exception["exception"]["values"]
         assert error["type"] == "RuntimeError"
-        assert error["stacktrace"]["frames"][-1]["function"] == "seconds"
-        assert exception["tags"] == {"call": broken_id}
+        assert error["stacktrace"]["frames"][-1]["function"] == "_number"
+        assert exception["tags"] == {"call": "a-call"}
     sent = b"".join(body for _, body in sentry.posts).decode()
     assert not [text for text in (HEARD, ANSWER, SETTING, "Hello there") if text in sent]
 
