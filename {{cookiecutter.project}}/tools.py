@@ -10,7 +10,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 
-import httpx
 from loguru import logger
 from pipecat.adapters.llm.schemas.direct_function import DirectFunction, tool_options
 from pipecat.adapters.llm.schemas.tools_schema import ToolsSchema
@@ -58,6 +57,8 @@ def offered() -> ToolsSchema:
 @cache
 def _tls_context() -> ssl.SSLContext:
     """Made once and in a thread: reading all certificates would hold up every call for 100 ms."""
+    import httpx
+
     return httpx.create_ssl_context()
 
 
@@ -128,6 +129,9 @@ async def take_message(params: FunctionCallParams, message: str, callback_number
         message: What the caller wants to tell the team, in one or two sentences.
         callback_number: The number to call back, digits only.
     """
+    # Here, not above: it would be a tenth of `import bot`. warm_up.py has loaded it by now.
+    import httpx
+
     state: CallState = params.app_resources
     times_spoken = sum(
         isinstance(entry, dict) and entry.get("role") == "user"

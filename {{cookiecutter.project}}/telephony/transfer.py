@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 from urllib.parse import quote
 from xml.sax.saxutils import escape, quoteattr
 
-import httpx
 from loguru import logger
 
 import config
@@ -436,6 +435,8 @@ async def _ask_twilio(method: str, path: str, **fields: str) -> dict[str, Any]:
     Raises:
         NotTransferred: It did not answer, or refused.
     """
+    import httpx
+
     try:
         response = await twilio_rest.request(method, path, fields, seconds=REQUEST_SECONDS)
         answer = response.json() if response.is_success else {}

@@ -4,18 +4,20 @@ import asyncio
 import ssl
 from collections.abc import Mapping
 from functools import cache
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-import httpx
-
 from config import setting
+
+if TYPE_CHECKING:
+    import httpx
 
 API = "https://api.twilio.com"
 
 
 async def request(
     method: str, path: str, fields: Mapping[str, str] | None = None, *, seconds: float
-) -> httpx.Response:
+) -> "httpx.Response":
     """Ask for something of the account, or have it done; a refusal is a response too.
 
     Args:
@@ -28,6 +30,8 @@ async def request(
         httpx.HTTPError: There was no answer.
         TimeoutError: There was none in time.
     """
+    import httpx
+
     account = setting("TWILIO_ACCOUNT_SID")
     address = f"{setting('TWILIO_BASE_URL', API)}/2010-04-01/Accounts/{quote(account)}/{path}"
     tls = await asyncio.to_thread(_tls_context)
@@ -46,4 +50,6 @@ async def request(
 @cache
 def _tls_context() -> ssl.SSLContext:
     """Made once and in a thread: reading all certificates would hold up every call for 100 ms."""
+    import httpx
+
     return httpx.create_ssl_context()
