@@ -45,6 +45,7 @@ from conversation.first_words import FirstWords
 from conversation.floor import Floor
 from conversation.hold import Hold
 from host import calls, metrics, private_log, shutdown, telemetry
+from host.observers import Together
 from roark import RoarkObserver
 from telephony import transfer, twilio_auth
 
@@ -224,7 +225,6 @@ async def run_pipeline(
         enable_turn_tracking=is_traced,
         idle_timeout_secs=runner_args.pipeline_idle_timeout_secs,
         cancel_timeout_secs=endings.TEARDOWN_SECONDS,
-        observers=[roark],
         # A service that is broken for good ends the call in recovery.py, after an apology.
         processor_unusable_policy=ProcessorUnusablePolicy.CONTINUE,
     )
@@ -243,7 +243,7 @@ async def run_pipeline(
         fail_over=connection.transfer.fail_over if connection.transfer else lambda: None,
     )
     failed.look(ending.look)
-    worker.add_observer(failed)
+    worker.add_observer(Together(roark, failed))
     silence.watch(caller_side, worker, ending, failed, recogniser=type(stt).__name__)
     # Who comes back from a transfer to which nobody answered is not greeted again.
     told = connection.note.instruction if connection.note else ""

@@ -52,6 +52,10 @@ class RecordedApologyFrame(SystemFrame):
 class RecordedApology(FrameProcessor):
     """Plays the recording when a RecordedApologyFrame comes; to be placed after the voice."""
 
+    def __init__(self) -> None:
+        """Nothing waits here, so no queue: it would cost each of fifty frames a second."""
+        super().__init__(enable_direct_mode=True)
+
     async def process_frame(self, frame: Frame, direction: FrameDirection) -> None:
         """Pass everything on, and in place of a RecordedApologyFrame its sound and its words."""
         await super().process_frame(frame, direction)

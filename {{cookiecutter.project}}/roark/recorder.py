@@ -378,7 +378,8 @@ class CallRecorder(FrameProcessor):
             on_ended: Called after the last chunk, with the terminal frame if there was one and
                 the pipeline's time (ns) at which the recording ends.
         """
-        super().__init__(**kwargs)
+        # Nothing waits here, so no queue: it would cost each of a hundred frames a second.
+        super().__init__(enable_direct_mode=True, **kwargs)
         self._register_event_handler("on_audio_data")
         self._chunk_callback = on_chunk
         self._telling: set[asyncio.Task[None]] = set()
