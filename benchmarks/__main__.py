@@ -11,6 +11,7 @@ from loguru import logger
 
 from benchmarks import (
     conversation,
+    cpu,
     crowd,
     destinations,
     faults,
@@ -27,6 +28,7 @@ from benchmarks import (
     speed,
     stall,
     stalls,
+    turn,
 )
 
 README = Path(__file__).with_name("README.md")
@@ -39,6 +41,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "faults": faults.report,
     "destinations": destinations.report,
     "speed": speed.report,
+    "turn": turn.report,
+    "cpu": cpu.report,
     "crowd": crowd.report,
     "bound": crowd.bound_report,
     "conversation": conversation.report,

@@ -57,6 +57,7 @@ from rehearsal.providers.all import Providers, serve
 from rehearsal.providers.cartesia import CartesiaServer
 from rehearsal.providers.roark import RoarkReceiver
 
+from benchmarks.images import default_project
 from benchmarks.material import DIGITS, SPELLED, in_groups, recordings, synthetic
 from benchmarks.speed import (
     OURS,
@@ -73,8 +74,11 @@ from benchmarks.speed import (
 
 PATIENT_SECONDS = 1.0
 PATIENT = f"{OURS}, PATIENCE_SECONDS={PATIENT_SECONDS:g}"
+SURE = f"{OURS}, SPECULATE=no"
+FLUX = f"{OURS}, Deepgram Flux"
 BOTH = {"ours": OURS, "scaffold": SCAFFOLD}
-SUBJECTS = {**BOTH, "patient": PATIENT}
+SUBJECTS = {**BOTH, "patient": PATIENT, "sure": SURE, "flux": FLUX}
+SETTINGS = {PATIENT: {"PATIENCE_SECONDS": str(PATIENT_SECONDS)}, SURE: {"SPECULATE": "no"}}
 
 FINAL_SECONDS, LLM_SECONDS, VOICE_SECONDS = 0.1, 0.45, 0.15
 """What the providers take: the last words, the first token and the first sound."""
@@ -552,12 +556,18 @@ async def lane(
     async with AsyncExitStack() as stack:
         providers = await stack.enter_async_context(serve(engine))
         roark = await stack.enter_async_context(RoarkReceiver())
-        environment = environment_of(providers, roark, folder)
-        if name == PATIENT:
-            environment["PATIENCE_SECONDS"] = str(PATIENT_SECONDS)
-        bot: Bot = scaffolds_bot(folder, environment) if name == SCAFFOLD else our_bot(folder)
+        environment = environment_of(providers, roark, folder) | SETTINGS.get(name, {})
+        bot = _bot(name, folder, environment)
         host = await stack.enter_async_context(running(bot, environment))
         yield Lane(name, engine, providers, host, list(phrases))
+
+
+def _bot(name: str, folder: Path, environment: dict[str, str]) -> Bot:
+    if name == SCAFFOLD:
+        return scaffolds_bot(folder, environment)
+    if name == FLUX:
+        return our_bot(folder, default_project(folder, stt="deepgram-flux"))
+    return our_bot(folder)
 
 
 Found = dict[tuple[str, str, str], list[Verdict]]

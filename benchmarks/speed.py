@@ -235,14 +235,13 @@ def scaffolds_bot(folder: Path, environment: dict[str, str]) -> Bot:
     )
 
 
-def our_bot(folder: Path) -> Bot:
-    """Lay out our bot in `folder`: what its Dockerfile copies."""
+def our_bot(folder: Path, project: Path = PROJECT) -> Bot:
+    """Lay out our bot in `folder`: what the Dockerfile of a project copies."""
     ours = folder / "ours"
-    shutil.copytree(PROJECT / "roark", ours / "roark", ignore=shutil.ignore_patterns("__pycache__"))
-    for file in (*PROJECT.glob("*.py"), PROJECT / "prompt.md"):
+    for room in ("roark", "conversation", "telephony", "host"):
+        shutil.copytree(project / room, ours / room, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in (*project.glob("*.py"), project / "prompt.md"):
         shutil.copy(file, ours)
-    for room in ("conversation", "telephony", "host"):
-        shutil.copytree(PROJECT / room, ours / room, ignore=shutil.ignore_patterns("__pycache__"))
     return Bot(OURS, ours, ("-m", "rehearsal.host.launch_bot"), ("-m", "rehearsal.host.base_image"))
 
 
