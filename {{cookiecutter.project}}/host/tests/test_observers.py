@@ -2,15 +2,17 @@
 
 from typing import Any
 
+import pytest
 from loguru import logger
 from pipecat.frames.frames import TextFrame
 from pipecat.observers.base_observer import BaseObserver, FramePushed
-from pipecat.pipeline.pipeline import Pipeline
-from pipecat.pipeline.worker import PipelineWorker
 from pipecat.processors.filters.identity_filter import IdentityFilter
-from pipecat.workers.runner import WorkerRunner
+from pipecat.processors.frame_processor import FrameDirection
+from pipecat.utils.asyncio.task_manager import TaskManager
 
 from host.observers import Together
+
+pytestmark = pytest.mark.anyio
 
 
 class Witness(BaseObserver):
@@ -32,8 +34,8 @@ class Witness(BaseObserver):
         self.told.append("started")
 
     async def on_push_frame(self, data: FramePushed) -> None:
-        if isinstance(data.frame, TextFrame):
-            self.told.append(data.frame.text)
+        assert isinstance(data.frame, TextFrame)
+        self.told.append(data.frame.text)
 
 
 class Broken(Witness):
@@ -49,19 +51,18 @@ class Broken(Witness):
 async def test_each_observer_is_told_as_if_it_were_alone_and_none_suffers_from_another() -> None:
     lines: list[str] = []
     sink = logger.add(lines.append, level="ERROR", format="{message}")
-    once, often, alone = Witness(observe_every_push=False), Witness(), Witness()
-    worker = PipelineWorker(
-        Pipeline([IdentityFilter(), IdentityFilter()]), observers=[alone], enable_rtvi=False
-    )
-    worker.add_observer(Together(Broken(), once, often))
-    runner = WorkerRunner(handle_sigint=False)
-    await runner.add_workers(worker)
-    await worker.queue_frames([TextFrame("one"), TextFrame("two")])
-    await worker.stop_when_done()
-    await runner.run()
+    once, often = Witness(observe_every_push=False), Witness()
+    together = Together(Broken(), once, often)
+    here, there, frame = IdentityFilter(), IdentityFilter(), TextFrame("word")
+    await together.setup(TaskManager())
+    await together.on_pipeline_started()
+    for is_first in (True, False):
+        push = FramePushed(here, there, frame, FrameDirection.DOWNSTREAM, 0, first_push=is_first)
+        await together.on_push_frame(push)
+    await together.cleanup()
     logger.remove(sink)
 
-    assert often.told == alone.told
-    assert once.told == ["setup", "started", "one", "two", "cleanup"]
-    assert often.told.count("one") > 1
+    assert once.told == ["setup", "started", "word", "cleanup"]
+    assert often.told == ["setup", "started", "word", "word", "cleanup"]
+    assert together.observe_every_push and not Together(once).observe_every_push
     assert lines == ["An observer failed: Broken: RuntimeError\n"]
