@@ -61,3 +61,34 @@ def test_double_braces_are_cookiecutters_alone() -> None:
     for path in rendered:
         source = path.read_text(encoding="utf-8")
         assert all("cookiecutter." in braces for braces in re.findall(r"\{\{.*", source)), path
+
+
+# Files that comments and documents of the project name, and that its owner makes or others have.
+OTHERS_FILES = {
+    *("a.toml", "dialogue.toml", "licences.md", "rime.py", "test_opening_hours.py"),
+    *("benchmarks/README.md", "benchmarks/conversation.py", "pipecat/services/rime/tts.py"),
+}
+NAMED_FILE = re.compile(r"(?<![\w/.])(?:[\w-]+/)*[\w-]+\.(?:py|md|toml)\b")
+
+
+def test_every_file_that_the_project_names_is_there() -> None:
+    """In a comment too: `telemetry.py` long after it had become `host/telemetry.py`."""
+    inside = [name.removeprefix(f"{FOLDER}/") for name in tracked_files() if FOLDER in name]
+    sources = [
+        name
+        for name in inside
+        if name.endswith((".py", ".md", ".toml", ".yml", ".example", "Dockerfile"))
+        and "tests/" not in name
+    ]
+    assert "bot.py" in sources
+    ends = {"/".join(Path(name).parts[at:]) for name in inside for at in range(name.count("/") + 1)}
+    lost = [
+        (name, named)
+        for name in sources
+        for named in NAMED_FILE.findall((ROOT / FOLDER / name).read_text(encoding="utf-8"))
+        if named not in ends and not any(named.endswith(other) for other in OTHERS_FILES)
+    ]
+    assert not lost
+    # Of what is installed a path is needed: nothing imports it from beside.
+    toml = (ROOT / FOLDER / "pyproject.toml").read_text(encoding="utf-8")
+    assert {named for named in NAMED_FILE.findall(toml) if named not in inside} == set()

@@ -99,7 +99,7 @@ async def bot(runner_args: RunnerArguments) -> None:
             runner_args=runner_args,
         )
         async with telemetry.of_call(roark.pipecat_call_id, service=AGENT):
-            # What stays the same comes first; Roark knows the call's time without it.
+            # Last: a provider's cache needs the same beginning. Roark knows the time without it.
             instructions += f"- {clock.instruction()}\n"
             if connection.errand:
                 instructions = connection.errand.fill_in(instructions)
@@ -258,7 +258,7 @@ async def run_pipeline(
             return
         caller = transports.client_id(client)
         if connection.dial_out:
-            # Theirs rings.
+            # The bot alone is there: their telephone still rings.
             return
         logger.info("Caller connected")
         if opening:

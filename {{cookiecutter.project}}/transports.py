@@ -76,7 +76,7 @@ class Connection:
         call_id: Its id at the phone company.
         is_promised: Whether this server, any process of it, has said that it takes the call.
         is_phone: Whether a telephone is at the other end: no RTVI client, no "ready" to wait for.
-        is_alive: Whether the caller's end shows signs of life; None where Pipecat tells if not.
+        is_alive: Whether the caller's end shows signs of life; None where Pipecat itself notices.
         is_broken_off: Whether it was closed for what came over it.
         is_closed: Whether the connection was closed, perhaps before Pipecat listened for that.
         dropped: How many of the line's messages made no sense so far.

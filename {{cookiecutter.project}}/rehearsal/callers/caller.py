@@ -2,8 +2,8 @@
 
 A bot is judged at the caller's end of the line, so this is where time is taken: everything a
 caller says and hears is on one clock (`time.monotonic`, seconds), and the time from the caller's
-last sound to the bot's first is a subtraction. `twilio_caller.py` and `webrtc_caller.py` bring
-the two kinds of line.
+last sound to the bot's first is a subtraction. `twilio.py` and `webrtc.py` bring the two
+kinds of line.
 """
 
 import asyncio

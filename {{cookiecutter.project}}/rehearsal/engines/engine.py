@@ -1,7 +1,7 @@
 """What stands behind the loopback providers: something that hears, thinks and speaks.
 
 The servers in this package know the providers' protocols and nothing else. What was said, what
-to answer and how it sounds is asked of an engine: the scripted one (`script.py`) for tests, the
+to answer and how it sounds is asked of an engine: the scripted one (`scripted.py`) for tests, the
 local one for people.
 """
 

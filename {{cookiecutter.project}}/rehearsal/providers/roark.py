@@ -26,7 +26,7 @@ Step = Literal["call-started", "chunk-url", "put", "call-ended"]
 
 MAX_BODY_BYTES = 64 * 1024 * 1024
 
-# Fields per message: (required, optional). roark-wire.md lists them.
+# Fields per message: (required, optional).
 EVENT_FIELDS: dict[str, tuple[set[str], set[str]]] = {
     "call-started": (
         {"event", "pipecatCallId", "eventTimestamp", "agentId"},
