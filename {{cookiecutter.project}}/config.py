@@ -180,16 +180,14 @@ def reason(error: Exception) -> str:
     return str(error) if is_plain else type(error).__name__
 
 
-def exit_without_keys(*checks: Callable[[], None]) -> None:
-    """Read `.env`; where a required variable is missing, say which and exit with status 2.
+def read_env() -> None:
+    """Read `.env` into the environment. What it says wins over the shell, as in Pipecat's runner.
 
-    Args:
-        *checks: Raise RuntimeError for a setting that is not what it has to be; its text is said,
-            and the status is 1.
+    Raises:
+        SystemExit: It is no text, in a sentence.
     """
     from dotenv import load_dotenv
 
-    # As Pipecat's runner does a moment later: what .env says wins over the shell.
     try:
         load_dotenv(override=True)
     except (OSError, ValueError) as error:
@@ -198,6 +196,16 @@ def exit_without_keys(*checks: Callable[[], None]) -> None:
             f".env cannot be read ({type(error).__name__}): make it plain text in UTF-8, as "
             "env.example is"
         ) from None
+
+
+def exit_without_keys(*checks: Callable[[], None]) -> None:
+    """Read `.env`; where a required variable is missing, say which and exit with status 2.
+
+    Args:
+        *checks: Raise RuntimeError for a setting that is not what it has to be; its text is said,
+            and the status is 1.
+    """
+    read_env()
     try:
         for check in (check_values, *checks):
             check()

@@ -490,7 +490,7 @@ def notice_early_ends(llm: Any) -> None:
 # <% endif %>
 async def as_spoken(text: str, _type: object) -> str:
     """For the voice: without markup, numbers in words. Models write for eyes now and then."""
-    return for_voice(text, language())
+    return for_voice(text, _spoken())
 
 
 def memory_params() -> "LLMAssistantAggregatorParams":

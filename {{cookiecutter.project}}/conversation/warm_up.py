@@ -1,4 +1,4 @@
-"""What the first caller would wait for, done before there is one.
+"""What the first caller would wait for, done before there is one, and what is left of old calls.
 
 A call imports the services it needs when it needs them, which keeps `import bot` quick. The first
 call would pay for that with a second or two of silence.
@@ -15,12 +15,15 @@ import services
 import transports
 from conversation import outcome, phrases, turns
 from roark import client
+from roark.outbox import outbox_from_environment
 from telephony import transfer
 
 
 @cache
 def once() -> None:
     """Build what a call is made of and throw away what loads at once; works the first time only.
+
+    What a process that died has left of its calls is delivered from now on, beside the new ones.
 
     Raises:
         Exception: A setting makes no sense, or one of the services cannot be built; no call could
@@ -34,6 +37,7 @@ def once() -> None:
     finally:
         gc.enable()
     gc.freeze()
+    outbox_from_environment()
 
 
 def _build() -> None:

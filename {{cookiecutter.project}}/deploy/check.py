@@ -352,6 +352,9 @@ def check(project: Path, env_file: Path) -> bool:
             findings = list(run())
         except FileNotFoundError as error:
             findings = [Finding(str(error), "put it back")]
+        except UnicodeDecodeError as error:
+            what = f"a file is no plain text in UTF-8 ({error.reason})"
+            findings = [Finding(what, f"save it anew; most likely it is {env_file.name}")]
         except ValueError as error:  # pipecatcloud: the context is too large.
             findings = [Finding(str(error), "add what is large to .dockerignore")]
         if not findings:

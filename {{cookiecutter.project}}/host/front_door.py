@@ -50,6 +50,7 @@ UNPROVEN_SECONDS = 30.0
 # have open. Whoever comes in a burst of strangers is not read yet when the last of them is there.
 MAX_UNPROVEN, MAX_WITH_A_BURST = 128, 768
 MOMENT_SECONDS = 1.0
+LAST_PORT = 65535
 TRANSPORTS = ["webrtc", "daily", "twilio"]
 # What Pipecat's server answers itself, in whatever way a stranger asks.
 PIPECATS = re.compile(r"(/.+)?/api/offer|/start|/daily|/daily-dialin-webhook|/sessions/.+|/files")
@@ -184,11 +185,16 @@ def guard(app: "FastAPI", arguments: Sequence[str]) -> None:
         arguments: The command line of bot.py, without the program.
 
     Raises:
-        SystemExit: A limit in the environment is no number.
+        SystemExit: A limit in the environment is no number, or --port is no port.
     """
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("-t", "--transport", nargs="?")
-    transport = parser.parse_known_args(arguments)[0].transport
+    parser.add_argument("--port", nargs="?")
+    options = parser.parse_known_args(arguments)[0]
+    transport, port = options.transport, options.port
+    # The system would take the rest of a division, and the log would name another.
+    if port and port.isdecimal() and int(port) > LAST_PORT:
+        raise SystemExit(f"--port is one of this machine's, up to {LAST_PORT}, not {port}")
     if transport == "twilio":
         calls.of_process.default_limit = calls.MAX_PHONE_CALLS
     try:

@@ -34,7 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.add_argument("--watch", action="store_true", help="keep the pages up to date")
     chosen = parser.parse_args(arguments)
 
-    load_dotenv(find_dotenv(usecwd=True))
+    try:
+        load_dotenv(find_dotenv(usecwd=True))
+    except (OSError, ValueError) as error:
+        # Its text repeats what was read.
+        print(
+            f".env cannot be read ({type(error).__name__}): make it plain text in UTF-8.",
+            file=sys.stderr,
+        )
+        return 2
     directory = Path(setting("CALLS_DIR") or "calls")
     if found := make_private(directory):
         print(found, file=sys.stderr)

@@ -13,8 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dotenv import load_dotenv
 from loguru import logger
+
+import config
 
 if TYPE_CHECKING:
     from telephony.errand import Errand
@@ -100,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--digits", default="", help="keys for a phone tree, pressed once it is answered; w waits"
     )
     options = parser.parse_args(arguments)
-    load_dotenv(override=True)
+    config.read_env()
     logger.remove()
     logger.add(sys.stderr, level="WARNING")
     return asyncio.run(call(options))

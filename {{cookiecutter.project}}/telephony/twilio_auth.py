@@ -55,6 +55,9 @@ NO_HOST = (
     "python bot.py -t twilio -x voice.example.org"
 )
 
+# A name or address, perhaps with a port; what follows it is ours to say.
+HOST = re.compile(r"([\w.-]+|\[[0-9a-fA-F:]+\])(:[0-9]{1,5})?")
+
 Reserve = Callable[[str, str, Callable[[], bool]], str]
 
 # Of everything that Twilio gives an id to: calls, media streams, accounts.
@@ -208,6 +211,9 @@ def guard(
         arguments: The command line of bot.py, without the program.
         reserve: Keeps a line for a call from a number until it has come, to whichever process;
             returns why it cannot be taken now, if so.
+
+    Raises:
+        SystemExit: What -x gives is no name of a server.
     """
     # Pipecat reads its options when it is too late to add a route, so these two are read here too.
     parser = argparse.ArgumentParser(add_help=False)
@@ -222,6 +228,10 @@ def guard(
     app.state.twilio_host = ""
     if options.transport != "twilio":
         return
+    if host and not HOST.fullmatch(host):
+        raise SystemExit(
+            f"-x is the public name of this server, such as voice.example.org, not {host!r}"
+        )
 
     from starlette.routing import Route
 

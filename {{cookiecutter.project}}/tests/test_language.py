@@ -138,8 +138,9 @@ DOUBTED = {
 
 
 def test_a_model_or_voice_that_cannot_speak_it_is_said_when_the_bot_starts(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setenv("CALLS_DIR", str(tmp_path))
     here = [case for case in DOUBTED.values() if hasattr(services, case[0])]
     monkeypatch.setenv("LANGUAGE", "de")
     for _, variable, value, _ in here:

@@ -415,6 +415,11 @@ BREAKAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "Dockerfile not found",
         "put it back",
     ),
+    "a .env of another encoding": (
+        lambda project: (project / ".env").write_text("A_KEY=x", encoding="utf-16"),
+        "a file is no plain text in UTF-8",
+        "most likely it is .env",
+    ),
     "no .env": (
         lambda project: (project / ".env").unlink(),
         ".env does not exist",

@@ -1,9 +1,12 @@
 """`python bot.py`: Pipecat's development server with this bot, in a process of its own."""
 
+import json
 import re
 import shutil
 import signal
+import time
 import wave
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from rehearsal.call import HUMAN_VOICE
 from rehearsal.callers.twilio import TwilioCaller
 from rehearsal.callers.webrtc import WebRTCCaller
 from rehearsal.providers.roark import ReceivedCall, RoarkReceiver
+from roark.folder import Folder, folder_name
 
 # Each starts a process and holds calls in real time.
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
@@ -74,6 +78,25 @@ async def test_the_server_has_pipecats_routes_and_takes_calls_on_each(tmp_path: 
             await caller.hear(within=SECONDS)
         await roark.until(lambda: len(roark.calls) == 2, timeout=SECONDS)
         await roark.until(lambda: all(call.whole for call in roark.calls.values()), timeout=SECONDS)
+
+
+async def test_what_a_killed_process_left_is_delivered_by_the_next_before_anybody_calls(
+    tmp_path: Path,
+) -> None:
+    async with RoarkReceiver() as roark:
+        path = tmp_path / "calls" / folder_name("killed", datetime.now(UTC))
+        left = Folder(path, call_id="killed", destination=roark.url)
+        assert left.create()
+        begun = {"event": "call", "at": time.time_ns(), "call_id": "killed", "agent_id": "a"}
+        left.keep_events([json.dumps(begun).encode() + b"\n"])
+        left.lock.release()
+        async with development_server("webrtc", tmp_path, ROARK_BASE_URL=roark.url):
+            await roark.until(
+                lambda: any(call.ended for call in roark.calls.values()), timeout=SECONDS
+            )
+        (call,) = roark.calls.values()
+        assert call.ended
+        assert (call.call_id, call.ended["callEndedReason"]) == ("killed", "process-died")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -31,6 +31,12 @@ class Clock:
         return self.now
 
 
+@pytest.mark.parametrize("port", ["99999", "65536"])
+def test_a_port_that_is_none_is_refused_and_not_taken_for_another(port: str) -> None:
+    with pytest.raises(SystemExit, match=f"up to 65535, not {port}"):
+        front_door.guard(FastAPI(), ["--port", port])
+
+
 @pytest.fixture
 def three_lines(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """Room for three calls at once, two of a caller."""

@@ -206,8 +206,15 @@ def _settings(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def user_settings() -> dict[str, str]:
-    """Return the user's environment as the bot would see it: `.env` wins over the shell."""
-    written = dotenv_values(PROJECT / ".env")
+    """Return the user's environment as the bot would see it: `.env` wins over the shell.
+
+    Raises:
+        ValueError: `.env` is no text; the sentence has nothing of it.
+    """
+    try:
+        written = dotenv_values(PROJECT / ".env")
+    except UnicodeDecodeError:
+        raise ValueError(".env is no plain text in UTF-8, as env.example is.") from None
     return {**os.environ, **{name: value for name, value in written.items() if value is not None}}
 
 

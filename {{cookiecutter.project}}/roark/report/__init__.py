@@ -131,8 +131,13 @@ def main(
             while watch:
                 sleep(WATCH_SECONDS)
                 report = write_index(calls_dir, watched=True)
-    except (LookupError, OSError) as error:
+    except LookupError as error:
         print(error, file=sys.stderr)
+        return 1
+    except OSError as error:
+        # A full disk's own words name no place.
+        is_nameless = error.errno and not error.filename
+        print(f"{calls_dir}: {error.strerror}" if is_nameless else error, file=sys.stderr)
         return 1
     for name, why in report.unreadable:
         print(f"{name}: cannot be read, passed over: {why}", file=sys.stderr)

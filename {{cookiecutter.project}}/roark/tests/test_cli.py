@@ -172,6 +172,14 @@ async def test_settings_may_come_from_a_dotenv_file(roark, calls_dir, monkeypatc
     assert roark.calls["first"].whole
 
 
+@pytest.mark.anyio
+async def test_a_dotenv_file_that_is_no_text_is_refused_without_its_content(calls_dir, capsys):
+    Path(".env").write_bytes(b"ROARK_API_KEY=\xff-secret\n")
+    assert await run("calls") == 2
+    said = capsys.readouterr().err
+    assert said.startswith(".env cannot be read") and "secret" not in said
+
+
 @pytest.mark.slow
 def test_it_runs_as_a_module(tmp_path):
     shutil.copytree(PROJECT / "roark", tmp_path / "roark")

@@ -362,7 +362,7 @@ async def test_the_command_has_pipecats_runner_make_a_room_that_may_dial_out(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     pytest.importorskip("daily", reason="needs the extra daily")
-    monkeypatch.setattr(command, "load_dotenv", lambda **_: False)
+    monkeypatch.setattr("config.read_env", lambda: None)
     room = {"id": "1", "name": "a", "api_created": True, "privacy": "public", "config": {}}
     room |= {"url": f"http://{HOST}:{free_port()}/a", "created_at": "2026-11-26T12:00:00.000Z"}
     async with (

@@ -72,7 +72,7 @@ def test_what_may_not_be_called_is_refused_in_a_sentence(
 def test_the_command_says_what_is_missing_and_calls_nobody(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "load_dotenv", lambda **_: False)
+    monkeypatch.setattr("config.read_env", lambda: None)
     assert command.main(["call", NUMBER, "--name", "Ann", "--reason", "it"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("Not called: the bot's public host is missing: --webhook-host")

@@ -202,6 +202,14 @@ def webhook(
     return TestClient(app, follow_redirects=False)
 
 
+@pytest.mark.parametrize("host", ["https://voice.example.org/hook", "voice example", "a:b", "''"])
+def test_a_public_name_that_is_none_is_refused_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    with pytest.raises(SystemExit, match=r"^-x is the public name of this server"):
+        webhook(monkeypatch, AUTH_TOKEN, "-x", host)
+
+
 @pytest.mark.parametrize("arguments", [[], ["--port", "8765"], ["-x", ""]])
 @pytest.mark.parametrize("auth_token", ["", AUTH_TOKEN])
 def test_without_a_public_name_twilio_is_told_in_one_sentence_and_the_log_once(
