@@ -29,6 +29,7 @@ _OF_LOUDEST = 0.1
 """A recorded voice ends where it falls 20 dB below its loudest; what follows is breath and room."""
 
 _WINDOW_SECONDS = 0.01
+_LOOK_EVERY_SECONDS = 0.1
 _PAUSE_SECONDS = 0.3
 """Silence after which a sound counts as the bot beginning to speak anew."""
 
@@ -228,14 +229,22 @@ class Caller(ABC):
             TimeoutError: The bot kept talking.
         """
         deadline = time.monotonic() + within
+        not_before = 0.0
         while True:
             spoken = self.heard.utterances
             silent_since = spoken[-1].end if spoken else self._began
-            if self.ended.is_set() or time.monotonic() >= silent_since + quiet:
+            looked_at = time.monotonic()
+            silent_enough_at = max(silent_since + quiet, not_before)
+            if self.ended.is_set() or looked_at >= silent_enough_at:
                 return silent_since
-            if time.monotonic() >= deadline:
+            if looked_at >= deadline:
                 raise TimeoutError(f"the bot was still talking after {within:g} s")
-            await self._news_before(min(deadline, silent_since + quiet))
+            look_again_at = looked_at + _LOOK_EVERY_SECONDS
+            await self._news_before(min(deadline, silent_enough_at, look_again_at))
+            stood_still = time.monotonic() - look_again_at
+            if stood_still > 0.0:
+                # In a process that stood still nobody listened: what came meanwhile is heard first.
+                not_before = time.monotonic() + min(stood_still, quiet)
 
     def _hears(self, pcm: bytes, at: float) -> None:
         """Take what the bot said; for the line to call."""

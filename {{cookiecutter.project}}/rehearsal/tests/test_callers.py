@@ -325,6 +325,29 @@ async def test_a_phone_stops_playing_what_the_bot_clears() -> None:
     assert [event["event"] for _, event in caller.received] == ["clear"]
 
 
+async def test_a_process_that_stands_still_is_not_taken_for_a_silent_bot() -> None:
+    goes_on = asyncio.Event()
+
+    async def talk(socket: web.WebSocketResponse) -> None:
+        stream = await stream_of(socket)
+        media = {"payload": base64.b64encode(to_mulaw(tone(0.2, 8000))).decode()}
+        await socket.send_json({"event": "media", "streamSid": stream, "media": media})
+        await goes_on.wait()
+        await socket.send_json({"event": "media", "streamSid": stream, "media": media})
+        async for _ in socket:
+            pass
+
+    async with line(talk) as url, TwilioCaller(url) as caller:
+        await caller.hear(within=SECONDS)
+        hearing_out = asyncio.create_task(caller.hear_out(quiet=0.3, within=SECONDS))
+        await asyncio.sleep(0)
+        goes_on.set()
+        time.sleep(0.6)
+        silent_since = await hearing_out
+    assert len(caller.heard.utterances) == 2
+    assert silent_since == caller.heard.utterances[-1].end
+
+
 async def test_a_phone_does_not_play_what_is_meant_for_another_call() -> None:
     async def talk(socket: web.WebSocketResponse) -> None:
         stream = await stream_of(socket)
