@@ -251,6 +251,8 @@ async def run_harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncI
             "ROARK_BASE_URL": roark.url,
             "ROARK_API_KEY": "rehearsal",
             "CALLS_DIR": str(calls_dir),
+            # The machine may be busy; how long a caller is kept waiting is test_recovery's.
+            "ANSWER_SECONDS": str(SECONDS),
         }
         for name, value in world.items():
             monkeypatch.setenv(name, value)

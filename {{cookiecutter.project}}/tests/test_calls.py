@@ -31,8 +31,6 @@ BOTH_TRANSPORTS = pytest.mark.parametrize("transport", ["twilio", "webrtc"])
 async def harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """The bot and its world, with a script for a short talk."""
     async with run_harness(monkeypatch, tmp_path) as harness:
-        # On a busy machine; how long a caller is kept waiting is test_recovery's.
-        monkeypatch.setenv("ANSWER_SECONDS", "30")
         harness.engine.script = TALK
         yield harness
 

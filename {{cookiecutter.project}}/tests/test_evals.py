@@ -54,7 +54,7 @@ async def test_the_starter_scenarios_hold_and_one_that_does_not_fails(tmp_path: 
     patience = "text_contains: midnight\n            within_ms: 3000"
     assert starter.count('text_excludes: "**"\n            within_ms: 15000') == 1
     wrong.write_text(starter.replace('text_excludes: "**"\n            within_ms: 15000', patience))
-    async with bot_for_evals(tmp_path, ALLOW_EVAL="1", ANSWER_SECONDS="1") as bot:
+    async with bot_for_evals(tmp_path, ALLOW_EVAL="1", ANSWER_SECONDS="2") as bot:
         status, printed = await run_evals(bot, EVALS, tmp_path)
         assert status == 0, printed
         assert "3/3 passed" in printed

@@ -21,8 +21,6 @@ GREETING = "Good morning. This call is recorded."
 async def harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """A bot whose first words are given, and a script whose own would be others."""
     async with run_harness(monkeypatch, tmp_path) as harness:
-        # On a busy machine; how long a caller is kept waiting is test_recovery's.
-        monkeypatch.setenv("ANSWER_SECONDS", "30")
         monkeypatch.setenv("GREETING", GREETING)
         harness.engine.script = Script(
             greeting="The LLM greets.", answers=(Answer(says="I hear you."),)

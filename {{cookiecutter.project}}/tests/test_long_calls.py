@@ -16,8 +16,6 @@ pytestmark = pytest.mark.anyio
 async def harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """The bot and its world."""
     async with run_harness(monkeypatch, tmp_path) as harness:
-        # On a busy machine; how long a caller is kept waiting is test_recovery's.
-        monkeypatch.setenv("ANSWER_SECONDS", "30")
         yield harness
 
 

@@ -46,8 +46,6 @@ async def harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, may_call: Non
     async with run_harness(monkeypatch, tmp_path) as harness:
         for name, value in {**ENVIRONMENT, "TWILIO_AUTH_TOKEN": KEY, "MAX_CALLS": "0"}.items():
             monkeypatch.setenv(name, value)
-        # On a busy machine; how long a caller is kept waiting is test_recovery's.
-        monkeypatch.setenv("ANSWER_SECONDS", "30")
         monkeypatch.setenv("CALL_GREETING", "Hello {name}, about {reason}.")
         message = tmp_path / "voicemail.md"
         message.write_text("A message for {name} about {reason}.\n")

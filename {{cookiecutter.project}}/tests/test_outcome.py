@@ -128,7 +128,7 @@ async def test_an_outcome_that_cannot_be_told_is_a_field_and_takes_no_longer_tha
     faults.hang = True
     asked_at = time.monotonic()
     assert "did not answer" in (await told_of(conversation()))["outcome_error"]
-    assert time.monotonic() - asked_at < 2.0
+    assert time.monotonic() - asked_at < 5.0
     monkeypatch.setattr(shutdown, "is_draining", lambda: True)
     assert "about to stop" in (await told_of(conversation()))["outcome_error"]
 

@@ -106,21 +106,21 @@ async def test_mhm_does_not_cut_the_bot_and_an_interruption_does_within_300_ms(
     """
     seconds: list[float] = []
     async with harness.caller(transport) as caller:
-        story = await caller.hear(within=SECONDS)
+        await caller.hear(within=SECONDS)
         mhm = await harness.say(caller, MHM)
         assert mhm.end - mhm.start > 0.3
         # The scripted recogniser takes what comes within a second for the same stretch of speech.
         await asyncio.sleep(1.2)
-        assert len(caller.heard.utterances) == 1, "the bot was cut"
-        assert caller.heard.utterances[-1].end > mhm.end + 0.5
+        # By what it says, not by its sound: on a busy machine that has holes.
+        assert " ".join(harness.engine.spoken).count("Once") <= 3, "the bot was cut, and began anew"
+        assert caller.heard.utterances[-1].end > mhm.end + 0.5, "the bot was cut"
         while len(seconds) < INTERRUPTIONS or (
             median(seconds[-INTERRUPTIONS:]) >= 0.3 and len(seconds) < 3 * INTERRUPTIONS
         ):
             interruption = await harness.say(caller, "whatever the script hears")
             answer = await caller.hear(since=interruption.end, within=SECONDS)
-            (cut_at,) = (u.end for u in caller.heard.utterances if u.start == story.start)
+            cut_at = max(u.end for u in caller.heard.utterances if u.start < answer.start)
             seconds.append(cut_at - interruption.start - HELD_BACK_SECONDS[transport])
-            story = answer
             await asyncio.sleep(0.5)
     await harness.over()
     # Two of them may be one turn, where the machine was too slow to answer in between.

@@ -43,8 +43,6 @@ async def harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     skip_unless_local("WhisperSTTService", "PiperTTSService")
     # What is heard here is what is said.
     monkeypatch.setattr("harness.skip_unless_scripted", lambda: None)
-    # On a busy machine these models may take longer than a caller is left waiting.
-    monkeypatch.setenv("ANSWER_SECONDS", "30")
     async with run_harness(monkeypatch, tmp_path) as harness:
         harness.engine.script = Script(greeting=GREETING, answers=(Answer(says=ANSWER),))
         yield harness

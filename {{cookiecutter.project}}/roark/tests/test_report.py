@@ -846,8 +846,8 @@ def test_a_click_on_a_turn_plays_from_there_and_the_cursor_moves(open_page, call
     clicked_at = time.monotonic()
     tab.page.get_by_text("Is Dr. Alvarez in today?").click()
     assert 1.7 < tab.now() < 2.3 + time.monotonic() - clicked_at
+    tab.until("document.querySelector('.turn.now')?.innerText.startsWith('Is Dr. Alvarez')")
     tab.until("document.getElementById('recording').currentTime > 2.5")
-    assert tab.page.locator(".turn.now").inner_text().startswith("Is Dr. Alvarez")
     tab.page.keyboard.press("Space")
     assert tab.page.evaluate("document.getElementById('recording').paused")
     assert tab.now() > 2.5
