@@ -121,7 +121,7 @@ async def test_of_an_interrupted_sentence_only_what_was_heard_is_kept(tmp_path: 
 def samples_of(pcm: bytes, *, after: float = 0.0) -> int:
     """How many samples hold sound, `after` seconds; the holes of a busy process hold none."""
     loudness = np.abs(np.frombuffer(pcm, "<i2").astype(int))[round(after * SAMPLE_RATE) :]
-    return np.count_nonzero(loudness > LOUD)
+    return int(np.count_nonzero(loudness > LOUD))
 
 
 def bot_text(call: ReceivedCall) -> str:

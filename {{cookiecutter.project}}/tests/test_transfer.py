@@ -58,7 +58,7 @@ async def ask_for_a_person(harness: Harness, caller: Any) -> None:
 
 @pytest.mark.slow
 async def test_a_caller_is_handed_over_and_nobody_hangs_up_on_them(harness: Harness) -> None:
-    harness.providers.twilio.colleagues[COLLEAGUE] = Colleague("completed", talks_s=1.0)
+    harness.providers.twilio.colleagues[COLLEAGUE] = Colleague("completed", talks_s=2.0)
     async with harness.caller("twilio") as caller:
         await ask_for_a_person(harness, caller)
         await harness.over()
