@@ -145,6 +145,7 @@ NEEDS = {
     "python -m benchmarks destinations": QUIET,
     "python -m benchmarks stalls": QUIET,
     "python -m benchmarks bound": QUIET,
+    "python -m benchmarks turn": QUIET,
     "python -m benchmarks images": "buildah and root, as tests/test_images.py",
     "python -m benchmarks soak --minutes 20": QUIET,
     "python -m benchmarks replaced": QUIET,
