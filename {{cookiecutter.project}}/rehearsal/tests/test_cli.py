@@ -445,6 +445,8 @@ async def buy(params: FunctionCallParams, id: int):
     Args:
         id: Its number.
     \"\"\"
+    import httpx
+
     async with httpx.AsyncClient() as http:
         answer = await http.post(setting("STOCK_URL"), json={"id": id})
     await params.result_callback(answer.json())
