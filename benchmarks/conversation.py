@@ -13,7 +13,6 @@ a check that what is found does not hang on words that come as they are told to.
 import argparse
 import asyncio
 import json
-import re
 import statistics
 import sys
 import time
@@ -29,6 +28,7 @@ from zlib import crc32
 
 import numpy as np
 import soxr
+from conversation.floor import spoken_words
 from loguru import logger
 from numpy.typing import NDArray
 from rehearsal.callers.caller import Caller, Utterance
@@ -264,7 +264,7 @@ class Verdict:
 
 def in_known_words(heard: str, phrases: Sequence[Phrase]) -> str:
     """Return those of `phrases` that a recogniser which is wrong at times has heard, in order."""
-    words = re.sub(r"[^\w\s]", "", heard.lower()).split()
+    words = spoken_words(heard)
     found: list[tuple[int, str]] = []
     for phrase in phrases:
         known = phrase.text.lower().split()

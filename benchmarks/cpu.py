@@ -9,7 +9,6 @@ machine does falls on both. Ours is measured once more with a change to Pipecat 
 """
 
 import asyncio
-import os
 import statistics
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -59,7 +58,7 @@ async def talk(host: Running, transport: str, speech: Speech) -> tuple[float, fl
     clock = asyncio.get_running_loop().time
     async with host.caller(transport) as caller:
         await greeting_of(caller)
-        began, cpu, loop = clock(), host.cpu_seconds(), _loop_seconds(host)
+        began, cpu, loop = clock(), host.cpu_seconds(), host.loop_seconds()
         for turn in range(TURNS):
             async with asyncio.timeout_at(began + TURN_SECONDS * (turn + 1)):
                 sentence = speech.sentences[turn % len(speech.sentences)]
@@ -67,13 +66,7 @@ async def talk(host: Running, transport: str, speech: Speech) -> tuple[float, fl
                 await caller.hear(since=said.end, within=SECONDS)
             await asyncio.sleep(began + TURN_SECONDS * (turn + 1) - clock())
         seconds = clock() - began
-        return (host.cpu_seconds() - cpu) / seconds, (_loop_seconds(host) - loop) / seconds
-
-
-def _loop_seconds(host: Running) -> float:
-    pid = host.process.pid
-    fields = Path(f"/proc/{pid}/task/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return (host.cpu_seconds() - cpu) / seconds, (host.loop_seconds() - loop) / seconds
 
 
 async def measure() -> dict[tuple[str, str], Spent]:

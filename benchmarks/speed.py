@@ -119,14 +119,22 @@ class Running:
 
     def cpu_seconds(self) -> float:
         """Processor time spent so far, all threads."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return _cpu_seconds(Path(f"/proc/{self.process.pid}/stat"))
+
+    def loop_seconds(self) -> float:
+        """Processor time spent so far by the first thread, in which the event loop runs."""
+        return _cpu_seconds(Path(f"/proc/{self.process.pid}/task/{self.process.pid}/stat"))
 
     def caller(self, transport: str) -> Caller:
         """Return a caller, not yet connected."""
         if transport == "twilio":
             return TwilioCaller(self.url.replace("http", "ws", 1) + "/ws")
         return PromptCaller(self.url)
+
+
+def _cpu_seconds(stat: Path) -> float:
+    fields = stat.read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class PromptCaller(WebRTCCaller):

@@ -91,13 +91,15 @@ class CallerWords(DTMFAggregator):
         words = spoken_words(text)
         # What is its own stays so until the recogniser is certain of it, however late that is.
         is_known = bool(words) and words == self._echo
-        is_own = is_known or self._floor.is_own(text)
-        self._echo = words if is_own and may_grow else []
-        if is_own:
+        self._echo = []
+        if not is_known and not self._floor.is_own(text, may_grow=may_grow):
+            return False
+        if is_known or self._floor.is_own(text):
+            self._echo = words if may_grow else []
             if not self._floor.hears_itself:
                 logger.warning("The bot hears itself: from now on only words cut it off")
             self._floor.own_heard()
-        return is_own or self._floor.is_own(text, may_grow=may_grow)
+        return True
 
 
 class CallerAudio(FrameProcessor):

@@ -32,7 +32,7 @@ from pipecat.turns.user_turn_strategies import ExternalUserTurnStrategies, UserT
 
 import config
 from conversation import phrases
-from conversation.floor import Floor
+from conversation.floor import Floor, spoken_words
 from conversation.turn_end import PauseUserTurnStopStrategy, in_group
 from conversation.vad import HushVADAnalyzer
 
@@ -158,7 +158,7 @@ def goes_on(text: str) -> bool:
 
 def _words(text: str) -> list[str]:
     # Japanese has no spaces; what stands between its sentences parts the words.
-    return re.sub(r"[^\w\s]", "", re.sub("[\u3001\u3002\uff01\uff1f]", " ", text.lower())).split()
+    return spoken_words(re.sub("[\u3001\u3002\uff01\uff1f]", " ", text))
 
 
 class InterruptionUserTurnStartStrategy(BaseUserTurnStartStrategy):
