@@ -22,6 +22,7 @@ from benchmarks import (
     long_call,
     markers,
     openings,
+    pythons,
     replaced,
     report,
     soak,
@@ -43,6 +44,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "speed": speed.report,
     "turn": turn.report,
     "cpu": cpu.report,
+    "pythons": pythons.report,
     "crowd": crowd.report,
     "bound": crowd.bound_report,
     "conversation": conversation.report,
@@ -55,7 +57,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "images": images.report,
 }
 
-LONG = ("images", "replaced", "soak", "stalls")
+LONG = ("images", "pythons", "replaced", "soak", "stalls")
 """Only when they are named."""
 
 

@@ -63,12 +63,14 @@ class Bot:
         folder: With its bot.py, as its image would hold it.
         launcher: What runs it under Pipecat's runner, on the providers of the environment.
         image: What runs it under the base image's contract.
+        python: The interpreter.
     """
 
     name: str
     folder: Path
     launcher: tuple[str, ...]
     image: tuple[str, ...]
+    python: str = sys.executable
 
 
 @dataclass
@@ -289,7 +291,7 @@ async def _process(
     path = os.pathsep.join(str(part) for part in (bot.folder, REPOSITORY, PROJECT))
     log = (bot.folder.parent / f"{bot.folder.name}.log").open("ab")
     process = await asyncio.create_subprocess_exec(
-        sys.executable,
+        bot.python,
         *command,
         cwd=bot.folder,
         env={**environment, "PYTHONPATH": path},
