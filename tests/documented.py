@@ -145,6 +145,7 @@ NEEDS = {
     "python -m benchmarks destinations": QUIET,
     "python -m benchmarks stalls": QUIET,
     "python -m benchmarks bound": QUIET,
+    "python -m benchmarks pythons": "a Python 3.12 and a 3.13 beside this one, and a quiet machine",
     "python -m benchmarks turn": QUIET,
     "python -m benchmarks images": "buildah and root, as tests/test_images.py",
     "python -m benchmarks soak --minutes 20": QUIET,
