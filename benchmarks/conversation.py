@@ -32,7 +32,24 @@ from conversation.floor import spoken_words
 from loguru import logger
 from numpy.typing import NDArray
 from rehearsal.callers.caller import Caller, Utterance
-from rehearsal.callers.person import (
+from rehearsal.engines.engine import Recogniser, Speech, TextDelta, ToolCall, Word
+from rehearsal.engines.language_model import ScriptedAnswerer
+from rehearsal.engines.local import LocalEngine
+from rehearsal.engines.scripted import ScriptedEngine
+from rehearsal.providers.all import Providers, serve
+from rehearsal.providers.cartesia import CartesiaServer
+from rehearsal.providers.roark import RoarkReceiver
+
+from benchmarks.images import default_project
+from benchmarks.known_words import (
+    RECOGNISER_HZ,
+    KnownWordsEngine,
+    KnownWordsRecogniser,
+    Phrase,
+    joined,
+)
+from benchmarks.material import DIGITS, SPELLED, in_groups, recordings, synthetic
+from benchmarks.person import (
     Echo,
     Person,
     Said,
@@ -42,23 +59,6 @@ from rehearsal.callers.person import (
     white_noise,
     without_words,
 )
-from rehearsal.engines.engine import Recogniser, Speech, TextDelta, ToolCall, Word
-from rehearsal.engines.known_words import (
-    RECOGNISER_HZ,
-    KnownWordsEngine,
-    KnownWordsRecogniser,
-    Phrase,
-    joined,
-)
-from rehearsal.engines.language_model import ScriptedAnswerer
-from rehearsal.engines.local import LocalEngine
-from rehearsal.engines.scripted import ScriptedEngine
-from rehearsal.providers.all import Providers, serve
-from rehearsal.providers.cartesia import CartesiaServer
-from rehearsal.providers.roark import RoarkReceiver
-
-from benchmarks.images import default_project
-from benchmarks.material import DIGITS, SPELLED, in_groups, recordings, synthetic
 from benchmarks.speed import (
     OURS,
     SCAFFOLD,

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 from rehearsal.engines.engine import Word
-from rehearsal.engines.known_words import Phrase, phrases_of
 from rehearsal.engines.language_model import ScriptedAnswerer
 from rehearsal.engines.local import LocalEngine
+
+from benchmarks.known_words import Phrase, phrases_of
 
 # Piper's voice, for what no recording has: groups of a number, a name spelled letter by letter.
 DIGITS = (

@@ -17,9 +17,9 @@ from loguru import logger
 from pipecat.audio.turn.smart_turn.local_smart_turn_v3 import LocalSmartTurnAnalyzerV3
 from pipecat.audio.vad.vad_analyzer import VAD_STOP_SECS
 from pipecat.metrics.metrics import TurnMetricsData
-from rehearsal.engines.known_words import RECOGNISER_HZ, Phrase
 
 from benchmarks.conversation import SENTENCES
+from benchmarks.known_words import RECOGNISER_HZ, Phrase
 from benchmarks.material import recordings
 
 SILENCES_SECONDS = (VAD_STOP_SECS, *ASK_AGAIN_SECONDS)

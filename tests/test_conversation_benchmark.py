@@ -1,10 +1,8 @@
 """What benchmarks/conversation.py says of an utterance follows from what was asked and heard."""
 
 import pytest
-from rehearsal.callers.person import Said, Saying
 from rehearsal.callers.twilio import TwilioCaller, from_mulaw, to_mulaw
 from rehearsal.engines.engine import TextDelta, Word
-from rehearsal.engines.known_words import Phrase
 
 from benchmarks.conversation import (
     Audible,
@@ -16,6 +14,8 @@ from benchmarks.conversation import (
     in_known_words,
     judge,
 )
+from benchmarks.known_words import Phrase
+from benchmarks.person import Said, Saying
 
 KINDS = ("cut_in", "half", "lost", "doubled", "late", "interrupted", "unasked")
 FIRST, LAST = "thirty three", "ninety two"

@@ -130,7 +130,7 @@ class Caller(ABC):
         ended: Set once the line is gone, whoever closed it.
         sample_rate: Of the line, Hz.
         surroundings: What the microphone picks up besides the caller: given the caller, a time on
-            the clock and a number of samples, the samples. See person.py.
+            the clock and a number of samples, the samples.
         slowness: How much longer than real time the caller's sound takes: 1, or more for a bot
             that has to share its machine. What counts samples does not notice.
     """

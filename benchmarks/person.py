@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-
 from rehearsal.callers.caller import Caller, Utterance
-from rehearsal.engines.known_words import Phrase
+
+from benchmarks.known_words import Phrase
 
 PATIENCE_SECONDS = 8.0
 """After so long without an answer people say the next thing."""

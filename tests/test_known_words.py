@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import soxr
-
 from rehearsal.call import HUMAN_VOICE, recorded_voice
-from rehearsal.callers.person import Echo, Saying, babble, rms, white_noise, without_words
 from rehearsal.callers.twilio import SAMPLE_RATE, TwilioCaller, from_mulaw, to_mulaw
 from rehearsal.engines.engine import Heard, Word
-from rehearsal.engines.known_words import KnownWordsRecogniser, Phrase, phrases_of
+
+from benchmarks.known_words import KnownWordsRecogniser, Phrase, phrases_of
+from benchmarks.person import Echo, Saying, babble, rms, white_noise, without_words
 
 pytestmark = pytest.mark.anyio
 

@@ -16,7 +16,6 @@ from itertools import pairwise
 import numpy as np
 import soxr
 from numpy.typing import NDArray
-
 from rehearsal.engines.engine import Heard, Speech, Word
 from rehearsal.engines.scripted import Script, ScriptedEngine
 
