@@ -330,6 +330,8 @@ async def measure(minutes: float = MINUTES) -> Soak:
         async with serve(engine) as providers, RoarkReceiver() as roark:
             environment = environment_of(providers, roark, folder)
             del environment["MAX_CALLS"]
+            # As DEPLOY.md's unit has it.
+            environment["MALLOC_ARENA_MAX"] = "2"
             bot, over = our_bot(folder), asyncio.Event()
             weather = Weather(providers, roark, found)
             async with asyncio.TaskGroup() as group:
