@@ -150,7 +150,7 @@ def main() -> None:
         userland, "machine", "import platform; print(platform.machine(), platform.python_version())"
     )
     report(userland, "import bot", "import bot")
-    for name in ("daily", "aiortc", "av", "cv2", "onnxruntime", "numba"):
+    for name in ("daily", "aiortc", "av", "onnxruntime"):
         report(userland, f"import {name}", f"import {name}")
     silero = "from pipecat.audio.vad.silero import SileroVADAnalyzer as V; V(sample_rate=8000)"
     report(userland, "Silero loads", silero)
