@@ -326,7 +326,7 @@ async def run_pipeline(
 
 
 if __name__ == "__main__":
-    config.exit_without_keys(transfer.check_values)
+    config.exit_without_keys(warm_up.check_values)
 
     from pipecat.runner.run import app, main
 

@@ -63,6 +63,11 @@ SECONDS = (
 )
 NUMBERS = ("CALLS_MAX_MB", "CALLS_MAX_DAYS")
 WHOLE_NUMBERS = ("MAX_CALLS", "MAX_CALLS_PER_CALLER", "CONTEXT_TOKENS")
+SWITCHES = ("PROTECT_GREETING", "SPECULATE", "TRANSFER_ASK")
+# What is pasted, of the services and of your own tools, and of what it consists.
+PASTED = re.compile(r"[A-Z0-9_]+_(API_KEY|AUTH_TOKEN|ACCOUNT_SID|VOICE_ID)")
+KEY = re.compile(r"[!#-&(-~]+")
+ON, OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 # What is spoken in calls, where LANGUAGE does not say.
 # <% if cookiecutter.language != "en" %>
@@ -113,7 +118,7 @@ def _number(name: str, default: float, what: str = "a number") -> float:
 def is_on(name: str, default: bool = False) -> bool:
     """Whether the variable `name` is 1, true, yes or on; `default` where it is unset or blank."""
     value = setting(name).lower()
-    return value in ("1", "true", "yes", "on") if value else default
+    return value in ON if value else default
 
 
 def language() -> str:
@@ -169,6 +174,15 @@ def check_values() -> None:
         _number(name, 0.0)
     for name in WHOLE_NUMBERS:
         whole_number(name, 0)
+    for name in SWITCHES:
+        if setting(name, "0").lower() not in ON + OFF:
+            raise RuntimeError(f"{name} is 1 or 0, not {setting(name)!r}")
+    for name in filter(PASTED.fullmatch, os.environ):
+        if setting(name) and not KEY.fullmatch(setting(name)):
+            raise RuntimeError(
+                f"{name} holds what no key does: a quotation mark, a blank, a second line or a "
+                "character that cannot be seen; copy it anew"
+            )
 
 
 def reason(error: Exception) -> str:
@@ -189,7 +203,8 @@ def read_env() -> None:
     from dotenv import load_dotenv
 
     try:
-        load_dotenv(override=True)
+        # Editors on Windows put an invisible mark before the first name, which would be part of it.
+        load_dotenv(override=True, encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         # A parser's text repeats what it read.
         raise SystemExit(

@@ -14,7 +14,7 @@ import config
 import services
 import transports
 from conversation import outcome, phrases, turns
-from roark import client
+from roark import client, prices
 from roark.outbox import outbox_from_environment
 from telephony import transfer
 
@@ -40,9 +40,18 @@ def once() -> None:
     outbox_from_environment()
 
 
-def _build() -> None:
+def check_values() -> None:
+    """Raise RuntimeError for the first setting that is not what it has to be."""
+    from telephony import errand
+
     config.check_values()
     transfer.check_values()
+    errand.check_values()
+    prices.read_prices(config.setting("PRICES_FILE"))
+
+
+def _build() -> None:
+    check_values()
     for doubt in (*phrases.doubts(), *outcome.doubts()):
         logger.warning(f"{doubt[0].upper()}{doubt[1:]}")
     recogniser = services.create_stt()

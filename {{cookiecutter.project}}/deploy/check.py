@@ -173,7 +173,7 @@ def needed(project: Path) -> set[str]:
 def secrets(project: Path, env_file: Path) -> dict[str, str]:
     """Return what belongs in the secret set: the names of env.example that have a value."""
     names = set(dotenv_values(project / "env.example"))
-    values = dotenv_values(env_file, interpolate=False)
+    values = dotenv_values(env_file, interpolate=False, encoding="utf-8-sig")
     return {
         name: value.strip()
         for name, value in values.items()
@@ -288,7 +288,7 @@ def check_secrets(project: Path, env_file: Path) -> Iterator[Finding]:
     if not env_file.exists():
         yield Finding(f"{env_file.name} does not exist", "cp env.example .env, and fill it in")
         return
-    for name in sorted(set(dotenv_values(env_file)) - listed):
+    for name in sorted(set(dotenv_values(env_file, encoding="utf-8-sig")) - listed):
         if not LOCAL_NAMES.fullmatch(name):
             yield Finding(
                 f"{name} is in {env_file.name} but not in env.example: it is not uploaded",

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
 
     try:
-        load_dotenv(find_dotenv(usecwd=True))
+        load_dotenv(find_dotenv(usecwd=True), encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         # Its text repeats what was read.
         print(

@@ -12,6 +12,7 @@ The numbers are yours: an account's own prices are on its provider's page. What 
 nothing; tokens from the provider's cache cost what others do, unless they have a price.
 """
 
+import math
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,28 +31,38 @@ NAMES = {
 
 def prices_in(path: str | Path | None) -> dict[str, Any] | None:
     """The prices in a TOML file; None without one. A file that is wrong is named in one warning."""
+    try:
+        return read_prices(path)
+    except RuntimeError as error:
+        logger.warning(f"Roark: {error}; no cost")
+        return None
+
+
+def read_prices(path: str | Path | None) -> dict[str, Any] | None:
+    """The prices in a TOML file; None without one.
+
+    Raises:
+        RuntimeError: It cannot be read, or holds something else than prices.
+    """
     if not path:
         return None
     try:
         prices = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        logger.warning(
-            f"Roark: PRICES_FILE {path} cannot be read ({type(error).__name__}); no cost"
-        )
-        return None
-    wrong = [
-        name
-        for name, value in prices.items()
-        if name not in NAMES
-        or (name != "currency" and (type(value) not in (int, float) or value < 0))
-    ]
+        raise RuntimeError(f"PRICES_FILE {path} cannot be read ({type(error).__name__})") from None
+    wrong = [name for name, value in prices.items() if not _is_price(name, value)]
     if wrong:
-        logger.warning(
-            f"Roark: PRICES_FILE {path}: {', '.join(wrong)} should be a number called one of "
-            f"{', '.join(sorted(NAMES))}; no cost"
+        raise RuntimeError(
+            f"PRICES_FILE {path}: {', '.join(wrong)} should be a number called one of "
+            f"{', '.join(sorted(NAMES))}"
         )
-        return None
     return prices
+
+
+def _is_price(name: str, value: Any) -> bool:
+    if name == "currency":
+        return isinstance(value, str)
+    return name in NAMES and type(value) in (int, float) and 0 <= value < math.inf
 
 
 def cost_of(

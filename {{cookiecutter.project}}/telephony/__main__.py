@@ -104,6 +104,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config.read_env()
     logger.remove()
     logger.add(sys.stderr, level="WARNING")
+    try:
+        config.check_values()
+    except RuntimeError as error:
+        print(f"Not called: {error}.", file=sys.stderr)
+        return 2
     return asyncio.run(call(options))
 
 

@@ -22,9 +22,9 @@ import httpx
 from loguru import logger
 
 from config import setting
-from telephony.errand import DECLINED, DIGITS, HOST, SIP_ENDINGS, Errand, NotPlaced, check
+from telephony.errand import DECLINED, DIGITS, SIP_ENDINGS, Errand, NotPlaced, check
 from telephony.transfer import DAILY_ID, DailyTransfer
-from telephony.twilio_auth import Gate
+from telephony.twilio_auth import HOST, Gate
 
 # https://docs.pipecat.ai/pipecat-cloud/guides/telephony/daily-dial-out
 CLOUD = "https://api.pipecat.daily.co/v1/public"

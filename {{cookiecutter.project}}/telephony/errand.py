@@ -10,7 +10,7 @@ from zoneinfo import ZoneInfo
 
 from config import setting
 from telephony.transfer import E164
-from telephony.twilio_auth import TOKEN_PARAMETER, Gate
+from telephony.twilio_auth import HOST, TOKEN_PARAMETER, Gate
 from telephony.twiml import NO_XML
 
 # From the request to the stream: waiting in a queue, ringing, a phone tree's digits.
@@ -21,7 +21,8 @@ CALL_HOURS = "08-20"
 MAX_CHARACTERS = 450
 
 HOURS = re.compile(r"([01]?\d|2[0-3])-([01]?\d|2[0-4])")
-HOST = re.compile(r"[\w.-]+(:\d+)?")
+PREFIX = re.compile(r"\+[1-9][0-9]{0,14}")
+STREAM_URL = re.compile(rf"wss?://({HOST.pattern})(/\S*)?")
 # https://www.twilio.com/docs/voice/twiml/play#digits
 DIGITS = re.compile(r"[0-9*#w]{0,32}")
 # What their network says of a call that was not taken: RFC 3261, section 21; 607 is RFC 8197.
@@ -87,6 +88,53 @@ class Errand:
         return json.dumps(asdict(self))
 
 
+def check_values() -> None:
+    """Raise RuntimeError where a setting of calls that the bot places is not what it has to be."""
+    prefixes()
+    hours()
+    number = setting("CALL_FROM")
+    if number and not E164.fullmatch(number):
+        raise RuntimeError(
+            "CALL_FROM is the number of your Twilio account that calls, in E.164 form such as "
+            f"+4930123456, not {number!r}"
+        )
+    url = setting("TWILIO_STREAM_URL")
+    if url and not STREAM_URL.fullmatch(url):
+        raise RuntimeError(f"TWILIO_STREAM_URL is like wss://voice.example.org/ws, not {url!r}")
+
+
+def prefixes() -> tuple[str, ...]:
+    """CALL_PREFIXES, the beginnings of the numbers that may be called.
+
+    Raises:
+        RuntimeError: One is no beginning of a number in E.164 form.
+    """
+    found = tuple(filter(None, map(str.strip, setting("CALL_PREFIXES").split(","))))
+    for prefix in found:
+        if not PREFIX.fullmatch(prefix):
+            raise RuntimeError(
+                "CALL_PREFIXES is a list of beginnings of numbers, each with a plus and the "
+                f"country's code, such as +4930,+4989; {prefix!r} is none"
+            )
+    return found
+
+
+def hours() -> tuple[int, int]:
+    """CALL_HOURS, the first hour of the day in which may be called and the one after the last.
+
+    Raises:
+        RuntimeError: It is no such pair.
+    """
+    value = setting("CALL_HOURS", CALL_HOURS)
+    if pair := HOURS.fullmatch(value):
+        first, last = int(pair[1]), int(pair[2])
+        if first < last:
+            return first, last
+    raise RuntimeError(
+        f"CALL_HOURS is like 08-20, hours of one day, the earlier first, not {value!r}"
+    )
+
+
 def check(errand: Errand, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
     """See whether the bot may call this number now.
 
@@ -99,14 +147,17 @@ def check(errand: Errand, *, now: Callable[[], datetime] = lambda: datetime.now(
             f"{number} is not in E.164 form: a plus, the country's code and the number without "
             "spaces, such as +4930123456"
         )
-    prefixes = [prefix.strip() for prefix in setting("CALL_PREFIXES").split(",") if prefix.strip()]
-    if not prefixes:
+    try:
+        allowed, (first, last) = prefixes(), hours()
+    except RuntimeError as error:
+        raise NotPlaced(str(error)) from None
+    if not allowed:
         raise NotPlaced(
             "CALL_PREFIXES is empty, so nobody may be called: set it to the beginnings of the "
             "numbers that may be, such as +4930,+4989"
         )
-    if not number.startswith(tuple(prefixes)):
-        raise NotPlaced(f"{number} begins with none of CALL_PREFIXES ({', '.join(prefixes)})")
+    if not number.startswith(allowed):
+        raise NotPlaced(f"{number} begins with none of CALL_PREFIXES ({', '.join(allowed)})")
     for part in (errand.callee_name, errand.call_reason):
         # Of others the stream would bring back something else than was signed.
         if not part.strip() or len(part) > MAX_CHARACTERS or NO_XML.search(part):
@@ -114,10 +165,6 @@ def check(errand: Errand, *, now: Callable[[], datetime] = lambda: datetime.now(
                 f"name and reason are needed, up to {MAX_CHARACTERS} characters each, and none of "
                 "control"
             )
-    hours = HOURS.fullmatch(setting("CALL_HOURS", CALL_HOURS))
-    if not hours:
-        raise NotPlaced(f"CALL_HOURS is like 08-20, hours of the day, not {setting('CALL_HOURS')}")
-    first, last = map(int, hours.groups())
     # In every zone the number may be in: those of a mobile phone can be many.
     for zone in zones(number):
         there = now().astimezone(ZoneInfo(zone))

@@ -24,14 +24,13 @@ from telephony import twilio_rest, twiml
 from telephony.errand import (
     DECLINED,
     DIGITS,
-    HOST,
     SIP_ENDINGS,
     Errand,
     NotPlaced,
     check,
 )
 from telephony.transfer import E164
-from telephony.twilio_auth import is_sid
+from telephony.twilio_auth import HOST, is_sid
 
 # Twilio lets it ring for so long, voicemail comes in sooner: after some 25 s.
 RING_SECONDS = 30

@@ -10,6 +10,7 @@ import pytest
 
 import bot
 import config
+from conversation import warm_up
 
 PROJECT = Path(config.__file__).parent
 KEYS = tuple(config.REQUIRED)
@@ -65,14 +66,48 @@ def test_a_blank_setting_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
         ("CALLS_MAX_MB", "-5"),
         ("CONTEXT_TOKENS", "abc"),
         ("MAX_CALLS", "1.5"),
+        ("SPECULATE", "maybe"),
+        ("TIMEZONE", "Mars"),
+        ("CALL_HOURS", "20-08"),
+        ("CALL_HOURS", "8 to 20"),
+        ("CALL_PREFIXES", "0049"),
+        ("CALL_FROM", "030123456"),
+        ("TWILIO_STREAM_URL", "voice.example.org"),
+        ("PRICES_FILE", "none.toml"),
     ],
 )
-def test_a_setting_that_is_no_such_number_is_said_before_a_call(
+def test_a_setting_that_is_not_what_it_has_to_be_is_said_before_a_call(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     monkeypatch.setenv(name, value)
-    with pytest.raises(RuntimeError, match=f"^{name} is a .*number.*, not '{value}'$"):
+    with pytest.raises(RuntimeError, match=rf"^{name} .*{value}"):
+        warm_up.check_values()
+
+
+def test_settings_as_they_should_be_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "SPECULATE": "No",
+        "CALL_HOURS": "08-24",
+        "CALL_PREFIXES": " +4930, +1,",
+        "CALL_FROM": "+4930123456",
+        "TWILIO_STREAM_URL": "wss://eu-central.api.pipecat.daily.co/ws/twilio?serviceHost=a.b",
+        "CARTESIA_API_KEY": " sk_car-0aZ=/+.$ ",
+    }.items():
+        monkeypatch.setenv(name, value)
+    warm_up.check_values()
+
+
+@pytest.mark.parametrize(
+    "slip", ['"{}"', "{}'", "{}\u200b", "{}\n{}", "\ufeff{}", "Bearer {}", "“{}”"]
+)
+@pytest.mark.parametrize("name", [KEYS[0], "HOURS_API_KEY", "TWILIO_AUTH_TOKEN"])
+def test_a_key_that_was_copied_with_something_else_is_named_and_not_shown(
+    monkeypatch: pytest.MonkeyPatch, name: str, slip: str
+) -> None:
+    monkeypatch.setenv(name, slip.format("k-4711", "k-4711"))
+    with pytest.raises(RuntimeError, match=f"^{name} holds what no key does") as refused:
         config.check_values()
+    assert "4711" not in str(refused.value)
 
 
 def test_a_setting_that_makes_no_sense_ends_the_start_with_a_sentence(tmp_path: Path) -> None:
@@ -94,6 +129,17 @@ def test_an_env_file_that_is_no_text_is_refused_in_a_sentence_without_its_conten
     with pytest.raises(SystemExit, match=r"^\.env cannot be read") as refused:
         config.exit_without_keys()
     assert "secret" not in str(refused.value)
+
+
+def test_the_mark_that_an_editor_puts_before_the_first_name_is_no_part_of_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / ".env").write_text(f"{KEYS[0]}=of-the-file\n", encoding="utf-8-sig")
+    path = str(tmp_path / ".env")
+    monkeypatch.setattr("dotenv.main.find_dotenv", lambda *_args, **_kwargs: path)
+    monkeypatch.setenv(KEYS[0], "")
+    config.read_env()
+    assert config.setting(KEYS[0]) == "of-the-file"
 
 
 def test_a_session_without_keys_fails_with_their_names(monkeypatch: pytest.MonkeyPatch) -> None:

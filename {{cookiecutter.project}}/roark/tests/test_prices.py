@@ -50,7 +50,16 @@ def test_without_prices_nothing_is_said_of_cost():
 
 
 @pytest.mark.parametrize(
-    "text", ["=", "tokens = 3", "stt_per_hour = 'x'", "stt_per_hour = true", "call_per_hour = -1"]
+    "text",
+    [
+        "=",
+        "tokens = 3",
+        "stt_per_hour = 'x'",
+        "stt_per_hour = true",
+        "call_per_hour = -1",
+        "call_per_hour = nan",
+        "currency = 1",
+    ],
 )
 def test_a_file_that_is_wrong_is_named_once_and_costs_no_call(tmp_path, text):
     path = tmp_path / "prices.toml"

@@ -39,7 +39,7 @@ pytestmark = pytest.mark.anyio
 
 
 DIALOUT_EVENTS = ("on_dialout_answered", "on_dialout_stopped", "on_dialout_error")
-KEY = "a key of Daily's"
+KEY = "a-key-of-dailys"
 NUMBER = "+493012345678"
 ERRAND = Errand(callee_number=NUMBER, callee_name="Ann", call_reason="your appointment")
 

@@ -119,7 +119,7 @@ def test_an_errand_is_taken_once_and_as_it_was_signed() -> None:
 @pytest.mark.usefixtures("may_call")
 async def test_a_call_by_daily_is_placed_over_http_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """The server that is asked is the one that starts the bot's sessions."""
-    for name, value in {"CALL_API_KEY": "a key", "DAILY_API_KEY": "a key of Daily's"}.items():
+    for name, value in {"CALL_API_KEY": "a key", "DAILY_API_KEY": "a-key-of-dailys"}.items():
         monkeypatch.setenv(name, value)
     app, port = FastAPI(), free_port()
     call_api.serve(app, agent="bot", busy=lambda _number: "")
@@ -144,4 +144,4 @@ async def test_a_call_by_daily_is_placed_over_http_too(monkeypatch: pytest.Monke
         assert "needs DAILY_API_KEY" in answer.json()["detail"]
     (asked,) = started
     assert Errand.of(asked["body"]) == ERRAND
-    assert ERRAND.is_ours(asked["body"], Gate("a key of Daily's"))
+    assert ERRAND.is_ours(asked["body"], Gate("a-key-of-dailys"))
