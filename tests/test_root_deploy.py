@@ -142,6 +142,29 @@ def test_the_workflows_run_everything_and_weekly_the_newest_pipecat() -> None:
             assert re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", used), "a tag can be moved"
 
 
+def test_a_projects_workflow_tests_every_push_and_deploys_only_when_told_to(
+    default_project: BakedProject,
+) -> None:
+    """The deploy job is off until a repository variable says otherwise."""
+    workflow = yaml.safe_load(default_project.read(".github/workflows/ci.yml"))
+    commands = [step.get("run", "") for step in workflow["jobs"]["test"]["steps"]]
+    assert [command for command in commands if command.startswith("uv run pytest")]
+    assert [command for command in commands if "uv sync --locked" in command]
+    assert "uv run ruff check ." in commands
+    job = workflow["jobs"]["deploy"]
+    assert job["if"].startswith("vars.DEPLOY == 'true' && ")
+    assert job["needs"] == ["test", "licences"]
+    deploys = [step.get("run", "") for step in job["steps"]]
+    (checks,) = [command for command in deploys if "python -m deploy check" in command]
+    assert deploys.index(checks) < deploys.index("pipecat cloud deploy --yes")
+    (tool,) = [command for command in deploys if "uv tool install" in command]
+    assert tool.count("==") == 2, "the tool that deploys is pinned"
+    for job in workflow["jobs"].values():
+        for used in [step["uses"] for step in job["steps"] if "uses" in step]:
+            assert re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", used), "a tag can be moved"
+    assert workflow["permissions"] == {"contents": "read"}
+
+
 @pytest.mark.slow
 def test_the_oldest_pipecatcloud_we_claim_takes_the_deploy_file(
     default_project: BakedProject, tmp_path: Path

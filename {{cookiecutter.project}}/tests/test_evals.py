@@ -18,6 +18,8 @@ from rehearsal.providers.server import free_port
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 EVALS = Path(__file__).parent.parent / "evals"
+# Not the folder: your own scenarios may want a real LLM.
+STARTER = EVALS / "starter.yaml"
 SECONDS = 120.0
 
 
@@ -50,12 +52,12 @@ async def run_evals(bot: BotProcess, scenarios: Path, tmp_path: Path) -> tuple[i
 async def test_the_starter_scenarios_hold_and_one_that_does_not_fails(tmp_path: Path) -> None:
     """In text mode nothing is spoken: to the bot that is no answer that failed to come."""
     wrong = tmp_path / "wrong.yaml"
-    starter = (EVALS / "starter.yaml").read_text()
+    starter = STARTER.read_text()
     patience = "text_contains: midnight\n            within_ms: 3000"
     assert starter.count('text_excludes: "**"\n            within_ms: 15000') == 1
     wrong.write_text(starter.replace('text_excludes: "**"\n            within_ms: 15000', patience))
     async with bot_for_evals(tmp_path, ALLOW_EVAL="1", ANSWER_SECONDS="2") as bot:
-        status, printed = await run_evals(bot, EVALS, tmp_path)
+        status, printed = await run_evals(bot, STARTER, tmp_path)
         assert status == 0, printed
         assert "3/3 passed" in printed
         status, printed = await run_evals(bot, wrong, tmp_path)
@@ -74,7 +76,7 @@ async def test_the_simulated_callers_are_scenarios_that_the_harness_takes() -> N
 
 async def test_evals_are_turned_away_unless_the_environment_lets_them_in(tmp_path: Path) -> None:
     async with bot_for_evals(tmp_path, ALLOW_EVAL="0") as bot:
-        status, printed = await run_evals(bot, EVALS, tmp_path)
+        status, printed = await run_evals(bot, STARTER, tmp_path)
         log = bot.log.read_text()
     assert status == 1, printed
     assert "0/3 passed" in printed
