@@ -234,13 +234,13 @@ async def test_who_only_says_that_the_bot_has_called_them_is_nobodys_errand(
 async def test_a_call_is_placed_over_http_by_who_has_the_key_and_nobody_asks_how_it_stands(
     harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CALL_API_KEY", "a key")
+    monkeypatch.setenv("CALL_API_KEY", "a-key")
     monkeypatch.setenv("CALL_PREFIXES", "+49")
     twilio, port = harness.providers.twilio, free_port()
     twilio.auth_token = KEY
     twilio.callees[NUMBER] = Callee(does="busy")
     body = {"to": NUMBER, "name": "Ann", "reason": "your appointment", "digits": "1"}
-    right = {"Authorization": "Bearer a key"}
+    right = {"Authorization": "Bearer a-key"}
     async with (
         serve_app(bots_server(f"{HOST}:{port}"), port),
         httpx.AsyncClient(base_url=f"http://{HOST}:{port}") as http,

@@ -119,7 +119,7 @@ def test_an_errand_is_taken_once_and_as_it_was_signed() -> None:
 @pytest.mark.usefixtures("may_call")
 async def test_a_call_by_daily_is_placed_over_http_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """The server that is asked is the one that starts the bot's sessions."""
-    for name, value in {"CALL_API_KEY": "a key", "DAILY_API_KEY": "a-key-of-dailys"}.items():
+    for name, value in {"CALL_API_KEY": "a-key", "DAILY_API_KEY": "a-key-of-dailys"}.items():
         monkeypatch.setenv(name, value)
     app, port = FastAPI(), free_port()
     call_api.serve(app, agent="bot", busy=lambda _number: "")
@@ -135,7 +135,7 @@ async def test_a_call_by_daily_is_placed_over_http_too(monkeypatch: pytest.Monke
         serve_app(app, port),
         httpx.AsyncClient(base_url=f"http://{HOST}:{port}") as http,
     ):
-        headers = {"Authorization": "Bearer a key"}
+        headers = {"Authorization": "Bearer a-key"}
         answer = await http.post("/calls", json=body, headers=headers)
         assert (answer.status_code, answer.json()) == (201, {"session": "a session"})
         monkeypatch.setenv("DAILY_API_KEY", "")
