@@ -212,7 +212,7 @@ def user_settings() -> dict[str, str]:
         ValueError: `.env` is no text; the sentence has nothing of it.
     """
     try:
-        written = dotenv_values(PROJECT / ".env")
+        written = dotenv_values(PROJECT / ".env", encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(".env is no plain text in UTF-8, as env.example is.") from None
     return {**os.environ, **{name: value for name, value in written.items() if value is not None}}
