@@ -14,7 +14,6 @@ INLINE = re.compile(r"`((?:uvx?|pip|python|pytest) [^`]+)`")
 FOLLOWED = {
     "uv sync --extra local": None,
     'uv run python -m rehearsal call -t webrtc --say "What are your opening hours?"': None,
-    "uv run python -m rehearsal": r"http://localhost:\d+",
     "uv run --extra local python -m rehearsal": r"http://localhost:\d+",
     "uv run python -m roark calls": None,
     "uv run python -m roark report": None,
@@ -59,6 +58,7 @@ TESTED = {
     "uv run python -m rehearsal call -t webrtc": README,
     "pip install uv": README,
     "uv run python -m rehearsal call -t twilio": README,
+    "uv run python -m rehearsal": README,
     "uv run --extra local python -m rehearsal call -t twilio": README,
     "python -m venv .venv && . .venv/bin/activate": PIP,
     "pip install --upgrade pip": PIP,

@@ -41,7 +41,7 @@ def add_tool(project: BakedProject) -> None:
     (project.path / "tests" / "test_opening_hours.py").write_text(test)
 
 
-@pytest.mark.slow(seconds=110)
+@pytest.mark.slow(seconds=50)
 def test_with_groq_and_rime_swapped_in_calls_and_tests_go_on_and_say_what_stands_in(
     bake: Bake, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,7 +37,7 @@ def nobody_else_collects() -> Iterator[None]:
     gc.enable()
 
 
-@pytest.mark.slow(seconds=70)
+@pytest.mark.slow(seconds=30)
 @pytest.mark.usefixtures("nobody_else_collects")
 async def test_twenty_calls_leave_no_task_no_open_file_and_no_object(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path

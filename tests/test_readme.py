@@ -55,8 +55,8 @@ def fresh_environment(home: Path) -> dict[str, str]:
     return environment | {"PATH": os.pathsep.join(path), "HOME": str(home), patience: seconds}
 
 
-def follow(command: str, folder: Path, environment: dict[str, str]) -> None:
-    """Type a command; fail with what it printed unless it succeeds."""
+def follow(command: str, folder: Path, environment: dict[str, str]) -> str:
+    """Type a command; return what it printed, fail with that unless it succeeds."""
     done = subprocess.run(
         [*giving_way(command), "bash", "-e", "-c", command],
         cwd=folder,
@@ -67,6 +67,7 @@ def follow(command: str, folder: Path, environment: dict[str, str]) -> None:
         timeout=SECONDS,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
 
 
 def serve(command: str, address: str, folder: Path, environment: dict[str, str]) -> None:
@@ -147,7 +148,10 @@ def test_followed_from_nothing_a_human_voice_is_answered_on_both_transports_and_
     (own_place,) = re.findall(r"`(python3 -m venv [^`]+)`", (ROOT / "README.md").read_text("utf-8"))
     first, second = readme_commands()
     assert first.startswith(install := "pip install uv && ") and second.startswith(install)
-    follow(f"{own_place}\n{first}", template, environment)
+    printed = follow(f"{own_place}\n{first}", template, environment)
+    assert len(re.findall(rf"(?i)caller  {SPOKEN}", printed)) == 2, printed
+    answered = r"bot     I understood: He might even .*\[after \d\.\d\d s\]"
+    assert len(re.findall(answered, printed)) == 2, printed
     environment["PATH"] = f"{home}/uv/bin{os.pathsep}{environment['PATH']}"
 
     records = sorted((project / "calls").glob("*/call.json"))

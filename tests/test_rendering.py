@@ -202,7 +202,7 @@ def test_what_cannot_be_swept_is_named_and_the_project_stays(
     )
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=50)
 @pytest.mark.parametrize(
     "answers", WHOSE_CALLS_ARE_HELD, ids=lambda answers: "-".join(map(str, answers.values()))
 )
@@ -214,7 +214,7 @@ def test_a_rendering_holds_calls_with_its_own_services(
     succeed(bake(**answers).tool("pytest", "-q", "-n", "0", "-m", "not slow", *files))
 
 
-@pytest.mark.slow(seconds=100)
+@pytest.mark.slow(seconds=130)
 def test_the_rendering_farthest_from_the_default_passes_its_own_tests_in_a_fresh_environment(
     bake: Bake,
 ) -> None:

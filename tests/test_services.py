@@ -88,7 +88,7 @@ EXTRAS_OF_EVERY_BOT = {"daily", "runner", "silero", "webrtc"}
     scope="module",
     params=[
         pytest.param(FEW, id="every choice"),
-        pytest.param(PAIRS, id="every pair", marks=pytest.mark.slow),
+        pytest.param(PAIRS, id="every pair", marks=pytest.mark.slow(seconds=40)),
     ],
 )
 def projects(
@@ -185,7 +185,7 @@ def test_every_choice_builds_its_services(
         assert [type(service).__name__ for service in built] == [s.builds for s in chosen]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=40)
 @pytest.mark.parametrize("projects", [PAIRS], ids=["every pair"], indirect=True, scope="module")
 def test_every_choice_is_typed(
     projects: list[tuple[list[Service], BakedProject]], tmp_path: Path

