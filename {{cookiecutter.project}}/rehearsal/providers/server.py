@@ -79,7 +79,7 @@ class WireLog:
         """Let those who wait look again; to be called after every change."""
         self._changed.set()
 
-    async def until(self, happened: Callable[[], object], *, within_s: float = 5.0) -> None:
+    async def until(self, happened: Callable[[], object], *, within_s: float = 30.0) -> None:
         """Wait until `happened()` is true, looking again whenever something passes on the wire.
 
         Raises:

@@ -62,7 +62,7 @@ class Wire:
 
     async def until_connected(self, times: int = 1) -> None:
         """Wait until the service has connected this often and sends what it is given."""
-        await self.log.until(lambda: self.connects == times, within_s=20)
+        await self.log.until(lambda: self.connects == times)
 
     async def until_received(self, kind: str) -> None:
         await self.log.until(lambda: kind in kinds(self.connection.received))

@@ -68,7 +68,7 @@ class Line(FrameProcessor):
         assert self.worker
         await self.worker.queue_frames(list(frames))
 
-    async def until(self, happened: Callable[[], object], within_s: float = 5.0) -> None:
+    async def until(self, happened: Callable[[], object], within_s: float = 30.0) -> None:
         """Wait until `happened()` is true, looking again at every frame; TimeoutError if not."""
         async with asyncio.timeout(within_s):
             while not happened():
@@ -103,7 +103,7 @@ async def line(*processors: FrameProcessor, sample_rate: int = SAMPLE_RATE) -> A
     await runner.add_workers(worker)
     running = asyncio.create_task(runner.run())
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(30):
             await started.wait()
         yield end
     finally:

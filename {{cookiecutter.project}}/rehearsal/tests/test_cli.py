@@ -375,7 +375,7 @@ async def test_the_bot_reads_no_env_file_and_ends_with_its_rehearsal(tmp_path: P
         stdout=asyncio.subprocess.PIPE,
     )
     assert process.stdin is not None and process.stdout is not None
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(30):
         line = (await process.stdout.readline()).decode().strip()
         assert line == "__main__ ['bot.py', '-t', 'twilio'] rehearsal"
         process.stdin.close()

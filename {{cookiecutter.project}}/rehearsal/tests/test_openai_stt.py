@@ -79,7 +79,7 @@ async def test_openai_is_given_up_after_four_attempts() -> None:
                 ear.server.faults.server_errors = ALWAYS
             began = time.monotonic()
             async with line(ear.stt) as call:
-                await call.until(lambda: not ear.stt.is_usable, within_s=30)
+                await call.until(lambda: not ear.stt.is_usable)
             assert time.monotonic() - began >= 12
         assert ear.statuses == ([] if fault == "refused" else [500] * 4)
 
@@ -122,7 +122,7 @@ async def test_openai_refuses_a_session_it_cannot_hold(wish: dict[str, Any]) -> 
             for audio in (possible, possible | wish):
                 session = {"type": "transcription", "audio": {"input": audio}}
                 await socket.send_json({"type": "session.update", "session": session})
-                answers.append(await socket.receive_json(timeout=5))
+                answers.append(await socket.receive_json(timeout=30))
     updated, refused = answers
     assert updated["type"] == "session.updated"
     assert refused["type"] == "error"

@@ -167,7 +167,8 @@ async def test_a_hang_lasts_until_the_client_or_the_server_is_done(roark, http):
             await post(http, roark, STARTED)
     began = time.monotonic()
     await roark.stop()
-    assert time.monotonic() - began < 2
+    # aiohttp waits a minute for what is still asked.
+    assert time.monotonic() - began < 20
 
 
 @pytest.mark.anyio

@@ -64,7 +64,7 @@ class Scene:
         """The server's messages on one connection."""
         return self.server.connections[connection].sent
 
-    async def say(self, *texts: str, within_s: float = 5.0) -> None:
+    async def say(self, *texts: str, within_s: float = 30.0) -> None:
         """Let the bot answer, and wait until its speech is over."""
         before = len(self.call.of(TTSStoppedFrame))
         await self.call.send(*answer(*texts))

@@ -163,7 +163,8 @@ async def test_a_hang_ends_with_the_attempts_time(client, roark, monkeypatch):
     began = time.monotonic()
     with pytest.raises(Unreachable, match=r"no answer in 0\.2 s"):
         await client.send_event(STARTED, idempotency_key="1", attempt=3)
-    assert time.monotonic() - began < 2
+    # Without that time the next limit is MAX_ATTEMPT_SECONDS.
+    assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize(

