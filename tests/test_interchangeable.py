@@ -7,7 +7,7 @@ field. Every difference is one of `INTENDED`, with what it may be and why it is 
 import asyncio
 import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import groupby
@@ -101,22 +101,17 @@ INTENDED = (
 )
 
 
-@pytest.fixture(scope="module")
-def arrived(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, ReceivedCall]]:
-    """One call over WebRTC, as it arrived from either."""
-
-    async def call(folder: Path) -> dict[str, ReceivedCall]:
-        async with world(folder) as around:
-            async with host(around, "webrtc") as bot:
-                line = caller(bot, "webrtc")
-                async with line:
-                    await talk(line, around)
-                await bot.measured()
-            for receiver in around.receivers.values():
-                assert receiver.problems == []
-            return {name: around.received(name) for name in around.receivers}
-
-    yield asyncio.run(call(tmp_path_factory.mktemp("interchangeable")))
+async def one_call(folder: Path) -> dict[str, ReceivedCall]:
+    """Hold a call over WebRTC; return it as it arrived from either."""
+    async with world(folder) as around:
+        async with host(around, "webrtc") as bot:
+            line = caller(bot, "webrtc")
+            async with line:
+                await talk(line, around)
+            await bot.measured()
+        for receiver in around.receivers.values():
+            assert receiver.problems == []
+        return {name: around.received(name) for name in around.receivers}
 
 
 def fields_of(call: ReceivedCall) -> dict[str, Any]:
@@ -153,34 +148,6 @@ def fields_of(call: ReceivedCall) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.slow
-def test_both_send_the_same_fields_of_the_same_types(arrived: dict[str, ReceivedCall]) -> None:
-    ours, theirs = (fields_of(arrived[name]) for name in (OURS, PUBLISHED))
-    types = [{path: type(value) for path, value in each.items()} for each in (ours, theirs)]
-    assert types[0] == types[1]
-
-
-@pytest.mark.slow
-def test_every_difference_between_the_two_is_an_intended_one(
-    arrived: dict[str, ReceivedCall],
-) -> None:
-    ours, theirs = (fields_of(arrived[name]) for name in (OURS, PUBLISHED))
-    different = {path for path in ours if ours[path] != theirs.get(path)}
-    assert "call-ended.transcript[0].content" not in different
-    for path in sorted(different):
-        allowed = [each for each in INTENDED if fullmatch(each.field, path)]
-        assert allowed, f"{path}: {ours[path]!r} instead of {theirs.get(path)!r}"
-        assert allowed[0].holds(ours[path], theirs[path]), (
-            f"{path}: {ours[path]!r} instead of {theirs[path]!r}, more than "
-            f"{allowed[0].why} explains"
-        )
-    # An entry that nothing differs in any more is a claim about the published package gone stale.
-    unused = [
-        each.field for each in INTENDED if not any(fullmatch(each.field, p) for p in different)
-    ]
-    assert unused == []
-
-
 def sides_in_order(call: ReceivedCall) -> list[str]:
     """Return who is heard in the recording, one after the other.
 
@@ -199,11 +166,33 @@ def sides_in_order(call: ReceivedCall) -> list[str]:
 
 
 @pytest.mark.slow
-def test_both_recordings_hold_the_same_turns_on_the_same_sides(
-    arrived: dict[str, ReceivedCall],
+@pytest.mark.anyio
+async def test_both_tell_the_same_of_a_call_and_every_difference_is_an_intended_one(
+    tmp_path: Path,
 ) -> None:
-    ours, theirs = (sides_in_order(arrived[name]) for name in (OURS, PUBLISHED))
-    assert ours == theirs == ["bot", "caller", "bot"]
+    """The same fields of the same types, and recordings with the same turns on the same sides."""
+    arrived = await one_call(tmp_path)
+    ours, theirs = (fields_of(arrived[name]) for name in (OURS, PUBLISHED))
+    types = [{path: type(value) for path, value in each.items()} for each in (ours, theirs)]
+    assert types[0] == types[1]
+
+    different = {path for path in ours if ours[path] != theirs.get(path)}
+    assert "call-ended.transcript[0].content" not in different
+    for path in sorted(different):
+        allowed = [each for each in INTENDED if fullmatch(each.field, path)]
+        assert allowed, f"{path}: {ours[path]!r} instead of {theirs.get(path)!r}"
+        assert allowed[0].holds(ours[path], theirs[path]), (
+            f"{path}: {ours[path]!r} instead of {theirs[path]!r}, more than "
+            f"{allowed[0].why} explains"
+        )
+    # An entry that nothing differs in any more is a claim about the published package gone stale.
+    unused = [
+        each.field for each in INTENDED if not any(fullmatch(each.field, p) for p in different)
+    ]
+    assert unused == []
+
+    turns = [sides_in_order(arrived[name]) for name in (OURS, PUBLISHED)]
+    assert turns == [["bot", "caller", "bot"]] * 2
 
 
 def test_whatever_the_published_observer_takes_ours_takes() -> None:
