@@ -29,15 +29,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     These install and test whole projects and keep a core busy. xdist deals the list out in equal
     shares, one behind the other: of four workers the first and the third begin with a half of them
     each, while the others hold calls, which take time and no processor; what is left at the end of
-    a share is stolen. Those that measure time come last, for in the first seconds all workers load
-    what they need.
+    a share is stolen. Those of the rest that measure time come last, for in the first seconds all
+    workers load what they need.
     """
     items.sort(key=_is_timed)
-    long = sorted(filter(_is_long, items), key=lambda item: (_is_timed(item), -_seconds(item)))
+    long = sorted(filter(_is_long, items), key=_seconds, reverse=True)
     short = [item for item in items if not _is_long(item)]
     # What a file makes for all its tests is made once; the first and the last of four take as long
     # as the two between.
-    groups = groupby(long, key=lambda item: (_is_timed(item), _seconds(item), item.path))
+    groups = groupby(long, key=lambda item: (_seconds(item), item.path))
     halves = list[pytest.Item](), list[pytest.Item]()
     for number, (_, group) in enumerate(groups):
         halves[number % 4 in (1, 2)].extend(group)

@@ -71,6 +71,7 @@ async def test_a_killed_process_costs_no_more_than_five_seconds_of_audio() -> No
     assert ours.seconds is not None and ours.seconds <= 5.0
 
 
+@pytest.mark.slow(seconds=30)
 @pytest.mark.timed
 async def test_markers_are_on_the_audio_where_the_published_ones_are_not(tmp_path: Path) -> None:
     """A call that misses the goal is judged together with two more: a machine may pause once."""
