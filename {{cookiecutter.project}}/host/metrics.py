@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from loguru import logger
 
-from config import setting, whole_number
+from config import setting
 from host import calls
 from roark import folder
 from roark.catalog import Catalog
@@ -40,11 +40,13 @@ def serve() -> Callable[[], object]:
         from prometheus_client import start_http_server
     except ModuleNotFoundError:
         raise SystemExit("METRICS_PORT is set: run uv sync --extra metrics") from None
+    port = setting("METRICS_PORT")
     try:
-        port = whole_number("METRICS_PORT", 0)
-        server, _ = start_http_server(port, addr=LOOPBACK)
-    except (RuntimeError, OSError, OverflowError) as error:
-        raise SystemExit(f"METRICS_PORT is a free port of this machine: {error}") from None
+        server, _ = start_http_server(int(port), addr=LOOPBACK)
+    except (ValueError, OSError, OverflowError):
+        raise SystemExit(
+            f"METRICS_PORT is a free port of this machine, which {port} is not"
+        ) from None
     _numbers()
     logger.info(f"Numbers for Prometheus at http://{LOOPBACK}:{server.server_port}/metrics")
     return server.shutdown

@@ -423,7 +423,7 @@ def _report(world: _World, call_id: str, answers: Sequence[Answered] = ()) -> li
             _tell(saved)
         broken = what_broke(record)
     else:
-        _tell(f"No record of it in {_shown(world.calls_dir)}: can it be written there?")
+        broken.append(f"No record of it in {_shown(world.calls_dir)}: can it be written there?")
     has = ["call-started"] * (call.started is not None)
     has += [f"{len(call.chunks)} chunks of audio"] * bool(call.chunks)
     has += ["call-ended"] * (call.ended is not None)

@@ -44,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     directory = Path(setting("CALLS_DIR") or "calls")
+    if directory.exists() and not directory.is_dir():
+        print(f"CALLS_DIR is the folder of calls, and {directory} is none.", file=sys.stderr)
+        return 2
     if found := make_private(directory):
         print(found, file=sys.stderr)
     match chosen.command:

@@ -19,7 +19,8 @@ from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import aiohttp
 import av
@@ -31,7 +32,7 @@ from harness import RECORDS_AUDIO
 import config
 import rehearsal
 from rehearsal import stand_ins
-from rehearsal.__main__ import main
+from rehearsal.__main__ import _report, main
 from rehearsal.call import Answered, conversation, recorded_voice, speculation, what_broke
 from rehearsal.engines.scripted import ScriptedEngine
 from rehearsal.host.bot_process import _harmless
@@ -192,6 +193,14 @@ def test_a_call_that_ended_in_an_error_is_a_failed_rehearsal() -> None:
         "The call ended in an error: OpenAILLMService: unknown"
     ]
     assert what_broke({"tools": [], "ending": {**ending, "reason": "client-disconnected"}}) == []
+
+
+def test_a_call_that_was_not_kept_is_a_failed_rehearsal(tmp_path: Path) -> None:
+    """What its tools did and how it ended nobody can say."""
+    call = SimpleNamespace(started={}, chunks=[], ended={})
+    world = SimpleNamespace(roark=SimpleNamespace(calls={"a call": call}), calls_dir=tmp_path)
+    (said,) = _report(cast(Any, world), "a call")
+    assert said.startswith("No record of it in ")
 
 
 def test_an_unknown_line_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -180,6 +180,16 @@ async def test_a_dotenv_file_that_is_no_text_is_refused_without_its_content(call
     assert said.startswith(".env cannot be read") and "secret" not in said
 
 
+@pytest.mark.anyio
+@pytest.mark.parametrize("command", ["calls", "deliver", "report"])
+async def test_a_place_for_calls_that_is_no_folder_is_refused(calls_dir, capsys, command):
+    calls_dir.write_text("")
+    assert await run(command) == 2
+    assert (
+        capsys.readouterr().err == f"CALLS_DIR is the folder of calls, and {calls_dir} is none.\n"
+    )
+
+
 @pytest.mark.slow
 def test_it_runs_as_a_module(tmp_path):
     shutil.copytree(PROJECT / "roark", tmp_path / "roark")
