@@ -73,9 +73,18 @@ def test_with_groq_and_rime_swapped_in_calls_and_tests_go_on_and_say_what_stands
 
 
 @pytest.mark.slow
-def test_without_rehearsal_the_tests_that_need_it_are_left_out_in_one_line(bake: Bake) -> None:
+def test_without_rehearsal_the_tests_that_need_it_are_left_out_in_one_line_and_ci_is_green(
+    bake: Bake,
+) -> None:
+    """Nor do they need evals/ or .github/."""
     project = bake()
-    shutil.rmtree(project.path / "rehearsal")
+    for folder in ("rehearsal", "evals", ".github"):
+        shutil.rmtree(project.path / folder)
     collected = project.tool("pytest", "-q", "-n", "0", "--collect-only", ".")
     succeed(collected)
     assert "they need rehearsal/, which is not here" in collected.stdout
+    succeed(
+        project.tool("pytest", "-q", "-n", "0", "tests/test_config.py", "-k", "copied or has_to")
+    )
+    # As CI types it, of what needs rehearsal/ most.
+    succeed(project.tool("pyright", "tests/harness.py", "tests/test_tools.py"))

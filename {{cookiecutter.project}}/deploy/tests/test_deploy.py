@@ -465,6 +465,7 @@ COMMAND = re.compile(r"pipecat cloud (?=[a-z])([^`\"\n#]+)")
                 "pcc-deploy.toml",
                 ".github/workflows/ci.yml",
             )
+            if (PROJECT / name).exists()
             for command in COMMAND.findall((PROJECT / name).read_text())
         }
     ),
