@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from baking import FOLDER, FORM, ROOT, Bake, BakedProject, CommandLine, is_vendored, tracked_files
 from cookiecutter.main import cookiecutter
-from machine import goes_first
+from machine import goes_first, shows_its_log
 
-__all__ = ["goes_first"]
+__all__ = ["goes_first", "shows_its_log"]
 
 # Of the many processes that tests start each would compile Pipecat again: three seconds of work.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

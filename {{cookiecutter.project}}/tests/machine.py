@@ -3,12 +3,14 @@
 import os
 import re
 import shutil
+from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from loguru import logger
 
 import config
 
@@ -19,6 +21,8 @@ HOLDS_CALLS = re.compile(r"^ *(?:from|import) (?:harness|rehearsal|roark\.tests)
 
 # A nice value, 19 to -20: ten times the share of a process at 0.
 TIMED_PRIORITY = -10
+
+SHOWN_LINES = 400
 
 
 def without_rehearsal(folder: Path) -> list[str]:
@@ -40,6 +44,21 @@ def goes_first(request: pytest.FixtureRequest) -> Iterator[None]:
         os.setpriority(os.PRIO_PROCESS, 0, TIMED_PRIORITY)
     yield
     os.setpriority(os.PRIO_PROCESS, 0, before)
+
+
+@pytest.fixture(autouse=True)
+def shows_its_log(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What was logged in a test is shown where it fails, its last SHOWN_LINES."""
+    # A command that a test has run may have left one that writes into that test's stream.
+    logger.remove()
+    lines = deque[str](maxlen=SHOWN_LINES)
+    line = "{time:HH:mm:ss.SSS} {level} {name}: {message}"
+    sink = logger.add(lambda message: lines.append(str(message)), level="DEBUG", format=line)
+    yield
+    # Or has taken this one away.
+    with suppress(ValueError):
+        logger.remove(sink)
+    request.node.add_report_section("teardown", "log", "".join(lines))
 
 
 @pytest.fixture
