@@ -335,7 +335,7 @@ if __name__ == "__main__":
 
     twilio_auth.guard(app, sys.argv[1:], reserve=calls.of_process.reserve)
     call_api.serve(app, agent=AGENT, busy=calls.of_process.refusal)
-    front_door.guard(app, sys.argv[1:])
+    front_door.guard(app, sys.argv[1:], may_choose_room=call_api.may_choose_room)
     metrics.serve()
     if not config.missing_keys():
         warm_up.once()

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 PHONE_HZ = 8000
 # Twilio sends both messages of its handshake at once; Pipecat waits for them without a limit.
 HANDSHAKE_SECONDS = 10.0
+HANG_UP_SECONDS = 5.0
 # How long a web client may take to say it is ready to play audio. One that speaks no RTVI, the
 # protocol of Pipecat's client SDKs, never says so and is greeted then.
 CLIENT_READY_SECONDS = 2.0
@@ -149,10 +150,12 @@ async def answer(runner_args: RunnerArguments) -> Connection:
 async def hang_up(runner_args: RunnerArguments) -> None:
     """Close the caller's line, whatever became of the call. Harmless where that has happened."""
     with suppress(Exception):
-        if isinstance(runner_args, SmallWebRTCRunnerArguments):
-            await runner_args.webrtc_connection.disconnect()
-        elif isinstance(runner_args, WebSocketRunnerArguments):
-            await runner_args.websocket.close()
+        # Whoever does not read what they are sent would keep their line for good.
+        async with asyncio.timeout(HANG_UP_SECONDS):
+            if isinstance(runner_args, SmallWebRTCRunnerArguments):
+                await runner_args.webrtc_connection.disconnect()
+            elif isinstance(runner_args, WebSocketRunnerArguments):
+                await runner_args.websocket.close()
 
 
 def warm_up() -> None:
@@ -266,7 +269,7 @@ async def _answer_phone(runner_args: WebSocketRunnerArguments) -> Connection:
         is_promised=errand is None and twilio_auth.gate_before(websocket) is not None,
         is_phone=True,
         dropped=lambda: serializer.dropped,
-        is_broken_off=lambda: calls.is_broken_off(websocket.scope),
+        is_broken_off=lambda: serializer.is_hopeless or calls.is_broken_off(websocket.scope),
         say_busy=lambda: play_busy_tone(websocket.send_text, stream_id),
         transfer=transfer,
         note=note,
@@ -348,6 +351,7 @@ def _twilio_serializer(
         )
     return MediaStreamSerializer(
         hang_up=close,
+        takes=calls.Allowance().takes,
         stream_sid=stream_id,
         call_sid=call_id,
         account_sid=account or None,

@@ -11,7 +11,6 @@ from pipecat.frames.frames import (
     EagerTranscriptionFrame,
     Frame,
     FunctionCallResultFrame,
-    InputAudioRawFrame,
     InputTransportMessageFrame,
     InterimTranscriptionFrame,
     LLMMessagesAppendFrame,
@@ -23,18 +22,29 @@ from pipecat.processors.aggregators.dtmf_aggregator import DTMFAggregator
 from pipecat.processors.frame_processor import FrameDirection, FrameProcessor
 
 from conversation.floor import Floor, is_of_caller, spoken_words
+from host.calls import Allowance
 
-# Whatever a reader would take for a square bracket: also the full-width, tortoise shell, lenticular
-# and mathematical ones.
-OPENING = "[\uff3b\u3010\u3014\u3016\u301a\u27e6\u2045\u2772\ufe5d\ufe47\u298b\u298d\u298f\u2e22"
-CLOSING = "]\uff3d\u3011\u3015\u3017\u301b\u27e7\u2046\u2773\ufe5e\ufe48\u298c\u298e\u2990\u2e23"
+# Whatever a reader would take for a square bracket: what Unicode calls square, tortoise shell or
+# lenticular.
+OPENING = (
+    "[\uff3b\u3010\u3014\u3016\u3018\u301a\u27e6\u27ec\u2045\u2772\ufe5d\ufe47\u298b\u298d\u298f\u2997\u2e22"
+    "\u2e55\u2e57\ufe17\ufe39\ufe3b\u23a1\u23a2\u23a3\u23b4"
+)
+CLOSING = (
+    "]\uff3d\u3011\u3015\u3017\u3019\u301b\u27e7\u27ed\u2046\u2773\ufe5e\ufe48\u298c\u298e\u2990\u2998\u2e23"
+    "\u2e56\u2e58\ufe18\ufe3a\ufe3c\u23a4\u23a5\u23a6\u23b5"
+)
+# What nobody sees and a model reads: characters of control, and tags, which spell ASCII.
+UNSEEN = [*range(0x09), 0x0B, 0x0C, *range(0x0E, 0x20), 0x7F, *range(0xE0000, 0xE0080)]
+# As which a client's message counts: twenty a second, and a hundred at once.
+MESSAGE_SECONDS = 0.1
 # Longer than any that a client has reason to send.
 MAX_MESSAGE_CHARACTERS = 64 * 1024
 # What is typed or pasted stays in the context, and is paid for with each answer: some two pages.
 MAX_TYPED_CHARACTERS = 4000
 ROUND = str.maketrans(OPENING + CLOSING, "(" * len(OPENING) + ")" * len(CLOSING))
 # JSON can name half a character, which no request to an LLM can hold: all later ones would fail.
-PLAIN = ROUND | dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
+PLAIN = ROUND | dict.fromkeys(range(0xD800, 0xE000), "\ufffd") | dict.fromkeys(UNSEEN, "")
 
 
 class CallerWords(DTMFAggregator):
@@ -106,25 +116,32 @@ class CallerAudio(FrameProcessor):
     """Stands before the line, which brings the caller's audio at a rate that is known.
 
     A client that speaks RTVI can send audio in messages as well, at any rate it likes: the models
-    would hear nonsense, and the recording would be as long as the client says. And a message of any
-    size, which would stand in the record and be paid for with each answer.
+    would hear nonsense, and the recording would be as long as the client says. And what is no audio
+    would end Pipecat's reading of its messages. And a message of any size, which would stand in the
+    record and be paid for with each answer.
     """
 
     def __init__(self) -> None:
         """No message was too long so far."""
         super().__init__()
         self._has_warned = False
+        self._allowance = Allowance()
+
+    def _takes(self, message: Any) -> bool:
+        is_short = len(repr(message)) <= MAX_MESSAGE_CHARACTERS
+        return is_short and self._allowance.takes(MESSAGE_SECONDS)
 
     async def process_frame(self, frame: Frame, direction: FrameDirection) -> None:
-        """Pass everything on but audio and long messages."""
+        """Pass everything on but messages with audio and long ones."""
         await super().process_frame(frame, direction)
         match frame:
-            case InputAudioRawFrame():
+            case InputTransportMessageFrame(message={"type": "raw-audio" | "raw-audio-batch"}):
                 return
-            case InputTransportMessageFrame() if len(repr(frame.message)) > MAX_MESSAGE_CHARACTERS:
+            case InputTransportMessageFrame() if not self._takes(frame.message):
                 if not self._has_warned:
                     logger.warning(
-                        f"Dropped a client's message: over {MAX_MESSAGE_CHARACTERS} characters"
+                        f"Dropped a client's message: over {MAX_MESSAGE_CHARACTERS} characters, or "
+                        "one of too many"
                     )
                 self._has_warned = True
                 return

@@ -7,8 +7,8 @@ within a second. So the next caller is told that all lines are busy.
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,11 @@ MAX_PHONE_CALLS = 3 if (os.cpu_count() or 1) > 1 else 2
 MAX_CALLS_PER_CALLER = 3
 # From the answer with the TwiML to the stream that it asks for.
 RESERVED_SECONDS = 2.0
+# From the offer of a browser to its call: addresses are gathered, which somebody may draw out.
+PROMISED_SECONDS = 10.0
+# What the line of a call may bring: twice what comes in real time, for clocks differ, and before
+# that what a process that stood still finds waiting.
+ALLOWED_AT_ONCE_SECONDS, ALLOWED_PER_SECOND = 10.0, 2.0
 # A withheld number comes as a word or as a number that many share.
 NUMBER = re.compile(r"\+[1-9][0-9]{6,14}")
 # In the scope of a websocket; RFC 6455, section 7.4.1.
@@ -33,6 +38,8 @@ CLOSE_CODE = "close_code"
 
 caller_address: ContextVar[str] = ContextVar("caller_address", default="")
 """Where the request came from that this code answers; empty where nobody looked."""
+
+_promise: ContextVar[object] = ContextVar("_promise", default=None)
 
 proves_its_connection: ContextVar[Callable[[], None]] = ContextVar(
     "proves_its_connection", default=lambda: None
@@ -59,6 +66,27 @@ class Line(ExitStack):
         self._lines.pop(self, None)
 
 
+class Allowance:
+    """How much the line of one call may bring: a flood of one caller's spoils all calls at once."""
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """Begin with ALLOWED_AT_ONCE_SECONDS; `clock` counts seconds."""
+        self._clock = clock
+        self._left = ALLOWED_AT_ONCE_SECONDS
+        self._at = clock()
+
+    def takes(self, seconds: float) -> bool:
+        """Whether there is room for something that lasts so long, which is used up then."""
+        now = self._clock()
+        self._left += (now - self._at) * ALLOWED_PER_SECOND
+        self._left = min(self._left, ALLOWED_AT_ONCE_SECONDS)
+        self._at = now
+        if self._left < seconds:
+            return False
+        self._left -= seconds
+        return True
+
+
 @dataclass(frozen=True)
 class _Kept:
     """A line kept for a call on its way here."""
@@ -82,7 +110,8 @@ class Calls:
         self.default_limit = MAX_CALLS
         self._clock = clock
         self._lines: dict[Line, str] = {}
-        self._kept: dict[str, _Kept] = {}
+        # By the id of a call, or the promise to a request that is being answered.
+        self._kept: dict[object, _Kept] = {}
 
     def __len__(self) -> int:
         """How many are in progress."""
@@ -138,6 +167,23 @@ class Calls:
             self._kept[call_id] = _Kept(caller, self._clock() + RESERVED_SECONDS, has_come)
         return ""
 
+    @contextmanager
+    def promised(self, caller: str) -> Iterator[None]:
+        """While this context is open, keep a line for the call that begins in it, if one does soon.
+
+        Args:
+            caller: The address it comes from.
+        """
+        promise = object()
+        until = self._clock() + PROMISED_SECONDS
+        self._kept[promise] = _Kept(caller, until, has_come=lambda: False)
+        outer = _promise.set(promise)
+        try:
+            yield
+        finally:
+            self._kept.pop(promise, None)
+            _promise.reset(outer)
+
     def begin(self, caller: str, call_id: str = "", *, is_promised: bool = False) -> Line:
         """Take a call, which is in progress until its line is given back or its context is left.
 
@@ -150,6 +196,7 @@ class Calls:
         Raises:
             Busy: It cannot be taken.
         """
+        self._kept.pop(_promise.get(), None)
         refusal = self.refusal(caller, call_id)
         if refusal and (shutdown.takes_no_calls() or not is_promised):
             self.refused += 1

@@ -7,12 +7,13 @@ has few seconds and kilobytes and may have few connections, and the calls in pro
 
 import argparse
 import asyncio
+import inspect
 import ipaddress
 import json
 import re
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 import config
 from host import calls, shutdown
@@ -39,10 +41,16 @@ MAX_BODY_BYTES = 64 * 1024
 BODY_SECONDS = 10.0
 # What a browser may upload in a call, where that is switched on.
 MAX_FILE_BYTES = 25 * 1024 * 1024
-# Of a browser with many cookies it is a few kilobytes.
+# What of a request is no body: its header, and all that may stand between and behind the pieces of
+# a body. Of a browser with many cookies it is a few kilobytes and forty fields.
 MAX_HEADER_BYTES = 64 * 1024
+MAX_HEADER_FIELDS = 200
 # A message of Twilio's is less than one; a burst is many messages.
 MAX_MESSAGE_BYTES = 64 * 1024
+# Of answers to pings and of pieces of one message, which uvicorn keeps however many there are.
+MAX_UNREAD_BYTES, MAX_PIECES = 1024 * 1024, 1000
+# How long a peer may take to read the last of what it was sent.
+UNREAD_SECONDS = 10.0
 # For everything up to the proof: header, body, the first messages of a stream. Counts anew when a
 # request was answered: a proxy sends many through one connection.
 UNPROVEN_SECONDS = 30.0
@@ -50,6 +58,13 @@ UNPROVEN_SECONDS = 30.0
 # have open. Whoever comes in a burst of strangers is not read yet when the last of them is there.
 MAX_UNPROVEN, MAX_WITH_A_BURST = 128, 768
 MOMENT_SECONDS = 1.0
+# Microphone, camera, screen and data: all that a client of Pipecat's offers. What it sends besides
+# is decoded and kept, for nobody.
+MAX_MEDIA = 4
+# Pipecat keeps the body of each POST /start until its call is over, and most may never come.
+MAX_SESSIONS = 50
+# Of `POST /start`: what a room of Daily's, made at the owner's cost, lets its guests do.
+ROOM = ("dailyRoomProperties", "dailyMeetingTokenProperties")
 LAST_PORT = 65535
 TRANSPORTS = ["webrtc", "daily", "twilio"]
 # What Pipecat's server answers itself, in whatever way a stranger asks.
@@ -119,9 +134,10 @@ class Protocol(AutoHTTPProtocol):
         # Pipecat's runner passes nothing on to uvicorn: this is the way to its settings.
         config.ws_max_size = MAX_MESSAGE_BYTES
         super().__init__(config, *args, **options)  # type: ignore[call-arg]
+        self.ws_protocol_class = WebSocketProtocol
         self._connection: asyncio.Transport | None = None
         self._time_is_up: asyncio.TimerHandle | None = None
-        # Of a header that has begun and not ended.
+        # Of the request that is being read; h11 has a limit of its own and does not count here.
         self._header_bytes: int | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -132,14 +148,22 @@ class Protocol(AutoHTTPProtocol):
         self._count_time(transport)
 
     def on_message_begin(self) -> None:
-        """Begin to count the header's bytes; httptools, unlike h11, takes any number."""
+        """Begin to count what is no body; httptools, unlike h11, takes any number of bytes."""
         self._header_bytes = 0
         super().on_message_begin()  # type: ignore[misc]
 
-    def on_headers_complete(self) -> None:
-        """The header has ended."""
-        self._header_bytes = None
-        super().on_headers_complete()  # type: ignore[misc]
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a field of the header, or one behind the body, which uvicorn keeps as well."""
+        if len(self.headers) < MAX_HEADER_FIELDS:  # type: ignore[attr-defined]
+            super().on_header(name, value)  # type: ignore[misc]
+        elif self._connection:
+            self._connection.abort()
+
+    def on_body(self, body: bytes) -> None:
+        """Leave to the middleware how long a body may be."""
+        if self._header_bytes is not None:
+            self._header_bytes -= len(body)
+        super().on_body(body)  # type: ignore[misc]
 
     def on_response_complete(self) -> None:
         """Begin to count anew."""
@@ -165,24 +189,46 @@ class Protocol(AutoHTTPProtocol):
     def data_received(self, data: bytes) -> None:
         """Let what answers this request vouch for its connection."""
         assert self._connection
+        if self._header_bytes is not None:
+            self._header_bytes += len(data)
         vouch = partial(connections.forget, self._connection)
         outer = calls.proves_its_connection.set(vouch)
         try:
             super().data_received(data)
         finally:
             calls.proves_its_connection.reset(outer)
-        if self._header_bytes is not None:
-            self._header_bytes += len(data)
-            if self._header_bytes > MAX_HEADER_BYTES:
-                self._connection.abort()
+        if (self._header_bytes or 0) > MAX_HEADER_BYTES:
+            self._connection.abort()
 
 
-def guard(app: "FastAPI", arguments: Sequence[str]) -> None:
+class WebSocketProtocol(WebSocketsSansIOProtocol):
+    """uvicorn's, with limits for a peer that sends and does not read."""
+
+    def data_received(self, data: bytes) -> None:
+        """Break off what only fills memory."""
+        super().data_received(data)
+        unread = self.transport.get_write_buffer_size()
+        if unread > MAX_UNREAD_BYTES or len(self.frames) > MAX_PIECES:
+            self.transport.abort()
+
+    def on_task_complete(self, task: asyncio.Task[None]) -> None:
+        """See to it that a connection is closed when its call is over, read or unread."""
+        super().on_task_complete(task)
+        self.loop.call_later(UNREAD_SECONDS, self.transport.abort)
+
+
+def guard(
+    app: "FastAPI",
+    arguments: Sequence[str],
+    *,
+    may_choose_room: Callable[[Mapping[str, Any]], bool] = lambda _asked: False,
+) -> None:
     """Put limits before every route of `app`, Pipecat's server, and say at /status how it is.
 
     Args:
         app: Pipecat's development server, before it starts.
         arguments: The command line of bot.py, without the program.
+        may_choose_room: Whether whoever asks for this session may say what its Daily room can do.
 
     Raises:
         SystemExit: A limit in the environment is no number, or --port is no port.
@@ -220,7 +266,7 @@ def guard(app: "FastAPI", arguments: Sequence[str]) -> None:
 
     # Before Pipecat's own route for the same address: the first one answers.
     app.router.routes.append(Route("/status", status, methods=["GET"]))
-    app.add_middleware(FrontDoor)
+    app.add_middleware(FrontDoor, may_choose_room=may_choose_room)
     build = app.build_middleware_stack
 
     def build_with_answer() -> "ASGIApp":
@@ -236,29 +282,53 @@ def guard(app: "FastAPI", arguments: Sequence[str]) -> None:
 class FrontDoor:
     """Middleware: limits how long and large a request may be, and turns calls away when full."""
 
-    def __init__(self, app: "ASGIApp") -> None:
+    def __init__(
+        self,
+        app: "ASGIApp",
+        *,
+        may_choose_room: Callable[[Mapping[str, Any]], bool] = lambda _asked: False,
+    ) -> None:
         self._app = app
+        self._may_choose_room = may_choose_room
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         """Pass on what is within the limits."""
         calls.caller_address.set(_address(scope))
         if scope["type"] == "websocket":
             receive = _noting_close(scope, receive)
-        if scope["type"] == "http":
-            is_file = scope["path"].endswith("/files")
-            receive = _limited(receive, MAX_FILE_BYTES if is_file else MAX_BODY_BYTES)
-            refusal = calls.of_process.refusal(calls.caller_address.get())
-            if refusal and (asks := _call_asked_for(scope)):
-                receive, is_new = (
-                    await _is_new_call(receive) if asks == "offer" else (receive, True)
-                )
-                if is_new:
-                    calls.of_process.refused += 1
-                    logger.warning(f"A call was refused: {refusal}")
-                    detail = f"{refusal[0].upper()}{refusal[1:]}."
-                    answer = JSONResponse({"detail": detail}, 503, headers={"Connection": "close"})
-                    await answer(scope, receive, send)
-                    return
+        if scope["type"] != "http":
+            await self._pass_on(scope, receive, send)
+            return
+        is_file = scope["path"].endswith("/files")
+        receive = _limited(receive, MAX_FILE_BYTES if is_file else MAX_BODY_BYTES)
+        if not _asks_for_call(scope):
+            await self._pass_on(scope, receive, send)
+            return
+        receive, asked = await _read(receive)
+        if _media(asked) > MAX_MEDIA:
+            detail = f"An offer has up to {MAX_MEDIA} media sections."
+            await JSONResponse({"detail": detail}, 400)(scope, receive, send)
+            return
+        if any(name in asked for name in ROOM) and not self._may_choose_room(asked):
+            detail = f"{' and '.join(ROOM)} are for calls that the bot is to place."
+            await JSONResponse({"detail": detail}, 403)(scope, receive, send)
+            return
+        # One that names its connection is about the tracks of a call that is on.
+        if scope["path"].endswith("/api/offer") and asked.get("pc_id"):
+            await self._pass_on(scope, receive, send)
+            return
+        if refusal := calls.of_process.refusal(calls.caller_address.get()):
+            calls.of_process.refused += 1
+            logger.warning(f"A call was refused: {refusal}")
+            detail = f"{refusal[0].upper()}{refusal[1:]}."
+            answer = JSONResponse({"detail": detail}, 503, headers={"Connection": "close"})
+            await answer(scope, receive, send)
+            return
+        with calls.of_process.promised(calls.caller_address.get()):
+            await self._pass_on(scope, receive, send)
+        _forget_sessions(scope)
+
+    async def _pass_on(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         has_answered = False
 
         async def answering(message: "Message") -> None:
@@ -293,24 +363,31 @@ def _cannot_be_answered(path: str, error: Exception, status: int) -> Response:
 
 
 def _address(scope: "Scope") -> str:
-    """Where a request comes from; empty for this machine, where a proxy may speak for anybody."""
+    """Where a request comes from; empty for this machine, where a proxy may speak for anybody.
+
+    Of IPv6 the network of 64 bits, in which everybody has all addresses.
+    """
     host = (scope.get("client") or [""])[0]
     try:
-        return "" if ipaddress.ip_address(host).is_loopback else host
+        address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
         return ""
+    if isinstance(address, ipaddress.IPv6Address):
+        address = address.ipv4_mapped or address
+    if address.is_loopback:
+        return ""
+    if isinstance(address, ipaddress.IPv6Address):
+        return str(ipaddress.ip_network((address, 64), strict=False))
+    return str(address)
 
 
-def _call_asked_for(scope: "Scope") -> str:
+def _asks_for_call(scope: "Scope") -> bool:
     path, method = scope["path"], scope["method"]
-    if method == "POST" and path.endswith("/api/offer"):
-        return "offer"
-    is_start = (method, path) in (
+    return (method == "POST" and path.endswith("/api/offer")) or (method, path) in (
         ("POST", "/start"),
         ("POST", "/daily-dialin-webhook"),
         ("GET", "/daily"),
     )
-    return "start" if is_start else ""
 
 
 def _noting_close(scope: "Scope", receive: "Receive") -> "Receive":
@@ -353,10 +430,10 @@ def _refused(status: int) -> HTTPException:
     return HTTPException(status, headers={"Connection": "close"})
 
 
-async def _is_new_call(receive: "Receive") -> "tuple[Receive, bool]":
-    """Whether an offer is of a new call; one that names its connection is about that one's tracks.
+async def _read(receive: "Receive") -> "tuple[Receive, dict[str, Any]]":
+    """Read a JSON object; returns what gives the body out once more, and the object.
 
-    Also returns what gives the body out once more.
+    It is empty where the body is none; whoever reads it next says so.
     """
     body = b""
     try:
@@ -364,9 +441,14 @@ async def _is_new_call(receive: "Receive") -> "tuple[Receive, bool]":
             body += message.get("body", b"")
             if not message.get("more_body"):
                 break
-        offer = json.loads(body)
-    except (HTTPException, ValueError, RecursionError):
-        return receive, True
+        else:
+            return receive, {}
+    except HTTPException:
+        # Too slow or too large, and so it is found next time.
+        return receive, {}
+    asked: Any = None
+    with suppress(ValueError, RecursionError):
+        asked = json.loads(body)
     given = False
 
     async def again() -> "Message":
@@ -376,4 +458,17 @@ async def _is_new_call(receive: "Receive") -> "tuple[Receive, bool]":
         given = True
         return {"type": "http.request", "body": body, "more_body": False}
 
-    return again, not (isinstance(offer, dict) and offer.get("pc_id"))
+    return again, asked if isinstance(asked, dict) else {}
+
+
+def _media(offer: dict[str, Any]) -> int:
+    return sum(line.startswith("m=") for line in str(offer.get("sdp")).splitlines())
+
+
+def _forget_sessions(scope: "Scope") -> None:
+    """Forget the oldest of the sessions that were asked for; Pipecat has no other way to them."""
+    endpoint = scope.get("endpoint")
+    if scope["path"] == "/start" and inspect.isfunction(endpoint):
+        sessions = inspect.getclosurevars(endpoint).nonlocals.get("active_sessions", {})
+        while len(sessions) > MAX_SESSIONS:
+            del sessions[next(iter(sessions))]

@@ -39,6 +39,8 @@ READERS = {
     ("pipecat.runner.utils", "parse_telephony_websocket"),
     ("pipecat.runner.run", "start_agent"),
     ("pipecat.runner.run", "handle_dialin_webhook"),
+    ("pipecat.runner.run", "proxy_request"),
+    ("pipecat.transports.smallwebrtc.request_handler", "handle_web_request"),
     ("pipecat.transports.smallwebrtc.connection", "on_message"),
 }
 # Tokens that Pipecat's server takes as part of an address, and queries, in uvicorn's lines.

@@ -7,8 +7,8 @@ this server is asked.
 
 import asyncio
 import hmac
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from loguru import logger
 
@@ -21,6 +21,14 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from starlette.requests import Request
     from starlette.responses import Response
+
+
+def may_choose_room(asked: Mapping[str, Any]) -> bool:
+    """Whether `POST /start` may say what its Daily room and token can do: for calling out alone."""
+    # Only who is asked for that pays for it.
+    from telephony import daily_dialout
+
+    return daily_dialout.may_choose_room(asked)
 
 
 def serve(app: "FastAPI", *, agent: str, busy: Callable[[str], str]) -> None:

@@ -257,6 +257,18 @@ def how_it_failed(event: object) -> tuple[str, str]:
     return reason, details[reason] + (f" (SIP {code})" if code else "")
 
 
+def may_choose_room(asked: Mapping[str, Any]) -> bool:
+    """Whether whoever asks for this session has DAILY_API_KEY: its body is a call they may place.
+
+    Pipecat has a room made with the properties that it is asked for, and gives out the token of its
+    owner: with these anybody could call from it whom they like.
+    """
+    body, key = asked.get("body"), setting("DAILY_API_KEY")
+    if not isinstance(body, dict) or not key:
+        return False
+    return Errand.of(body).is_signed(body, gate(key))
+
+
 @cache
 def gate(api_key: str) -> Gate:
     """Knows the errands that were signed with this key, and which of them this process has had."""

@@ -83,6 +83,10 @@ class Errand:
         gate = gate or (Gate(auth_token) if auth_token else None)
         return gate is not None and gate.lets_in(self._text, token)
 
+    def is_signed(self, parameters: Mapping[str, object], gate: Gate) -> bool:
+        """Whether `gate` has signed this errand in `parameters`; it may still be taken then."""
+        return gate.knows(self._text, str(parameters.get(TOKEN_PARAMETER, "")))
+
     @property
     def _text(self) -> str:
         return json.dumps(asdict(self))

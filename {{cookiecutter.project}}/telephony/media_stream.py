@@ -16,6 +16,10 @@ from pipecat.serializers.twilio import TwilioFrameSerializer
 # Heard as "busy" in North America; elsewhere by its rhythm. Twilio's <Reject> needs a webhook.
 BUSY_HZ, BUSY_SECONDS, BUSY_TIMES = (480, 620), 0.5, 4
 TELEPHONE_HZ = 8000
+# As which a message counts that is shorter, or no sound: Twilio's last twice as long.
+MESSAGE_SECONDS = 0.01
+# A line that has brought so many is none of Twilio's.
+MAX_DROPPED = 10_000
 
 
 async def play_busy_tone(send: Callable[[str], Awaitable[None]], stream_sid: str) -> None:
@@ -31,26 +35,46 @@ async def play_busy_tone(send: Callable[[str], Awaitable[None]], stream_sid: str
     await asyncio.sleep(2 * BUSY_TIMES * BUSY_SECONDS)
 
 
+def _seconds(message: dict[str, Any]) -> float:
+    sound = len(message["media"]["payload"]) * 3 / 4 if message["event"] == "media" else 0
+    return max(sound / TELEPHONE_HZ, MESSAGE_SECONDS)
+
+
 class MediaStreamSerializer(TwilioFrameSerializer):
     """Pipecat's serializer, for which a message that makes no sense is no reason to end the call.
 
+    Nor is one too many; ten thousand are.
+
     Attributes:
-        dropped: How many messages made no sense.
+        dropped: How many messages made no sense, or were more than a line brings.
     """
 
-    def __init__(self, *args: Any, hang_up: Callable[[], Awaitable[None]], **options: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        hang_up: Callable[[], Awaitable[None]],
+        takes: Callable[[float], bool],
+        **options: Any,
+    ) -> None:
         """Take what Pipecat's serializer takes.
 
         Args:
             args: Of Pipecat's serializer.
             hang_up: Closes the stream. Twilio's `stop` says that the caller is gone; its socket may
                 stay open.
+            takes: Whether the line may bring so many seconds more.
             options: Of Pipecat's serializer.
         """
         super().__init__(*args, **options)
         self.dropped = 0
         self._hang_up = hang_up
+        self._takes = takes
         self._hanging_up: asyncio.Future[None] | None = None
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether the call was ended for what its line brought."""
+        return self.dropped >= MAX_DROPPED
 
     @property
     def can_hang_up(self) -> bool:
@@ -64,21 +88,31 @@ class MediaStreamSerializer(TwilioFrameSerializer):
     async def deserialize(self, data: str | bytes) -> Frame | None:
         """Return the frame of a message; None where it has none, or cannot be understood."""
         try:
-            if json.loads(data)["event"] == "stop":
-                # Not awaited: closing waits for a peer that may not answer.
-                self._hanging_up = self._hanging_up or asyncio.ensure_future(self._close())
-                return None
-            return await super().deserialize(data)
+            message = json.loads(data)
+            if message["event"] == "stop":
+                self._hang_up_once()
+            elif self._takes(_seconds(message)):
+                return await super().deserialize(data)
+            else:
+                self._drop("too many")
         # Whatever a stranger's message does to a parser.
         except Exception as error:
-            self.dropped += 1
-            # The first, the tenth, the hundredth: nobody fills the log.
-            if str(self.dropped).strip("0") == "1":
-                logger.warning(
-                    f"Dropped a message of the media stream ({type(error).__name__}), "
-                    f"number {self.dropped} of this call"
-                )
-            return None
+            self._drop(type(error).__name__)
+        return None
+
+    def _drop(self, why: str) -> None:
+        self.dropped += 1
+        # The first, the tenth, the hundredth: nobody fills the log.
+        if str(self.dropped).strip("0") == "1":
+            logger.warning(
+                f"Dropped a message of the media stream ({why}), number {self.dropped} of this call"
+            )
+        if self.is_hopeless:
+            self._hang_up_once()
+
+    def _hang_up_once(self) -> None:
+        # Not awaited: closing waits for a peer that may not answer.
+        self._hanging_up = self._hanging_up or asyncio.ensure_future(self._close())
 
     async def _close(self) -> None:
         # Twilio may have closed it first, as it does once a call has new instructions.

@@ -156,18 +156,22 @@ class Gate:
         """
         return self._token(call, int(self._clock()) + seconds)
 
-    def lets_in(self, call: str, token: str) -> bool:
-        """Whether the token was issued for this call and is neither used nor too old; uses it."""
-        now = self._clock()
+    def knows(self, call: str, token: str) -> bool:
+        """Whether the token was issued for this call and is neither used here nor too old."""
         match = TOKEN.fullmatch(token)
         if not match:
             return False
         expires = int(match[1])
         is_ours = hmac.compare_digest(self._token(call, expires), token)
-        if not is_ours or not now < expires or token in self._used:
+        return is_ours and self._clock() < expires and token not in self._used
+
+    def lets_in(self, call: str, token: str) -> bool:
+        """Whether the token was issued for this call and is neither used nor too old; uses it."""
+        if not self.knows(call, token):
             return False
+        now = self._clock()
         self._used = {used: until for used, until in self._used.items() if until > now}
-        self._used[token] = expires
+        self._used[token] = int(token.partition(".")[0])
         return self._is_first_use(token)
 
     def is_used(self, token: str) -> bool:

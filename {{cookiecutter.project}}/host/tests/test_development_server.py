@@ -13,6 +13,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from host import front_door
 from host.tests.development_server import development_server
 from rehearsal.call import HUMAN_VOICE
 from rehearsal.callers.twilio import TwilioCaller
@@ -64,14 +65,22 @@ async def test_the_server_has_pipecats_routes_and_takes_calls_on_each(tmp_path: 
                 assert page.status == 200
                 assert "<script" in await page.text()
             async with browser.post(f"{bot.url}/start", json={"transport": "webrtc"}) as started:
-                assert (await started.json())["sessionId"]
+                first = last = (await started.json())["sessionId"]
+            for _ in range(front_door.MAX_SESSIONS):
+                async with browser.post(f"{bot.url}/start", json={"body": {}}) as started:
+                    last = (await started.json())["sessionId"]
+            for session, status in ((first, 404), (last, 200)):
+                async with browser.get(f"{bot.url}/sessions/{session}/x") as answer:
+                    assert answer.status == status, "Pipecat keeps each, and most never call"
+            async with browser.post(f"{bot.url}/sessions/{last}/api/offer", json={}) as answer:
+                assert answer.status == 400
             for method, path, body in NONSENSE:
                 async with browser.request(method, bot.url + path, json=body) as answer:
                     assert answer.status in (400, 422), path
                     assert "{" not in (await answer.json())["detail"], "nothing is repeated"
         lines = bot.log.read_text()
         assert lines.count("could not be answered") == len(NONSENSE)
-        assert "Traceback" not in lines and "validation_exception_handler" not in lines
+        assert "Traceback" not in lines and " ERROR " not in lines
         async with WebRTCCaller(bot.url) as caller:
             await caller.hear(within=SECONDS)
         async with TwilioCaller(bot.url.replace("http", "ws", 1) + "/ws") as caller:

@@ -6,6 +6,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import aiohttp
+import httpx
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
@@ -142,6 +143,56 @@ async def test_phones_may_be_more_than_browsers_and_who_asks_for_a_line_is_told_
         assert lines.refusal()
 
 
+@pytest.mark.anyio
+async def test_of_many_who_ask_at_once_so_many_are_let_in_as_there_are_lines(
+    three_lines: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the offer of a browser and its call are seconds, in which others ask."""
+    monkeypatch.setattr(calls, "of_process", three_lines)
+    app, all_have_asked = FastAPI(), asyncio.Event()
+
+    @app.post("/api/offer")
+    async def offer() -> None:
+        await all_have_asked.wait()
+        stack.enter_context(calls.of_process.begin(""))
+
+    app.add_middleware(front_door.FrontDoor)
+    here = httpx.ASGITransport(app, client=("127.0.0.1", 1))
+    with ExitStack() as stack:
+        async with httpx.AsyncClient(transport=here, base_url="http://x") as client:
+            asked = [asyncio.create_task(client.post("/api/offer", json={})) for _ in range(30)]
+            await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+            all_have_asked.set()
+            statuses = sorted([(await answer).status_code for answer in asked])
+        assert statuses == [200] * 3 + [503] * 27
+        assert len(three_lines) == 3
+    assert not three_lines.refusal(), "no promise is left"
+    three_lines = Calls(clock=(clock := Clock()))
+    with ExitStack() as stack:
+        for _ in range(3):
+            stack.enter_context(three_lines.promised(""))
+        assert three_lines.refusal()
+        clock.now += calls.PROMISED_SECONDS
+        assert not three_lines.refusal(), "whoever draws an offer out keeps no line"
+
+
+@pytest.mark.parametrize(
+    ("client", "caller"),
+    [
+        ("203.0.113.7", "203.0.113.7"),
+        ("::ffff:203.0.113.7", "203.0.113.7"),
+        ("2001:db8::1", "2001:db8::/64"),
+        ("2001:db8::2%eth0", "2001:db8::/64"),
+        ("127.0.0.1", ""),
+        ("::1", ""),
+        ("::ffff:127.0.0.1", ""),
+        ("/run/bot.sock", ""),
+    ],
+)
+def test_a_caller_has_one_address_however_many_the_network_gives(client: str, caller: str) -> None:
+    assert front_door._address({"client": (client, 1)}) == caller
+
+
 @pytest.mark.parametrize("number", ["", "anonymous", "Restricted", "client:bob", None])
 def test_those_who_withhold_their_number_are_not_one_caller(number: str | None) -> None:
     assert calls.identity(number) == ""
@@ -207,10 +258,20 @@ async def connect(bot: BotProcess, sent: bytes) -> asyncio.StreamReader:
     return reader
 
 
+async def send(connection: asyncio.StreamReader, sent: bytes) -> None:
+    """Send on a connection of connect(), from which nothing is read meanwhile."""
+    writer: asyncio.StreamWriter = connection.writer  # type: ignore[attr-defined]
+    for begin in range(0, len(sent), 2**16):
+        writer.write(sent[begin : begin + 2**16])
+        await writer.drain()
+
+
 SLOW_BODY = (
     b"POST / HTTP/1.1\r\nHost: x\r\nX-Twilio-Signature: {}\r\nContent-Length: 500\r\n\r\nabc"
 )
 
+
+CHUNKED = b"GET /status HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 HANDSHAKE = (
     b"GET /ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -278,6 +339,17 @@ async def test_what_is_too_slow_or_too_large_is_refused_without_a_traceback(tmp_
             endless = await connect(bot, b"GET / HTTP/1.1\r\nX: " + b"x" * 2_000_000)
             with suppress(ConnectionError):
                 assert not await asyncio.wait_for(endless.read(), front_door.BODY_SECONDS)
+            long = b"y" * 1_000_000
+            for no_body in (b"0\r\n" + b"X: y\r\n" * 200_000, b"0\r\nX: " + long, b"1;" + long):
+                endless = await connect(bot, CHUNKED + no_body)
+                with suppress(ConnectionError):
+                    answered = await asyncio.wait_for(endless.read(), front_door.BODY_SECONDS / 2)
+                    assert len(answered) < 1000, "and then it closes"
+            for flood in (b"\x89\xfd\0\0\0\0" + b"x" * 125, b"\0\x80\0\0\0\0"):
+                unread = await connect(bot, HANDSHAKE)
+                assert (await unread.readline()).split()[1] == b"101"
+                with pytest.raises(ConnectionError):
+                    await send(unread, b"\x01\x80\0\0\0\0" + flood * (40_000_000 // len(flood)))
             no_text = await connect(bot, HANDSHAKE)
             assert (await no_text.readline()).split()[1] == b"101"
             no_text.writer.write(b"\x81\x82\0\0\0\0\xff\xfe")  # type: ignore[attr-defined]
@@ -303,6 +375,9 @@ async def test_a_full_house_says_so_on_the_web_on_the_phone_and_at_status(tmp_pa
             async with client.post(f"{bot.url}/start", json={"transport": "webrtc"}) as answer:
                 assert answer.status == 503
                 assert "busy" in (await answer.json())["detail"]
+            offer = {"sdp": "v=0\nm=audio\nm=video\nm=video\nm=video\nm=video", "type": "offer"}
+            async with client.post(f"{bot.url}/api/offer", json=offer) as answer:
+                assert answer.status == 400, "a fourth track would be decoded for nobody"
             offer = {"sdp": "v=0", "type": "offer"}
             async with client.post(f"{bot.url}/api/offer", json=offer) as answer:
                 assert answer.status == 503

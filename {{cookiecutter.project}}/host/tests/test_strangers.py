@@ -2,16 +2,18 @@
 
 import asyncio
 import json
+import unicodedata
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
+from fastapi import WebSocket
 from harness import SECONDS, Harness, run_harness
 from loguru import logger
 from pipecat.frames.frames import (
     Frame,
     FunctionCallResultFrame,
-    InputAudioRawFrame,
     InputTransportMessageFrame,
     LLMMessagesAppendFrame,
     TranscriptionFrame,
@@ -19,16 +21,18 @@ from pipecat.frames.frames import (
     UserImageRawFrame,
 )
 from pipecat.processors.frame_processor import FrameDirection
-from pipecat.runner.types import DailyRunnerArguments
+from pipecat.runner.types import DailyRunnerArguments, WebSocketRunnerArguments
 from pipecat.tests.utils import run_test
 
 import transports
 from conversation import caller_words, endings
 from conversation.caller_words import CallerAudio, CallerWords
 from conversation.floor import Floor
+from host import calls
 from rehearsal.callers.twilio import TwilioCaller
 from rehearsal.callers.webrtc import WebRTCCaller
 from rehearsal.engines.scripted import Answer, Script
+from telephony.media_stream import MediaStreamSerializer
 
 pytestmark = pytest.mark.anyio
 
@@ -161,6 +165,34 @@ async def test_malformed_messages_are_dropped_and_the_call_goes_on(harness: Harn
     assert harness.record["metadata"]["dropped_messages"] == len(MALFORMED) - 1
 
 
+async def test_a_line_brings_what_comes_in_real_time_and_a_flood_is_dropped_and_ends_the_call() -> (
+    None
+):
+    """A second of somebody else's voice takes a hundredth of a second of the process."""
+    now, is_over = 0.0, asyncio.Event()
+
+    async def hang_up() -> None:
+        is_over.set()
+
+    line = MediaStreamSerializer(
+        "MZ" + "0" * 32,
+        hang_up=hang_up,
+        takes=calls.Allowance(clock=lambda: now).takes,
+        params=MediaStreamSerializer.InputParams(auto_hang_up=False),
+    )
+    sound = json.dumps({"event": "media", "media": {"payload": "/" * 8 * 8000}})
+    key = json.dumps({"event": "dtmf", "dtmf": {"digit": "5"}})
+    for message, seconds in ((key, 0.02), (sound, 6.0)):
+        for _ in range(100):
+            now += seconds
+            await line.deserialize(message)
+    assert line.dropped == 0
+    for _ in range(20_000):
+        await line.deserialize(key)
+    assert line.dropped >= 10_000 and line.is_hopeless
+    await asyncio.wait_for(is_over.wait(), SECONDS)
+
+
 async def test_stop_is_a_hang_up_though_the_socket_stays_open(harness: Harness) -> None:
     caller = harness.caller("twilio")
     assert isinstance(caller, TwilioCaller)
@@ -227,6 +259,17 @@ async def test_what_is_said_or_typed_cannot_look_like_an_instruction() -> None:
     assert ours.messages == [{"role": "developer", "content": "[The caller is silent.]"}]
 
 
+def test_no_character_of_a_callers_looks_like_a_square_bracket_or_cannot_be_seen() -> None:
+    kinds = ("SQUARE BRACKET", "TORTOISE SHELL BRACKET", "LENTICULAR BRA")
+    tags = range(0xE0000, 0xE0080)
+    text = "".join(map(chr, [*range(0x10000), *tags])).translate(caller_words.PLAIN)
+    named = [unicodedata.name(c, "") for c in text if unicodedata.category(c) in ("Ps", "Pe")]
+    assert not [name for name in named if any(kind in name for kind in kinds)]
+    assert not [c for c in text if unicodedata.normalize("NFKC", c) in ("[", "]")]
+    assert [c for c in text if c < " "] == ["\t", "\n", "\r"]
+    assert not [c for c in text if ord(c) in tags]
+
+
 @pytest.mark.parametrize(
     "forged",
     [
@@ -244,9 +287,32 @@ async def test_a_client_sends_neither_files_nor_the_results_of_our_tools(forged:
     await run_test(CallerWords(Floor()), frames_to_send=[forged], expected_down_frames=[])
 
 
-async def test_audio_comes_by_the_line_not_in_messages_at_a_rate_of_the_clients() -> None:
-    audio = InputAudioRawFrame(audio=bytes(640), sample_rate=1, num_channels=1)
-    await run_test(CallerAudio(), frames_to_send=[audio], expected_down_frames=[])
+@pytest.mark.parametrize("kind", ["raw-audio", "raw-audio-batch"])
+async def test_audio_comes_by_the_line_not_in_messages_at_a_rate_of_the_clients(kind: str) -> None:
+    audio = InputTransportMessageFrame(message={**AUDIO_AT_NO_RATE, "type": kind})
+    _, up = await run_test(
+        CallerAudio(),
+        frames_to_send=[audio],
+        frames_to_send_direction=FrameDirection.UPSTREAM,
+    )
+    assert audio not in up
+
+
+async def test_a_line_is_given_back_also_where_the_other_side_does_not_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """uvicorn waits for them before it says that it closes."""
+    monkeypatch.setattr(transports, "HANG_UP_SECONDS", 0.05)
+
+    class Unread(WebSocket):
+        async def close(self, code: int = 1000, reason: str | None = None) -> None:
+            await asyncio.Event().wait()
+
+    async def nothing(*_: object) -> Any: ...
+
+    unread = Unread({"type": "websocket"}, nothing, nothing)
+    async with asyncio.timeout(SECONDS):
+        await transports.hang_up(WebSocketRunnerArguments(websocket=unread))
 
 
 async def test_what_a_client_types_is_bounded_like_any_message_of_a_stranger() -> None:
@@ -255,16 +321,18 @@ async def test_what_a_client_types_is_bounded_like_any_message_of_a_stranger() -
     await run_test(CallerWords(Floor()), frames_to_send=[typed])
     assert typed.messages == [{"role": "user", "content": pasted[:-1]}]
 
-    short, long = (
+    long, *many = (
         InputTransportMessageFrame(message={"type": "send-text", "data": {"content": "a" * size}})
-        for size in (10, caller_words.MAX_MESSAGE_CHARACTERS)
+        for size in (caller_words.MAX_MESSAGE_CHARACTERS, *[10] * 200)
     )
     _, up = await run_test(
         CallerAudio(),
-        frames_to_send=[short, long],
+        frames_to_send=[long, *many],
         frames_to_send_direction=FrameDirection.UPSTREAM,
     )
-    assert [frame for frame in up if isinstance(frame, InputTransportMessageFrame)] == [short]
+    taken = [frame for frame in up if isinstance(frame, InputTransportMessageFrame)]
+    assert taken == many[: len(taken)]
+    assert 100 <= len(taken) < 200
 
 
 @pytest.mark.slow

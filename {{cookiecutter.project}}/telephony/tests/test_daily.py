@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 from aiohttp import web
 from harness import SECONDS, Harness, run_harness
@@ -380,6 +381,18 @@ async def test_the_command_has_pipecats_runner_make_a_room_that_may_dial_out(
             words = ["call", NUMBER, "--name", "Ann", "--reason", "it"]
             words += ["--webhook-host", f"{HOST}:{port}"]
             assert await asyncio.to_thread(command.main, words) == 0
+            rooms = dict(asked)
+            asked.clear()
+            session = {"createDailyRoom": True, "body": {"callee_number": NUMBER}}
+            for name in ("dailyRoomProperties", "dailyMeetingTokenProperties"):
+                wanted = {**session, name: {"enable_dialout": True}}
+                async with (
+                    aiohttp.ClientSession() as stranger,
+                    stranger.post(f"http://{HOST}:{port}/start", json=wanted) as answer,
+                ):
+                    assert answer.status == 403, "or they call whom they like, at our cost"
+            assert not asked
+            asked = rooms
     assert capsys.readouterr().out.startswith("The bot dials: session ")
     assert asked["/rooms"]["properties"]["enable_dialout"] is True
     assert asked["/rooms"]["properties"]["eject_at_room_exp"] is True
