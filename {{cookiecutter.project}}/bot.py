@@ -333,9 +333,10 @@ if __name__ == "__main__":
     from host import front_door
     from telephony import call_api
 
+    front_door.guard(app, sys.argv[1:], may_choose_room=call_api.may_choose_room)
+    # Outside of it: what is not there takes no body.
     twilio_auth.guard(app, sys.argv[1:], reserve=calls.of_process.reserve)
     call_api.serve(app, agent=AGENT, busy=calls.of_process.refusal)
-    front_door.guard(app, sys.argv[1:], may_choose_room=call_api.may_choose_room)
     metrics.serve()
     if not config.missing_keys():
         warm_up.once()

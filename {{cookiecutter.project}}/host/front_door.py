@@ -47,7 +47,8 @@ MAX_HEADER_BYTES = 64 * 1024
 MAX_HEADER_FIELDS = 200
 # A message of Twilio's is less than one; a burst is many messages.
 MAX_MESSAGE_BYTES = 64 * 1024
-# Of answers to pings and of pieces of one message, which uvicorn keeps however many there are.
+# Of answers to pings, of what comes after the end, and of pieces of one message: uvicorn takes any
+# number.
 MAX_UNREAD_BYTES, MAX_PIECES = 1024 * 1024, 1000
 # How long a peer may take to read the last of what it was sent.
 UNREAD_SECONDS = 10.0
@@ -204,10 +205,15 @@ class Protocol(AutoHTTPProtocol):
 class WebSocketProtocol(WebSocketsSansIOProtocol):
     """uvicorn's, with limits for a peer that sends and does not read."""
 
+    # Since it was told that the connection is closed.
+    _late_bytes = 0
+
     def data_received(self, data: bytes) -> None:
-        """Break off what only fills memory."""
+        """Break off what only fills memory, or takes time from the calls."""
+        if self.close_sent:
+            self._late_bytes += len(data)
         super().data_received(data)
-        unread = self.transport.get_write_buffer_size()
+        unread = max(self.transport.get_write_buffer_size(), self._late_bytes)
         if unread > MAX_UNREAD_BYTES or len(self.frames) > MAX_PIECES:
             self.transport.abort()
 

@@ -258,6 +258,14 @@ async def connect(bot: BotProcess, sent: bytes) -> asyncio.StreamReader:
     return reader
 
 
+FLOODS = [
+    # Pings whose answers nobody reads, pieces of one message, and messages to one who has hung up.
+    (b"", b"\x89\xfd\0\0\0\0" + b"x" * 125),
+    (b"\x01\x80\0\0\0\0", b"\0\x80\0\0\0\0"),
+    (2 * b"\x81\x83\0\0\0\0NaN", b"\x81\x82\0\0\0\0[]"),
+]
+
+
 async def send(connection: asyncio.StreamReader, sent: bytes) -> None:
     """Send on a connection of connect(), from which nothing is read meanwhile."""
     writer: asyncio.StreamWriter = connection.writer  # type: ignore[attr-defined]
@@ -328,6 +336,9 @@ async def test_what_is_too_slow_or_too_large_is_refused_without_a_traceback(tmp_
         async with asyncio.timeout(front_door.BODY_SECONDS / 2):
             assert (await unsigned.readline()).split()[1] == b"403", "header first"
             assert await unsigned.read(), "and the connection closes"
+        nowhere = await connect(bot, SLOW_BODY.replace(b"POST /", b"POST /start"))
+        async with asyncio.timeout(front_door.BODY_SECONDS / 2):
+            assert (await nowhere.readline()).split()[1] == b"404"
         slow = await connect(bot, SLOW_BODY)
         async with asyncio.timeout(2 * front_door.BODY_SECONDS):
             assert (await slow.readline()).split()[1] == b"408"
@@ -345,11 +356,13 @@ async def test_what_is_too_slow_or_too_large_is_refused_without_a_traceback(tmp_
                 with suppress(ConnectionError):
                     answered = await asyncio.wait_for(endless.read(), front_door.BODY_SECONDS / 2)
                     assert len(answered) < 1000, "and then it closes"
-            for flood in (b"\x89\xfd\0\0\0\0" + b"x" * 125, b"\0\x80\0\0\0\0"):
+            for begin, flood in FLOODS:
                 unread = await connect(bot, HANDSHAKE)
                 assert (await unread.readline()).split()[1] == b"101"
+                # uvicorn reads on for ten seconds after its goodbye.
                 with pytest.raises(ConnectionError):
-                    await send(unread, b"\x01\x80\0\0\0\0" + flood * (40_000_000 // len(flood)))
+                    async with asyncio.timeout(8.0):
+                        await send(unread, begin + flood * (40_000_000 // len(flood)))
             no_text = await connect(bot, HANDSHAKE)
             assert (await no_text.readline()).split()[1] == b"101"
             no_text.writer.write(b"\x81\x82\0\0\0\0\xff\xfe")  # type: ignore[attr-defined]

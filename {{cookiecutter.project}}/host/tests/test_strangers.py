@@ -4,6 +4,7 @@ import asyncio
 import json
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -180,6 +181,7 @@ async def test_a_line_brings_what_comes_in_real_time_and_a_flood_is_dropped_and_
         takes=calls.Allowance(clock=lambda: now).takes,
         params=MediaStreamSerializer.InputParams(auto_hang_up=False),
     )
+    await line.setup(SimpleNamespace(audio_in_sample_rate=8000))  # type: ignore[arg-type]
     sound = json.dumps({"event": "media", "media": {"payload": "/" * 8 * 8000}})
     key = json.dumps({"event": "dtmf", "dtmf": {"digit": "5"}})
     for message, seconds in ((key, 0.02), (sound, 6.0)):
