@@ -13,7 +13,6 @@ INLINE = re.compile(r"`((?:uvx?|pip|python|pytest) [^`]+)`")
 # pattern serves: once it prints a line like that, it is stopped by Ctrl-C.
 FOLLOWED = {
     "uv sync --extra local": None,
-    'uv run python -m rehearsal call -t webrtc --say "What are your opening hours?"': None,
     "uv run --extra local python -m rehearsal": r"http://localhost:\d+",
     "uv run python -m roark calls": None,
     "uv run python -m roark report": None,
@@ -37,6 +36,7 @@ BOT = "host/tests/test_development_server.py::test_the_server_has_pipecats_route
 RECORDED = "tests/test_recovery.py::test_the_apology_is_recorded_by_the_bots_own_voice"
 PROVIDERS = "rehearsal/tests/test_cli.py::test_the_servers_alone_print_what_points_a_bot_at_them"
 DIALOGUE = "rehearsal/tests/test_cli.py::test_a_dialogue_with_a_tool_of_ones_own_is_rehearsed"
+SAID = "rehearsal/tests/test_cli.py::test_a_call_is_answered_recorded_and_at_roark"
 LATENCIES = "rehearsal/tests/test_delayed.py::test_latencies_are_drawn_around_their_medians"
 TRANSFER = "rehearsal/tests/test_cli.py::test_a_caller_is_handed_to_a_colleague_who_is_busy"
 DELIVER = "roark/tests/test_cli.py::test_deliver_delivers_what_is_left_with_a_line_per_call"
@@ -64,6 +64,7 @@ TESTED = {
     "pip install --upgrade pip": PIP,
     "pip install -e . --group dev": PIP,
     "pytest": PIP,
+    'uv run python -m rehearsal call -t webrtc --say "What are your opening hours?"': SAID,
     "python -m rehearsal": README,
     "python -m rehearsal call -t twilio": README,
     "python -m rehearsal call --engine scripted --script dialogue.toml": DIALOGUE,

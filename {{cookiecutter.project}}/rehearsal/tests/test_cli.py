@@ -403,7 +403,9 @@ async def test_a_call_is_answered_recorded_and_at_roark(project: Path) -> None:
     """From a browser; the dialogue below is held by phone."""
     calls = project / "kept"
     status, output = await run(
-        *("call", "-t", "webrtc", "--engine", "scripted"), project=project, CALLS_DIR=str(calls)
+        *("call", "-t", "webrtc", "--engine", "scripted", "--say", "What are your opening hours?"),
+        project=project,
+        CALLS_DIR=str(calls),
     )
     assert status == 0, output
     assert re.search(r"caller  Can you hear me\?", output)
