@@ -60,11 +60,10 @@ async def test_a_call_arrives_complete_when_the_caller_hangs_up(
     call = harness.received
     assert call.whole
     assert call.ended
-    assert texts(call.ended) == [
-        ("assistant", "Hello there."),
-        ("user", "Can you hear me?"),
-        ("assistant", "Yes, loud and clear."),
-    ]
+    *asked, (answerer, answer) = texts(call.ended)
+    assert asked == [("assistant", "Hello there."), ("user", "Can you hear me?")]
+    # Where the machine stands still the rest of a sentence is a sound to ask about.
+    assert answerer == "assistant" and answer.startswith("Yes, loud and clear.")
     assert call.ended["callEndedReason"] == "client-disconnected"
     assert call.ended["agentSpokeFirst"] is True
     # Every server the bot has talked to is this machine, and none but those of its services.
