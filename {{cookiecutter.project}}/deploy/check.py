@@ -326,7 +326,10 @@ def check_start(project: Path, env_file: Path) -> Iterator[Finding]:
             return
     if answer.returncode:
         last = answer.stderr.strip().splitlines()[-1:] or [f"status {answer.returncode}"]
-        yield Finding(f"import bot: {last[0]}", "see the whole of it: python -c 'import bot'")
+        yield Finding(
+            f"bot.py would not start there: {last[0]}",
+            "see the whole of it: python -c 'import bot; bot.readyz()'",
+        )
         return
     told = json.loads(answer.stdout.splitlines()[-1])
     ready = told["ready"]
