@@ -220,12 +220,13 @@ def test_the_rendering_farthest_from_the_default_passes_its_own_tests_in_a_fresh
 ) -> None:
     """What does not depend on answers, roark/ and the engines, is tested where it lies."""
     project = bake(**FARTHEST)
+    modules = [path.name for path in project.path.glob("*.py")]
 
     for command in (
         ("uv", "lock", "--python", "3.11"),
         ("uv", "sync", "--locked"),
         # The folders are those of the default, which the followed README checks whole.
-        ("uv", "run", "--locked", "pyright", *(path.name for path in project.path.glob("*.py"))),
+        ("uv", "run", "--locked", "pyright", "--warnings", *modules),
         ("uv", "run", "--locked", "pytest", "-q", "-rs", *WHAT_ANSWERS_TOUCH),
     ):
         done = project.run(*command)
