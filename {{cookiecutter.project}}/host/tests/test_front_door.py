@@ -161,7 +161,7 @@ async def test_of_many_who_ask_at_once_so_many_are_let_in_as_there_are_lines(
     with ExitStack() as stack:
         async with httpx.AsyncClient(transport=here, base_url="http://x") as client:
             asked = [asyncio.create_task(client.post("/api/offer", json={})) for _ in range(30)]
-            await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(asked, timeout=5, return_when=asyncio.FIRST_COMPLETED)
             all_have_asked.set()
             statuses = sorted([(await answer).status_code for answer in asked])
         assert statuses == [200] * 3 + [503] * 27
