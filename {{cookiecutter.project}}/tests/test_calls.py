@@ -21,6 +21,8 @@ TALK = Script(
     hears=("Can you hear me?", "Goodbye then."),
     answers=(
         Answer(heard="Goodbye", calls=(ToolCall("end_call", {"goodbye": "Have a nice day."}),)),
+        # Where the machine stands still, the rest of a sentence is a sound to ask about.
+        Answer(told="a sound without words", says="Go on."),
         Answer(says="Yes, loud and clear."),
     ),
 )
@@ -62,8 +64,8 @@ async def test_a_call_arrives_complete_when_the_caller_hangs_up(
     assert call.ended
     *asked, (answerer, answer) = texts(call.ended)
     assert asked == [("assistant", "Hello there."), ("user", "Can you hear me?")]
-    # Where the machine stands still the rest of a sentence is a sound to ask about.
     assert answerer == "assistant" and answer.startswith("Yes, loud and clear.")
+    assert answer.count("Yes") == 1
     assert call.ended["callEndedReason"] == "client-disconnected"
     assert call.ended["agentSpokeFirst"] is True
     # Every server the bot has talked to is this machine, and none but those of its services.
