@@ -42,7 +42,7 @@ TRANSPORTS = ("twilio", "webrtc")
 
 CALLS, TURNS = 3, 8
 """Per bot and transport: so many calls of so many turns."""
-IMPORTS, STARTS = 7, 4
+IMPORTS, STARTS = 7, 8
 MEMORY_CALLS, AT_ONCE = 50, 5
 
 SECONDS = 60.0
