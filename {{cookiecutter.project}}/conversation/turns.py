@@ -5,8 +5,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING
 
+from pipecat.audio.turn.smart_turn.local_smart_turn_v3 import LocalSmartTurnAnalyzerV3
 from pipecat.audio.vad.vad_analyzer import VAD_STOP_SECS
 from pipecat.frames.frames import (
     BotStartedSpeakingFrame,
@@ -34,11 +34,7 @@ import config
 from conversation import phrases
 from conversation.floor import Floor, spoken_words
 from conversation.turn_end import PauseUserTurnStopStrategy, in_group
-
-if TYPE_CHECKING:
-    from pipecat.audio.turn.smart_turn.local_smart_turn_v3 import LocalSmartTurnAnalyzerV3
-
-    from conversation.vad import HushVADAnalyzer
+from conversation.vad import HushVADAnalyzer
 
 # Speech that goes on longer than this is an interruption, whatever the recogniser makes of it.
 LONGEST_BACKCHANNEL_SECONDS = 0.6
@@ -49,23 +45,16 @@ FIRST_WITHOUT_SPACES = "\u2e80"
 
 
 class Models:
-    """What listens to one caller, not shared with any other. Loading it takes 0.1 s.
-
-    What runs the models is imported with the first of them, for `import bot` is to be quick.
-    """
+    """What listens to one caller, not shared with any other. Loading it takes 0.1 s."""
 
     @cached_property
-    def voice(self) -> "HushVADAnalyzer":
+    def voice(self) -> HushVADAnalyzer:
         """Silero hears when the caller speaks."""
-        from conversation.vad import HushVADAnalyzer
-
         return HushVADAnalyzer()
 
     @cached_property
-    def turn(self) -> "LocalSmartTurnAnalyzerV3":
+    def turn(self) -> LocalSmartTurnAnalyzerV3:
         """Smart Turn hears, with turn_end.py, whether they are done."""
-        from pipecat.audio.turn.smart_turn.local_smart_turn_v3 import LocalSmartTurnAnalyzerV3
-
         return LocalSmartTurnAnalyzerV3()
 
 

@@ -37,7 +37,7 @@ from pipecat.tests.utils import SleepFrame, run_test
 from pipecat.turns.user_stop import EagerUserTurnStopStrategy, ExternalUserTurnStopStrategy
 from pipecat.utils.text.base_text_aggregator import TextType
 
-from conversation import hold, turns, vad
+from conversation import hold, turns
 from conversation.caller_words import CallerWords
 from conversation.floor import Floor
 from conversation.hold import Hold
@@ -358,7 +358,7 @@ async def test_the_next_calls_models_are_loaded_before_it_and_no_two_calls_share
         return loaded[-1]
 
     monkeypatch.setattr(turns, "_spare", deque(maxlen=1))
-    monkeypatch.setattr(vad, "HushVADAnalyzer", load)
+    monkeypatch.setattr(turns, "HushVADAnalyzer", load)
     for _ in range(2):
         turns.prepare()
     assert len(loaded) == 1
