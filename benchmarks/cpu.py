@@ -10,6 +10,7 @@ machine does falls on both. Ours is measured once more with a change to Pipecat 
 
 import asyncio
 import statistics
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,12 @@ CHANGED = f"{OURS}, Pipecat changed"
 """As upstream.py says."""
 
 
+HOW = (
+    f"medians of {ROUNDS} calls by turns, one call at a time, a question every {TURN_SECONDS:g} s, "
+    "services that answer at once."
+)
+
+
 @dataclass
 class Spent:
     """Processor seconds per second of a call, one figure a round.
@@ -47,6 +54,19 @@ class Spent:
 
     all: list[float] = field(default_factory=list[float])
     loop: list[float] = field(default_factory=list[float])
+
+    @property
+    def in_all(self) -> str:
+        """The first for a table: median, least and most."""
+        median, least, most = (
+            1000 * figure for figure in (statistics.median(self.all), min(self.all), max(self.all))
+        )
+        return f"{median:.0f} ms ({least:.0f} to {most:.0f})"
+
+    @property
+    def of_loop(self) -> str:
+        """The second for a table, its median."""
+        return f"{1000 * statistics.median(self.loop):.0f} ms"
 
 
 async def talk(host: Running, transport: str, speech: Speech) -> tuple[float, float]:
@@ -69,9 +89,26 @@ async def talk(host: Running, transport: str, speech: Speech) -> tuple[float, fl
         return (host.cpu_seconds() - cpu) / seconds, (host.loop_seconds() - loop) / seconds
 
 
-async def measure() -> dict[tuple[str, str], Spent]:
-    """Return (bot, transport) -> what its calls cost."""
+async def by_turns(hosts: Mapping[str, Running], speech: Speech) -> dict[tuple[str, str], Spent]:
+    """Hold ROUNDS calls over each transport with each; return (transport, name) -> their cost."""
     found: dict[tuple[str, str], Spent] = {}
+    for number in range(ROUNDS + 1):
+        for transport in TRANSPORTS:
+            for name, host in hosts.items():
+                if not number:
+                    # The first call of each kind finds the process cold.
+                    async with host.caller(transport) as caller:
+                        await greeting_of(caller)
+                    continue
+                spent = found.setdefault((transport, name), Spent())
+                in_all, loop = await talk(host, transport, speech)
+                spent.all.append(in_all)
+                spent.loop.append(loop)
+    return found
+
+
+async def measure() -> dict[tuple[str, str], Spent]:
+    """Return (transport, bot) -> what its calls cost."""
     with TemporaryDirectory(prefix="cpu-") as name:
         async with AsyncExitStack() as stack:
             environment = await stack.enter_async_context(world(Path(name)))
@@ -82,19 +119,7 @@ async def measure() -> dict[tuple[str, str], Spent]:
                 bot.name: await stack.enter_async_context(running(bot, environment)) for bot in both
             }
             hosts[CHANGED] = await stack.enter_async_context(running(both[0], changed))
-            for number in range(ROUNDS + 1):
-                for transport in TRANSPORTS:
-                    for bot, host in hosts.items():
-                        if not number:
-                            # The first call of each kind finds the process cold.
-                            async with host.caller(transport) as caller:
-                                await greeting_of(caller)
-                            continue
-                        spent = found.setdefault((bot, transport), Spent())
-                        in_all, loop = await talk(host, transport, speech)
-                        spent.all.append(in_all)
-                        spent.loop.append(loop)
-    return found
+            return await by_turns(hosts, speech)
 
 
 def report() -> str:
@@ -104,19 +129,14 @@ def report() -> str:
         "|---|---|---|---|---|",
     ]
     found = asyncio.run(measure())
-    for (bot, transport), spent in sorted(found.items(), key=lambda item: item[0][1]):
-        in_all, loop = (1000 * statistics.median(each) for each in (spent.all, spent.loop))
+    for (transport, bot), spent in found.items():
         goal = f"{GOALS_MS[transport]} ms" if bot == OURS else ""
-        spread = f"{1000 * min(spent.all):.0f} to {1000 * max(spent.all):.0f}"
-        lines.append(
-            f"| {transport} | {bot} | {in_all:.0f} ms ({spread}) | {loop:.0f} ms | {goal} |"
-        )
+        lines.append(f"| {transport} | {bot} | {spent.in_all} | {spent.of_loop} | {goal} |")
     return "\n".join(
         [
             *lines,
             "",
-            f"Processor time, medians of {ROUNDS} calls by turns, one call at a time, a question "
-            f"every {TURN_SECONDS:g} s, services that answer at once.",
+            f"Processor time, {HOW}",
         ]
     )
 

@@ -18,13 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchmarks.cpu import ROUNDS, TURN_SECONDS, Spent, talk
+from benchmarks.cpu import HOW, Spent, by_turns
 from benchmarks.speed import (
     REPOSITORY,
-    TRANSPORTS,
     Bot,
     Speech,
-    greeting_of,
     our_bot,
     running,
     world,
@@ -60,7 +58,6 @@ def variants(folder: Path) -> dict[str, Bot]:
 
 async def measure() -> dict[tuple[str, str], Spent]:
     """Return (transport, variant) -> what its calls cost."""
-    found: dict[tuple[str, str], Spent] = {}
     with TemporaryDirectory(prefix="pythons-") as name:
         async with AsyncExitStack() as stack:
             environment = await stack.enter_async_context(world(Path(name)))
@@ -69,18 +66,7 @@ async def measure() -> dict[tuple[str, str], Spent]:
                 variant: await stack.enter_async_context(running(bot, environment))
                 for variant, bot in variants(Path(name)).items()
             }
-            for transport in TRANSPORTS:
-                for host in hosts.values():
-                    # The first call of each kind finds the process cold.
-                    async with host.caller(transport) as caller:
-                        await greeting_of(caller)
-                for _ in range(ROUNDS):
-                    for variant, host in hosts.items():
-                        spent = found.setdefault((transport, variant), Spent())
-                        in_all, loop = await talk(host, transport, speech)
-                        spent.all.append(in_all)
-                        spent.loop.append(loop)
-    return found
+            return await by_turns(hosts, speech)
 
 
 def report() -> str:
@@ -91,21 +77,11 @@ def report() -> str:
     ]
     found = asyncio.run(measure())
     for (transport, variant), spent in found.items():
-        own = statistics.median(found[transport, OWN].all)
-        in_all, loop = statistics.median(spent.all), statistics.median(spent.loop)
-        spread = f"{1000 * min(spent.all):.0f} to {1000 * max(spent.all):.0f}"
+        beside = statistics.median(spent.all) / statistics.median(found[transport, OWN].all)
         lines.append(
-            f"| {transport} | {variant} | {1000 * in_all:.0f} ms ({spread}) | {in_all / own:.2f}x "
-            f"| {1000 * loop:.0f} ms |"
+            f"| {transport} | {variant} | {spent.in_all} | {beside:.2f}x | {spent.of_loop} |"
         )
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"Processor time of ours, medians of {ROUNDS} calls by turns, one call at a time, a "
-            f"question every {TURN_SECONDS:g} s, services that answer at once.",
-        ]
-    )
+    return "\n".join([*lines, "", f"Processor time of ours, {HOW}"])
 
 
 if __name__ == "__main__":
