@@ -158,21 +158,26 @@ class Gate:
 
     def knows(self, call: str, token: str) -> bool:
         """Whether the token was issued for this call and is neither used here nor too old."""
-        match = TOKEN.fullmatch(token)
-        if not match:
-            return False
-        expires = int(match[1])
-        is_ours = hmac.compare_digest(self._token(call, expires), token)
-        return is_ours and self._clock() < expires and token not in self._used
+        return self._end_of(call, token, self._clock()) is not None
 
     def lets_in(self, call: str, token: str) -> bool:
         """Whether the token was issued for this call and is neither used nor too old; uses it."""
-        if not self.knows(call, token):
-            return False
         now = self._clock()
+        expires = self._end_of(call, token, now)
+        if expires is None:
+            return False
         self._used = {used: until for used, until in self._used.items() if until > now}
-        self._used[token] = int(token.partition(".")[0])
+        self._used[token] = expires
         return self._is_first_use(token)
+
+    def _end_of(self, call: str, token: str, now: float) -> int | None:
+        """Until when a token lets this call in; None where it does not."""
+        match = TOKEN.fullmatch(token)
+        if not match:
+            return None
+        expires = int(match[1])
+        is_ours = hmac.compare_digest(self._token(call, expires), token)
+        return expires if is_ours and now < expires and token not in self._used else None
 
     def is_used(self, token: str) -> bool:
         """Whether a call has come with this token, to whichever process of the server."""
