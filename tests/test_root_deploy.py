@@ -124,6 +124,12 @@ def test_every_region_asked_for_has_an_answer_here(form: dict[str, Any]) -> None
     assert form["region"] == [answers["region"] for answers in every_answer()]
 
 
+def assert_actions_are_pinned(workflow: dict[Any, Any]) -> None:
+    for job in workflow["jobs"].values():
+        for used in [step["uses"] for step in job["steps"] if "uses" in step]:
+            assert re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", used), "a tag can be moved"
+
+
 def test_the_workflows_run_everything_and_weekly_the_newest_pipecat() -> None:
     """Read as YAML: the commands are there, and the schedule."""
     workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
@@ -137,9 +143,7 @@ def test_the_workflows_run_everything_and_weekly_the_newest_pipecat() -> None:
     assert any("uv run pytest" in command for command in commands["answers"])
     assert any("--upgrade-package pipecat-ai" in command for command in commands["newest"])
     assert jobs["newest"]["if"] == "github.event_name != 'push'"
-    for job in jobs.values():
-        for used in [step["uses"] for step in job["steps"] if "uses" in step]:
-            assert re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", used), "a tag can be moved"
+    assert_actions_are_pinned(workflow)
 
 
 def test_a_projects_workflow_tests_every_push_and_deploys_only_when_told_to(
@@ -159,9 +163,7 @@ def test_a_projects_workflow_tests_every_push_and_deploys_only_when_told_to(
     assert deploys.index(checks) < deploys.index("pipecat cloud deploy --yes")
     (tool,) = [command for command in deploys if "uv tool install" in command]
     assert tool.count("==") == 2, "the tool that deploys is pinned"
-    for job in workflow["jobs"].values():
-        for used in [step["uses"] for step in job["steps"] if "uses" in step]:
-            assert re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", used), "a tag can be moved"
+    assert_actions_are_pinned(workflow)
     assert workflow["permissions"] == {"contents": "read"}
 
 
