@@ -13,14 +13,12 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from harness import RECORDS_AUDIO
+from harness import RECORDS_AUDIO, turns_of
 from numpy.typing import NDArray
 from rehearsal.callers.caller import Caller, Utterance
 from rehearsal.callers.twilio import TwilioCaller
@@ -238,8 +236,8 @@ def _name_on(call: ReceivedCall) -> str:
     # On a machine that stands still for a second the detector takes it for a pause, and what was
     # said stands twice. Another's name never does.
     turns = [
-        (role, {word for turn in said for word in turn["content"].split()})
-        for role, said in groupby(call.ended["transcript"], key=itemgetter("role"))
+        (role, {word for entry in entries for word in entry["content"].split()})
+        for role, entries in turns_of(call.ended)
     ]
     assert [role for role, _ in turns] == ["assistant", "user", "assistant"], turns
     greeting, of_caller, of_bot = (words for _, words in turns)
@@ -254,12 +252,9 @@ def _names_in_recording(call: ReceivedCall) -> set[tuple[str, str]]:
     rate = call.ended["recordingSampleRate"]
     tracks = np.frombuffer(call.recording, "<i2").reshape(-1, 2)
     names = set[tuple[str, str]]()
-    for role, said in groupby(call.ended["transcript"][1:], key=itemgetter("role")):
-        turns = list(said)
-        first, last = (
-            turn[key] * rate // 1000
-            for turn, key in ((turns[0], "audioOffsetMs"), (turns[-1], "endAudioOffsetMs"))
-        )
+    for role, entries in turns_of(call.ended)[1:]:
+        first = entries[0]["audioOffsetMs"] * rate // 1000
+        last = entries[-1]["endAudioOffsetMs"] * rate // 1000
         track = tracks[first:last, 0 if role == "user" else 1]
         names.add((role, name_in(track, rate)))
     return names

@@ -12,6 +12,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,15 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the factories of services for which the rehearsal has no server."""
     for name, factory in stand_ins.replacements().items():
         monkeypatch.setattr(services, name, factory)
+
+
+def turns_of(call: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Who spoke, one after the other, and the entries of the transcript in which they did.
+
+    What a busy machine broke up with a pause is one turn.
+    """
+    by_role = groupby(call["transcript"], key=itemgetter("role"))
+    return [(role, list(entries)) for role, entries in by_role]
 
 
 @dataclass

@@ -1,14 +1,13 @@
 """Whole calls through the bot as it is shipped, over loopback: what is said, heard and reported."""
 
 import asyncio
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from aiohttp import web
-from harness import RECORDS_AUDIO, SECONDS, Harness, run_harness
+from harness import RECORDS_AUDIO, SECONDS, Harness, run_harness, turns_of
 from loguru import logger
 
 from rehearsal.engines.engine import ToolCall
@@ -38,11 +37,10 @@ async def harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 
 def texts(call: dict[str, Any] | None) -> list[tuple[str, str]]:
-    """Who said what; what a busy machine broke up with a pause is one."""
+    """Who said what."""
     assert call
     return [
-        (role, " ".join(turn["content"] for turn in turns))
-        for role, turns in groupby(call["transcript"], key=lambda turn: turn["role"])
+        (role, " ".join(entry["content"] for entry in entries)) for role, entries in turns_of(call)
     ]
 
 

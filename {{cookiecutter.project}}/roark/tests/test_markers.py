@@ -10,14 +10,12 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import datetime
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from harness import RECORDS_AUDIO, SECONDS, Harness, run_harness
+from harness import RECORDS_AUDIO, SECONDS, Harness, run_harness, turns_of
 from numpy.typing import NDArray
 
 from rehearsal.call import HUMAN_VOICE, recorded_voice
@@ -82,10 +80,8 @@ def speech(track: NDArray[np.int16], rate: int, of_loudest: float) -> list[tuple
 def errors_ms(ended: dict[str, Any], samples: NDArray[np.int16], rate: int) -> list[float]:
     """How far each marker is from where its speech begins or ends."""
     errors: list[float] = []
-    # What a machine that stood still broke up with a pause is one.
-    for role, turns in groupby(ended["transcript"], key=itemgetter("role")):
-        parts = list(turns)
-        start, end = parts[0]["audioOffsetMs"], parts[-1]["endAudioOffsetMs"]
+    for role, entries in turns_of(ended):
+        start, end = entries[0]["audioOffsetMs"], entries[-1]["endAudioOffsetMs"]
         heard = speech(samples[:, 0 if role == "user" else 1], rate, OF_LOUDEST[role])
         first = min((s for s, _ in heard), key=lambda ms: abs(ms - start))
         last = min((e for _, e in heard), key=lambda ms: abs(ms - end))
