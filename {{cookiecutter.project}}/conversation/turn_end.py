@@ -14,7 +14,6 @@ the answer is spoken if the turn ends with these words, and thrown away if there
 
 import asyncio
 import re
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -42,6 +41,8 @@ from pipecat.processors.frame_processor import FrameProcessorSetup
 from pipecat.services.llm_service import LLMService
 from pipecat.turns.types import ProcessFrameResult, UserTurnSpeculation
 from pipecat.turns.user_stop import BaseUserTurnStopStrategy, NormalizedMatch
+
+from conversation.line_clock import LOOK_SECONDS, LineClock, Moment
 
 # What Smart Turn listens to, at most; it is longer than most turns.
 LISTENS_SECONDS = 8.0
@@ -77,6 +78,8 @@ MOST_SPECULATIONS = 3
 # An event loop whose clock counts milliseconds, as uvloop's does, wakes before the moment that it
 # was told. That is not waited for in a circle.
 SOONEST_SECONDS = 0.001
+# Sound comes in pieces of this length.
+SOUND_SECONDS = 0.02
 
 # Digits and spelled letters come in groups, each of which sounds complete.
 GROUP = re.compile(r"(\d|\b[^\W\d_])[\W_]*$")
@@ -101,7 +104,7 @@ class TurnEnd:
     """Pure: what is known of a caller's turn, and what follows from it. Times are seconds.
 
     Parameters:
-        clock: Tells the time.
+        clock: Tells how long a pause has lasted on the line.
         latency: What Pipecat knows of the recogniser: from the last sound to the transcript.
         speculates: Whether to answer before the turn has ended.
         patience: No pause shorter than this is the end, however whole the sentence sounds.
@@ -109,7 +112,7 @@ class TurnEnd:
             pause, and is not answered in it.
     """
 
-    clock: Callable[[], float] = time.monotonic
+    clock: LineClock = field(default_factory=LineClock)
     latency: float = 0.0
     speculates: bool = False
     patience: float = 0.0
@@ -117,7 +120,7 @@ class TurnEnd:
     _is_open: bool = False
     _is_speaking: bool = False
     _is_hushed: bool = False
-    _silent_since: float | None = None
+    _silent_since: Moment | None = None
     _words: list[str] = field(default_factory=list[str])
     _guess: str = ""
     _are_words_due: bool = False
@@ -129,8 +132,11 @@ class TurnEnd:
     _speculations: int = 0
     _is_being_answered: bool = False
     _tells_while_spoken: bool = False
-    _word_at: float = 0.0
-    _looked_at: float = 0.0
+    _word_at: Moment = field(init=False)
+    _looked_at: Moment = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._word_at = self._looked_at = self.clock.now()
 
     def begin(self) -> None:
         """Forget the turn before. Whether somebody speaks is the caller's, not the turn's."""
@@ -141,7 +147,7 @@ class TurnEnd:
         self._speculated = ""
         self._speculations = 0
         self._is_being_answered = False
-        self._word_at = self.clock()
+        self._word_at = self.clock.now()
         self._forget_pause()
 
     def end(self) -> None:
@@ -166,7 +172,7 @@ class TurnEnd:
     def speech_stopped(self, silent_for: float) -> None:
         """The caller made their last sound `silent_for` seconds ago."""
         self._is_speaking = self._is_hushed = False
-        self._silent_since = self.clock() - silent_for
+        self._silent_since = self.clock.now().before(silent_for)
 
     def heard(self, text: str, *, is_last: bool) -> None:
         """Words were recognised; `is_last`: the recogniser says there are no more in this pause."""
@@ -180,7 +186,7 @@ class TurnEnd:
         self._are_words_due = False
         if self._silent_since is None:
             # Too soft for the detector: there is only the transcript to go by.
-            self._silent_since = self.clock()
+            self._silent_since = self.clock.now()
             self._is_complete = True
 
     def hears(self, guess: str = "") -> None:
@@ -222,7 +228,7 @@ class TurnEnd:
         """What is to be done now."""
         # `due_in` goes by the same moment. One that came between two looks at the clock would be
         # ahead for neither, and the turn end with the next limit, a second later.
-        self._looked_at = self.clock()
+        self._looked_at = self.clock.now()
         if (wordless := self._wordless_due_in()) is not None and wordless <= 0.0:
             return Step.END
         if (pause := self._pause()) is None:
@@ -252,29 +258,36 @@ class TurnEnd:
         """
         if (pause := self._pause()) is None:
             wordless = self._wordless_due_in()
-            return None if wordless is None else max(wordless, SOONEST_SECONDS)
+            return None if wordless is None else self._next_look(wordless, self._word_at)
         limits = (LONGEST_PAUSE_SECONDS, NO_WORDS_SECONDS, self.patience, self._transcript_due)
         moments = (*ASK_AGAIN_SECONDS, *limits)
         ahead = [moment - pause for moment in moments if moment > pause]
-        return max(min(ahead), SOONEST_SECONDS) if ahead else None
+        # A dead line is known by looking.
+        return self._next_look(min(*ahead, LOOK_SECONDS), self._silent_since) if ahead else None
+
+    def _next_look(self, seconds: float, since: Moment | None) -> float:
+        # Where sound is missing, nothing is due before it comes.
+        is_held = since is not None and self._looked_at.is_held(since)
+        return max(seconds, SOUND_SECONDS if is_held else SOONEST_SECONDS)
 
     @property
     def _transcript_due(self) -> float:
         return TRANSCRIPT_SECONDS if self._are_words_due and self._confirms else self.latency
 
     def _pause(self) -> float | None:
-        is_pause = not self._is_speaking and self._silent_since is not None
-        return self._looked_at - (self._silent_since or 0.0) if is_pause else None
+        if self._is_speaking or self._silent_since is None:
+            return None
+        return self._looked_at.since(self._silent_since)
 
     def _wordless_due_in(self) -> float | None:
         """Seconds until the voice that is heard is somebody else's; None: there is no telling."""
         is_told = self._words and self._tells_while_spoken
         if not (self._is_open and self._is_speaking and is_told):
             return None
-        return self._word_at + WORDLESS_SECONDS - self._looked_at
+        return WORDLESS_SECONDS - self._looked_at.since(self._word_at)
 
     def _note_word(self) -> None:
-        self._word_at = self.clock()
+        self._word_at = self.clock.now()
         # Some recognisers tell nothing before the caller is silent.
         self._tells_while_spoken = self._tells_while_spoken or self._is_speaking
 
@@ -325,9 +338,9 @@ class PauseUserTurnStopStrategy(BaseUserTurnStopStrategy):
         speculates: bool = False,
         patience: float = 0.0,
         goes_on: Callable[[str], bool] = in_group,
-        clock: Callable[[], float] = time.monotonic,
+        clock: LineClock | None = None,
     ) -> None:
-        """Ask `turn_analyzer` whether a pause was the end; take the time from `clock`, seconds.
+        """Ask `turn_analyzer` whether a pause was the end; take the time from `clock`.
 
         With `speculates` the LLM begins its answer in the pause: sooner, and for more requests.
         Before `patience` seconds no pause is the end; after words of which `goes_on` says that
@@ -335,7 +348,9 @@ class PauseUserTurnStopStrategy(BaseUserTurnStopStrategy):
         """
         super().__init__()
         self._analyzer = turn_analyzer
-        self._turn = TurnEnd(clock, speculates=speculates, patience=patience, goes_on=goes_on)
+        self._turn = TurnEnd(
+            clock or LineClock(), speculates=speculates, patience=patience, goes_on=goes_on
+        )
         self._was_confirmed = False
         self._is_speaking = False
         self._sound = bytearray()

@@ -1,9 +1,7 @@
 """Whose turn it is: when the caller interrupts the bot, and when they only say "mhm"."""
 
 import re
-import time
 from collections import deque
-from collections.abc import Callable
 from functools import cached_property
 
 from pipecat.audio.turn.smart_turn.local_smart_turn_v3 import LocalSmartTurnAnalyzerV3
@@ -33,6 +31,7 @@ from pipecat.turns.user_turn_strategies import ExternalUserTurnStrategies, UserT
 import config
 from conversation import phrases
 from conversation.floor import Floor, spoken_words
+from conversation.line_clock import LineClock, Moment
 from conversation.turn_end import PauseUserTurnStopStrategy, in_group
 from conversation.vad import HushVADAnalyzer
 
@@ -107,10 +106,14 @@ def params(
 
 
 def _strategies(floor: Floor, recogniser: STTService | None, models: Models) -> UserTurnStrategies:
+    clock = LineClock(models.voice.listened)
     recommended = recogniser and recogniser.service_metadata_frame().user_turn_strategies
     if isinstance(recommended, ExternalUserTurnStrategies):
         start = InterruptionUserTurnStartStrategy(
-            floor, is_proposed=True, enable_interruptions=recommended.enable_interruptions
+            floor,
+            clock,
+            is_proposed=True,
+            enable_interruptions=recommended.enable_interruptions,
         )
         return UserTurnStrategies(start=[start], stop=recommended.stop)
     if recommended:
@@ -121,8 +124,9 @@ def _strategies(floor: Floor, recogniser: STTService | None, models: Models) -> 
         speculates=config.is_on("SPECULATE", True),
         patience=config.seconds("PATIENCE_SECONDS", 0.0),
         goes_on=goes_on,
+        clock=clock,
     )
-    return UserTurnStrategies(start=[InterruptionUserTurnStartStrategy(floor)], stop=[stop])
+    return UserTurnStrategies(start=[InterruptionUserTurnStartStrategy(floor, clock)], stop=[stop])
 
 
 def is_backchannel(text: str) -> bool:
@@ -175,12 +179,12 @@ class InterruptionUserTurnStartStrategy(BaseUserTurnStartStrategy):
     def __init__(
         self,
         floor: Floor,
+        clock: LineClock | None = None,
         *,
         is_proposed: bool = False,
         enable_interruptions: bool = True,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Ask `floor` who speaks; take the time from `clock`, in seconds.
+        """Ask `floor` who speaks; take the time from `clock`.
 
         `is_proposed`: the recogniser proposes turns, and the voice activity detector is not asked.
         """
@@ -192,11 +196,11 @@ class InterruptionUserTurnStartStrategy(BaseUserTurnStartStrategy):
             else (VADUserStartedSpeakingFrame, VADUserStoppedSpeakingFrame)
         )
         self._floor = floor
-        self._clock = clock
-        self._speaks_since: float | None = None
-        self._spoke_until: float | None = None
+        self._clock = clock or LineClock()
+        self._speaks_since: Moment | None = None
+        self._spoke_until: Moment | None = None
         self._backchannel = ""
-        self._backchannel_at = 0.0
+        self._backchannel_at = self._clock.now()
         self._is_hello_due = False
         self._tells_while_spoken = False
         self._is_cut_by_sound = False
@@ -244,18 +248,18 @@ class InterruptionUserTurnStartStrategy(BaseUserTurnStartStrategy):
                 await self._answer_with_backchannel()
             case _ if isinstance(frame, self._begins):
                 lead = getattr(frame, "start_secs", 0.0)
-                self._speaks_since, self._spoke_until = self._clock() - lead, None
+                self._speaks_since, self._spoke_until = self._clock.now().before(lead), None
                 is_bots = floor.bot_speaks or floor.answer_is_due or floor.is_saying_goodbye
                 if not is_bots and not floor.may_be_echo:
                     return await self._start_turn()
             case _ if isinstance(frame, self._ends):
                 self._speaks_since = None
-                self._spoke_until = self._clock() - getattr(frame, "stop_secs", 0.0)
+                self._spoke_until = self._clock.now().before(getattr(frame, "stop_secs", 0.0))
             case UserSpeakingFrame() if self._speaks_since is not None:
                 # Until the bot is to be heard there is no hurry: a cough may be over by then, of
                 # which the detector tells so much later.
                 patience = 0.0 if floor.bot_speaks else VAD_STOP_SECS
-                spoken = self._clock() - self._speaks_since
+                spoken = self._clock.now().since(self._speaks_since)
                 is_long = spoken >= LONGEST_BACKCHANNEL_SECONDS + patience
                 # The detector goes on for a while after a sound.
                 if is_long and not floor.caller_is_hushed and not floor.is_saying_goodbye:
@@ -297,7 +301,7 @@ class InterruptionUserTurnStartStrategy(BaseUserTurnStartStrategy):
         self._is_hello_due = False
         if is_backchannel(frame.text):
             # Its words come some time after it was said.
-            self._backchannel_at = self._clock() if self._spoke_until is None else self._spoke_until
+            self._backchannel_at = self._spoke_until or self._clock.now()
             self._backchannel = frame.text
         # It is not the beginning of what they say next.
         await self.trigger_reset_aggregation()
@@ -307,7 +311,8 @@ class InterruptionUserTurnStartStrategy(BaseUserTurnStartStrategy):
 
     async def _answer_with_backchannel(self) -> None:
         said, self._backchannel = self._backchannel, ""
-        is_recent = self._clock() - self._backchannel_at < BACKCHANNEL_ANSWERS_SECONDS
+        ago = self._clock.now().since(self._backchannel_at)
+        is_recent = ago < BACKCHANNEL_ANSWERS_SECONDS
         if said and is_recent and not self._floor.is_saying_goodbye:
             message = LLMMessagesAppendFrame([{"role": "user", "content": said}], run_llm=True)
             await self.push_frame(message)

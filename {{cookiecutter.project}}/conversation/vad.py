@@ -135,7 +135,13 @@ class HushVADAnalyzer(SileroVADAnalyzer):
         self._may_be_voice = False
         self._held = b""
         self._analysis: asyncio.Future[VADState] | None = None
+        self._analysed_seconds = 0.0
+        self._listened_seconds = 0.0
         self._state = VADState.QUIET
+
+    def listened(self) -> float:
+        """Return how many seconds of sound it knows of by now whether there was a voice in it."""
+        return self._listened_seconds
 
     def tell(self, *, on_hush: Callable[[bool], None], on_sound: Callable[[bool], None]) -> None:
         """Call `on_hush` with True after HUSH_SECONDS of a pause, with False when they go on.
@@ -193,12 +199,14 @@ class HushVADAnalyzer(SileroVADAnalyzer):
             # In a thread: all that is there, and no part of a window, of which nothing follows.
             whole = len(self._held) // window * window
             heard, self._held = self._held[:whole], self._held[whole:]
+            self._analysed_seconds = len(heard) / 2 / self.sample_rate
             self._analysis = asyncio.ensure_future(super().analyze_audio(heard))
         if self._analysis:
             await asyncio.wait({self._analysis}, timeout=LAG_SECONDS)
             if self._analysis.done():
                 self._state = self._analysis.result()
                 self._analysis = None
+                self._listened_seconds += self._analysed_seconds
         return self._state
 
 

@@ -28,6 +28,7 @@ from pipecat.turns.types import UserTurnSpeculation
 from pipecat.turns.user_stop import UserTurnStoppedParams
 from pipecat.utils.asyncio.task_manager import TaskManager
 
+from conversation.line_clock import LineClock
 from conversation.turn_end import (
     ASK_AGAIN_SECONDS,
     LEAD_SECONDS,
@@ -80,8 +81,14 @@ class Caller:
         patience: float = 0.0,
     ) -> None:
         self.clock = Clock()
+        # What was listened to is behind the clock by what is still on its way.
+        self.delayed = 0.0
         self.turn = TurnEnd(
-            self.clock, latency=0.35, speculates=speculates, patience=patience, goes_on=goes_on
+            LineClock(lambda: self.clock.now - self.delayed, clock=self.clock),
+            latency=0.35,
+            speculates=speculates,
+            patience=patience,
+            goes_on=goes_on,
         )
         self.is_complete = is_complete
         self.asked_at: list[float] = []
@@ -168,6 +175,34 @@ def test_the_longest_pause_ends_a_turn_that_the_analyzer_thinks_incomplete() -> 
     caller.speaks()
     caller.turn.heard("He might even have", is_last=True)
     assert caller.waits(5.0) == LONGEST_PAUSE_SECONDS
+
+
+def test_a_pause_in_which_no_sound_came_through_is_no_longer_for_it() -> None:
+    """The process stands still for a second, and behind the pause wait the words that follow it."""
+    caller = Caller()
+    caller.speaks()
+    caller.turn.heard("My number is 4 1", is_last=True)
+    assert caller.waits(0.2) is None
+    caller.clock.now += 1.5
+    caller.delayed = 1.5
+    assert caller.turn.step() is not Step.END
+    # It comes all at once.
+    caller.delayed = 0.0
+    caller.turn.speech_started()
+    assert caller.turn.step() is Step.WAIT
+    caller.speaks()
+    caller.turn.heard("5 5", is_last=True)
+    assert caller.waits(2.0) == LONGEST_PAUSE_SECONDS
+
+
+def test_who_turned_their_microphone_off_is_answered_as_if_they_had_paused() -> None:
+    caller = Caller()
+    caller.speaks()
+    caller.turn.heard("My number is 4 1 5", is_last=True)
+    silent_since = caller.clock.now
+    caller.turn.clock = LineClock(lambda: silent_since, clock=caller.clock)
+    caller.turn.speech_stopped(VAD_SECONDS)
+    assert caller.waits(2.0) == pytest.approx(LONGEST_PAUSE_SECONDS, abs=0.1)
 
 
 def test_with_patience_no_pause_is_the_end_sooner_and_the_answer_is_begun_all_the_same() -> None:
@@ -555,10 +590,11 @@ async def test_a_detector_that_lags_holds_up_nothing_else_and_misses_no_sound(
     pieces = [bytes([number]) * 640 for number in range(8)]
     for piece in pieces:
         await analyzer.analyze_audio(piece)
-    assert not heard
+    assert not heard and not analyzer.listened()
     goes_on.set()
+    whole_windows = sum(map(len, pieces)) // 1024
     async with asyncio.timeout(30):
-        while len(heard) < sum(map(len, pieces)) // 1024:
+        while analyzer.listened() < whole_windows * 512 / VOICE_HZ:
             await analyzer.analyze_audio(b"")
     assert b"".join(heard) == b"".join(pieces)
     await analyzer.cleanup()

@@ -41,6 +41,7 @@ from conversation import hold, turns
 from conversation.caller_words import CallerWords
 from conversation.floor import Floor
 from conversation.hold import Hold
+from conversation.line_clock import LineClock
 from conversation.turn_end import PauseUserTurnStopStrategy
 from conversation.turns import InterruptionUserTurnStartStrategy, is_backchannel, params
 from conversation.vad import HushVADAnalyzer
@@ -254,7 +255,7 @@ class Line:
         self.floor = Floor(clock=lambda: self.now)
         self.floor.is_greeting = False
         self.strategy = InterruptionUserTurnStartStrategy(
-            self.floor, is_proposed=is_proposed, clock=lambda: self.now
+            self.floor, LineClock(clock=lambda: self.now), is_proposed=is_proposed
         )
         self.strategy.add_event_handler("on_user_turn_started", self._on_turn)
         self.strategy.add_event_handler("on_push_frame", self._on_push)
