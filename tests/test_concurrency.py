@@ -52,6 +52,7 @@ TONES_HZ = range(3100, 3700, 100)
 CODES: dict[str, tuple[int, ...]] = dict(
     zip(NAMES, itertools.combinations(TONES_HZ, 3), strict=True)
 )
+SHORTEST_SECONDS = 0.2
 CALLERS_TONE_PEAK, BOTS_TONE_PEAK = 400, 2000
 """Of 32767. In a louder tone Silero hears no voice; the bot's is heard by nobody but this test."""
 
@@ -66,11 +67,12 @@ def _with_tones(name: str, peak: int, pcm: bytes, sample_rate: int, first: int) 
 
 
 def name_in(samples: NDArray[np.int16], sample_rate: int) -> str:
-    """Return the name whose tones are the loudest in `samples`; "" if none is."""
+    """Return the name whose tones are the loudest in `samples`; "" if too little is to be heard."""
     piece = sample_rate // 50
     pieces = samples[: len(samples) // piece * piece].reshape(-1, piece).astype(np.float64)
     pieces = pieces[np.sqrt(np.mean(pieces**2, axis=1)) > LOUD_RMS]
-    if not len(pieces):
+    # Of so little the tones are not told from the voice.
+    if len(pieces) < SHORTEST_SECONDS * sample_rate / piece:
         return ""
     # A piece of 20 ms has a bin every 50 Hz, so that each tone has its own.
     strength = np.abs(np.fft.rfft(pieces * np.hanning(piece), axis=1)).mean(axis=0)
@@ -242,8 +244,9 @@ def _name_on(call: ReceivedCall) -> str:
     assert [role for role, _ in turns] == ["assistant", "user", "assistant"], turns
     greeting, of_caller, of_bot = (words for _, words in turns)
     assert greeting == {"Hello."}
-    (name,) = of_caller | of_bot
-    return name
+    names = of_caller | of_bot
+    assert len(names) == 1, turns
+    return names.pop()
 
 
 def _names_in_recording(call: ReceivedCall) -> set[tuple[str, str]]:
