@@ -74,6 +74,8 @@ MAX_SAID = 1000
 # What is in the journal survives a killed process at once, and a power cut after this long.
 JOURNAL_SYNC_SECONDS = 1.0
 DRAIN_SECONDS = 2.0
+# A flush that is so late is waited for no longer: the disk hangs.
+HUNG_DISK_SECONDS = 1.0
 
 Reconstruct = Callable[[list[dict[str, Any]], int], tuple[dict[str, Any], dict[str, Any], Any]]
 
@@ -151,9 +153,10 @@ class CallFolder:
         deadline = time.monotonic() + timeout
         waiter: Future[Flushed] = Future()
         self._outbox.flush(self._folder, deadline, waiter)
-        # The thread answers at the deadline; a little later only when the disk hangs.
+        # The thread answers at the deadline, unless the disk hangs. What that has not taken is in
+        # no number.
         with suppress(TimeoutError):
-            async with asyncio.timeout(timeout + 1.0):
+            async with asyncio.timeout(timeout + HUNG_DISK_SECONDS):
                 return await asyncio.shield(asyncio.wrap_future(waiter))
         logger.error(f"Roark: call {self.call_id}: {self.path.parent} does not answer")
         return self._outbox.result(self._folder)

@@ -39,6 +39,12 @@ def warm() -> None:
     warm_up()
 
 
+@pytest.fixture(autouse=True)
+def patience_with_a_busy_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where other tests keep the disk busy it does not hang."""
+    monkeypatch.setattr("roark.outbox.HUNG_DISK_SECONDS", 30.0)
+
+
 @pytest.fixture
 def slept() -> list[float]:
     """The waits between attempts, in the order they were asked for; nothing really waits."""
@@ -608,6 +614,7 @@ async def test_handing_over_does_not_wait_for_the_disk(roark, open_outbox, monke
         real_fsync(file)
 
     monkeypatch.setattr(os, "fsync", hanging_fsync)
+    monkeypatch.setattr("roark.outbox.HUNG_DISK_SECONDS", 0.1)
     call = hold(open_outbox(roark.url))
     assert not disk_answers.is_set()
     assert (await call.flush(0.1)).delivered == 0
