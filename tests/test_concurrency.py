@@ -1,4 +1,4 @@
-"""Twenty calls at once in one process of the bot: each is its own, in words and in sound.
+"""Ten calls at once in one process of the bot: each is its own, in words and in sound.
 
 The bot has a process of its own. Every caller says a name, and the bot says it back as its goodbye
 and hangs up. What carries the name from one to the other is its sound: the caller's audio is told
@@ -34,21 +34,20 @@ pytestmark = pytest.mark.anyio
 
 NAMES = (
     "Alexandria Bartholomew Cassiopeia Demosthenes Evangeline Ferdinando Giuseppina Hildegarde "
-    "Immaculata Jacqueline Kunigunde Lieselotte Montgomery Nicodemus Oktavianus Persephone "
-    "Quintilian Rosamunde Sebastian Zachariah"
+    "Immaculata Jacqueline"
 ).split()
 SENTENCE = "Yes hello, this is {name} can you hear me?"
 """Silero hears one voice in it from end to end, after any silence; in a bare name it may not."""
 SECONDS = 90.0
 """What anything may take on a busy machine before the test gives up."""
-SLOWNESS = 4.0
-"""Twenty callers at their own pace are more than two cores carry, as benchmarks/ has it."""
+SLOWNESS = 2.0
+"""Ten callers at their own pace are more than two cores carry beside other tests."""
 DIALLING_SECONDS, SPEAKING_SECONDS = 0.3, 0.4
 """Between one caller and the next: some speak while others are silent, so that both show."""
 HZ = 8000
 LOUD_RMS = 1000.0
-TONES_HZ = range(3100, 3700, 100)
-"""Above the voice. Three of the six tell a name by its sound, through mu-law, Opus and gaps."""
+TONES_HZ = range(3100, 3600, 100)
+"""Above the voice. Three of the five tell a name by its sound, through mu-law, Opus and gaps."""
 CODES: dict[str, tuple[int, ...]] = dict(
     zip(NAMES, itertools.combinations(TONES_HZ, 3), strict=True)
 )
@@ -160,8 +159,8 @@ class Harness:
     engine: NameEngine
 
     def caller(self, number: int) -> Caller:
-        """One in four calls from a browser, which costs the machine as much as several phones."""
-        if number % 4 == 3:
+        """One in three calls from a browser, which costs the machine as much as several phones."""
+        if number % 3 == 2:
             return WebRTCCaller(self.bot.url)
         return TwilioCaller(self.bot.url.replace("http", "ws", 1) + "/ws")
 
@@ -179,7 +178,7 @@ async def run_harness(calls_dir: Path) -> AsyncIterator[Harness]:
             # Those who wait for the others on the line are not to be asked whether they are there,
             # nor those whose words are late on a busy machine what they said.
             "SILENCE_SECONDS": "0",
-            # Four times slower than life: a bot that takes 8 s has not failed.
+            # Twice slower than life, on a busy machine: a bot that takes 8 s has not failed.
             "ANSWER_SECONDS": "60",
             # More than this machine can hold well, and all from one number.
             "MAX_CALLS": "0",
@@ -189,8 +188,8 @@ async def run_harness(calls_dir: Path) -> AsyncIterator[Harness]:
             yield Harness(bot, roark, engine)
 
 
-@pytest.mark.slow(seconds=50)
-async def test_twenty_calls_at_once_are_each_their_own(tmp_path: Path) -> None:
+@pytest.mark.slow(seconds=25)
+async def test_ten_calls_at_once_are_each_their_own(tmp_path: Path) -> None:
     async with run_harness(tmp_path / "calls") as harness:
         everybody = asyncio.Barrier(len(NAMES))
 
