@@ -20,7 +20,7 @@ from roark import RoarkObserver
 
 pytestmark = pytest.mark.anyio
 
-WARM_UP, CALLS = 4, 20
+WARM_UP, CALLS = 4, 12
 
 
 def of_calls() -> int:
@@ -37,9 +37,9 @@ def nobody_else_collects() -> Iterator[None]:
     gc.enable()
 
 
-@pytest.mark.slow(seconds=30)
+@pytest.mark.slow(seconds=15)
 @pytest.mark.usefixtures("nobody_else_collects")
-async def test_twenty_calls_leave_no_task_no_open_file_and_no_object(
+async def test_twelve_calls_leave_no_task_no_open_file_and_no_object(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     async with run_harness(monkeypatch, tmp_path) as harness:
