@@ -135,7 +135,7 @@ def readme_commands() -> list[str]:
     return [line for block in blocks[:2] for line in block]
 
 
-@pytest.mark.slow(seconds=120)
+@pytest.mark.slow(seconds=90)
 def test_followed_from_nothing_a_human_voice_is_answered_on_both_transports_and_the_rest_works(
     template: Path, tmp_path: Path
 ) -> None:

@@ -220,18 +220,25 @@ def test_the_rendering_farthest_from_the_default_passes_its_own_tests_in_a_fresh
 ) -> None:
     """What does not depend on answers, roark/ and the engines, is tested where it lies."""
     project = bake(**FARTHEST)
-    modules = [path.name for path in project.path.glob("*.py")]
+    run = ("uv", "run", "--locked")
+    # One worker: each of three would load Pipecat for itself.
+    tests = ("pytest", "-q", "-rs", "-n", "1", *WHAT_ANSWERS_TOUCH)
 
-    for command in (
-        ("uv", "lock", "--python", "3.11"),
-        ("uv", "sync", "--locked"),
-        # The folders are those of the default, which the followed README checks whole.
-        ("uv", "run", "--locked", "pyright", "--warnings", *modules),
-        ("uv", "run", "--locked", "pytest", "-q", "-rs", *WHAT_ANSWERS_TOUCH),
-    ):
-        done = project.run(*command)
-        succeed(done)
-    assert "skipped" not in done.stdout, done.stdout
+    for command in (("uv", "lock", "--python", "3.11"), ("uv", "sync", "--locked")):
+        succeed(project.run(*command))
+    succeed(project.run(*run, "ruff", "check", "."))
+    succeed(project.run(*run, "ruff", "format", "--check", "."))
+    # Here all of it is typed, as its user types it.
+    typed = project.run(*run, "pyright")
+    succeed(typed)
+    # Folders warn of what is an extra and not installed; its modules of nothing.
+    of_a_module = re.compile(
+        rf"^ *{re.escape(str(project.path))}/\w+\.py:.* warning: ", re.MULTILINE
+    )
+    assert not of_a_module.search(typed.stdout), typed.stdout
+    tested = project.run(*run, *tests)
+    succeed(tested)
+    assert "skipped" not in tested.stdout, tested.stdout
 
     environment = project.run(
         "uv", "run", "--locked", "python", "-c", "import sys;print(sys.prefix)"
