@@ -36,6 +36,7 @@ NAMES = (
     "Alexandria Bartholomew Cassiopeia Demosthenes Evangeline Ferdinando Giuseppina Hildegarde "
     "Immaculata Jacqueline"
 ).split()
+GREETING = "Hello."
 SENTENCE = "Yes hello, this is {name} can you hear me?"
 """Silero hears one voice in it from end to end, after any silence; in a bare name it may not."""
 SECONDS = 90.0
@@ -122,7 +123,7 @@ class NameEngine(ScriptedEngine):
 
     def __init__(self) -> None:
         answers = (Answer(heard=n, calls=(ToolCall("end_call", {"goodbye": n}),)) for n in NAMES)
-        super().__init__(Script(greeting="Hello.", answers=tuple(answers)))
+        super().__init__(Script(greeting=GREETING, answers=tuple(answers)))
         self.conversations: list[set[str]] = []
 
     def listen(self, sample_rate: int) -> NameRecogniser:
@@ -234,18 +235,18 @@ def _name_on(call: ReceivedCall) -> str:
     """The one name of a call's transcript: said by the caller, and said back."""
     assert call.whole and call.ended
     assert call.ended["callEndedReason"] == "agent-ended"
-    # On a machine that stands still for a second the detector takes it for a pause, and what was
-    # said stands twice. Another's name never does.
-    turns = [
-        (role, {word for entry in entries for word in entry["content"].split()})
-        for role, entries in turns_of(call.ended)
-    ]
-    assert [role for role, _ in turns] == ["assistant", "user", "assistant"], turns
-    greeting, of_caller, of_bot = (words for _, words in turns)
-    assert greeting == {"Hello."}
-    names = of_caller | of_bot
-    assert len(names) == 1, turns
-    return names.pop()
+    said = {
+        (entry["role"], word)
+        for entry in call.ended["transcript"]
+        for word in entry["content"].split()
+    }
+    # Where a machine stands still a sentence may be in two, and the bot ask for one of them again,
+    # for which the script has the greeting. Nobody ever says another's name.
+    names = said - {("assistant", GREETING)}
+    (name,) = {word for _, word in names}
+    assert names == {("user", name), ("assistant", name)}
+    assert said - names
+    return name
 
 
 def _names_in_recording(call: ReceivedCall) -> set[tuple[str, str]]:
@@ -254,9 +255,12 @@ def _names_in_recording(call: ReceivedCall) -> set[tuple[str, str]]:
     rate = call.ended["recordingSampleRate"]
     tracks = np.frombuffer(call.recording, "<i2").reshape(-1, 2)
     names = set[tuple[str, str]]()
-    for role, entries in turns_of(call.ended)[1:]:
-        first = entries[0]["audioOffsetMs"] * rate // 1000
-        last = entries[-1]["endAudioOffsetMs"] * rate // 1000
+    for role, entries in turns_of(call.ended):
+        named = [entry for entry in entries if entry["content"] != GREETING]
+        if not named:
+            continue
+        first = named[0]["audioOffsetMs"] * rate // 1000
+        last = named[-1]["endAudioOffsetMs"] * rate // 1000
         track = tracks[first:last, 0 if role == "user" else 1]
         names.add((role, name_in(track, rate)))
     return names
