@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 # Sound is on its way for some 20 ms, and listened to in pieces of 32 ms. It is not waited for.
 LAG_SECONDS = 0.1
-# A line that brings nothing for so long is silent: a microphone that was turned off.
-DEAD_SECONDS = 1.0
-# Between two looks no more than this counts as silent. Who looks less often, or is late because
+# Of what is missing for so long nothing comes: a microphone was turned off, or sends no silence.
+# From then on time alone counts.
+MISSING_SECONDS = 1.0
+# Between two looks no more than this can be missing. Who looks less often, or is late because
 # their process stood still, does not know what the line brings.
 LOOK_SECONDS = 0.1
 
@@ -24,7 +25,7 @@ class Moment:
 
     Parameters:
         time: Seconds, on any clock.
-        heard: Seconds of the line that were heard by then, sound or none.
+        heard: Seconds of sound that were listened to by then, or that will not come.
     """
 
     time: float
@@ -60,20 +61,16 @@ class LineClock:
         self._listened = listened or clock
         self._sound = self._listened()
         self._looked_at = clock()
-        self._silent = 0.0
-        self._dead = 0.0
+        self._missing = 0.0
+        self._lost = 0.0
 
     def now(self) -> Moment:
         """Look at the clock."""
         now, sound = self._clock(), self._listened()
-        if sound > self._sound:
-            self._sound, self._silent = sound, 0.0
-        was_dead = self._silent >= DEAD_SECONDS
-        since_look = min(now - self._looked_at, LOOK_SECONDS)
-        self._looked_at = now
-        self._silent += since_look
-        if was_dead:
-            self._dead += since_look
-        elif self._silent >= DEAD_SECONDS:
-            self._dead += self._silent
-        return Moment(now, self._sound + self._dead)
+        waited, came = min(now - self._looked_at, LOOK_SECONDS), sound - self._sound
+        self._looked_at, self._sound = now, sound
+        self._missing = max(0.0, self._missing + waited - came)
+        if self._missing > MISSING_SECONDS:
+            self._lost += self._missing
+            self._missing = MISSING_SECONDS
+        return Moment(now, sound + self._lost)

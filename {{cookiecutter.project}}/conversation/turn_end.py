@@ -262,7 +262,7 @@ class TurnEnd:
         limits = (LONGEST_PAUSE_SECONDS, NO_WORDS_SECONDS, self.patience, self._transcript_due)
         moments = (*ASK_AGAIN_SECONDS, *limits)
         ahead = [moment - pause for moment in moments if moment > pause]
-        # A dead line is known by looking.
+        # Whether sound is missing is known by looking.
         return self._next_look(min(*ahead, LOOK_SECONDS), self._silent_since) if ahead else None
 
     def _next_look(self, seconds: float, since: Moment | None) -> float:
