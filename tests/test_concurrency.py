@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import RECORDS_AUDIO, turns_of
+from harness import RECORDS_AUDIO
 from numpy.typing import NDArray
 from rehearsal.callers.caller import Caller, Utterance
 from rehearsal.callers.twilio import TwilioCaller
@@ -222,7 +222,7 @@ async def test_ten_calls_at_once_are_each_their_own(tmp_path: Path) -> None:
         if RECORDS_AUDIO:
             for each in received:
                 name = _name_on(each)
-                assert _names_in_recording(each) == {("user", name), ("assistant", name)}
+                assert _names_in_recording(each) == {"user": name, "assistant": name}
 
 
 def _heard_since(caller: Caller, said: Utterance) -> tuple[NDArray[np.int16], int]:
@@ -249,18 +249,9 @@ def _name_on(call: ReceivedCall) -> str:
     return name
 
 
-def _names_in_recording(call: ReceivedCall) -> set[tuple[str, str]]:
-    """Who is heard to say which name, where the transcript has one."""
+def _names_in_recording(call: ReceivedCall) -> dict[str, str]:
+    """The name that is heard on each one's track."""
     assert call.ended
-    rate = call.ended["recordingSampleRate"]
     tracks = np.frombuffer(call.recording, "<i2").reshape(-1, 2)
-    names = set[tuple[str, str]]()
-    for role, entries in turns_of(call.ended):
-        named = [entry for entry in entries if entry["content"] != GREETING]
-        if not named:
-            continue
-        first = named[0]["audioOffsetMs"] * rate // 1000
-        last = named[-1]["endAudioOffsetMs"] * rate // 1000
-        track = tracks[first:last, 0 if role == "user" else 1]
-        names.add((role, name_in(track, rate)))
-    return names
+    rate = call.ended["recordingSampleRate"]
+    return {role: name_in(tracks[:, n], rate) for n, role in enumerate(("user", "assistant"))}
