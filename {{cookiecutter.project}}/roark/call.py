@@ -617,7 +617,7 @@ class CallRecord:
             if self._is_overtaken(at) and not self._speech.is_played(bot.start_at, at):
                 bot.interrupted_at = at
                 self._cut_bot_turn(bot, at)
-                self._speech.take_back_first()
+                self._speech.take_back_begun()
                 return
             bot.pieces += self._speech.ends(at)
             self._end_bot_turn(bot, at)

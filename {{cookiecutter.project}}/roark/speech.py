@@ -126,6 +126,7 @@ class Speech:
 
     def __init__(self) -> None:
         self._sentences: list[Sentence] = []
+        self._begun: Sentence | None = None
         self._made_at: dict[str | None, int] = {}
         self._behind: dict[str | None, int] = {}
         self._taken_back: set[str] = set()
@@ -186,8 +187,12 @@ class Speech:
     # What the caller hears of it
 
     def begins(self, at: int) -> None:
-        """The first sentence waiting begins to play."""
+        """The first sentence waiting begins to play; without one, what was taken back already."""
+        self._begun = None
         if self._sentences:
+            # Of what has no sound yet nothing can play.
+            is_made = not self._made_at or self._sentences[0].context in self._made_at
+            self._begun = self._sentences[0] if is_made else None
             # The voice times its words from when it made the first; they may have had to wait.
             context = self._sentences[0].context
             self._behind.setdefault(context, max(0, at - self._made_at.get(context, at)))
@@ -259,9 +264,10 @@ class Speech:
                 return (at - began) / 1e9 > seconds - EARLY_SECONDS
         return False
 
-    def take_back_first(self) -> None:
-        """An interruption stopped the speech in hand, which began when it was on its way."""
-        self._take_back({self._sentences[0].context} if self._sentences else set())
+    def take_back_begun(self) -> None:
+        """An interruption stopped what began to play when it was on its way, and nothing else."""
+        is_waiting = any(sentence is self._begun for sentence in self._sentences)
+        self._take_back({self._begun.context} if self._begun and is_waiting else set())
 
     def take_back_before(self, context: str | None) -> None:
         """A voice makes one speech at a time: an unfinished one before this was interrupted."""

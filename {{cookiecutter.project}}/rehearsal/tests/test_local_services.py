@@ -96,7 +96,7 @@ async def test_a_human_is_understood_and_hears_words(harness: Harness) -> None:
 
     (greeter, greeting), *rest, answer = texts(harness)
     assert (greeter, greeting) == ("assistant", GREETING)
-    assert [plain(text) for role, text in rest if role == "user"] == [SAID]
+    assert [plain(text) for role, text in rest if role == "user"] == [SAID], texts(harness)
     assert answer == ("assistant", ANSWER)
     assert plain(harness.engine.asked[-1][-1]["content"]) == SAID
     played = caller.heard

@@ -977,3 +977,29 @@ def test_a_redacted_text_is_all_that_is_given_out():
     record.close("client-disconnected")
     assert "4111" not in str(record.as_dict()) + str(record.call_ended())
     assert record.unwritten_texts() == [(0, "It is [card].")]
+
+
+def test_an_answer_is_kept_though_the_one_before_it_began_to_play_as_it_was_cut_off():
+    """A late transcript brings both within 0.1 s, and the first one's sound was on its way."""
+    record = record_of(
+        *user(1000, 2000, decided=4500),
+        event("request", 4510, kind="answer"),
+        event("say", 4600, context="a", segment=1, text="Pardon?"),
+        event("voice", 5500, context="a"),
+        event("voiced", 5501, context="a", seconds=1.5),
+        event("transcript", 5502, text="I want a table."),
+        event("user-turn", 5510, edge="start"),
+        event("interruption", 5511),
+        event("user-turn", 5514, edge="stop"),
+        event("request", 5518, kind="answer"),
+        event("bot", 5530, edge="start"),
+        event("say", 5545, context="b", segment=2, text="For how many?"),
+        event("bot", 5565, edge="stop"),
+        event("voice", 5980, context="b"),
+        event("voiced", 5981, context="b", seconds=1.4),
+        event("words", 5982, context="b", segment=2, text="For how many?"),
+        event("voice-done", 5983, context="b"),
+        event("bot", 5990, edge="start"),
+        event("bot", 7500, edge="stop"),
+    )
+    assert texts(record) == [("user", "I want a table."), ("assistant", "For how many?")]
