@@ -6,6 +6,7 @@ A protocol is a subclass with routes; everything it says on the wire is in its o
 import asyncio
 import base64
 import json
+import secrets
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
@@ -20,6 +21,8 @@ from rehearsal.engines.engine import Engine
 from rehearsal.providers.faults import Break, Faults
 
 HOST = "127.0.0.1"
+# Below what systems give by themselves to those who connect: Linux from 32768, others from 49152.
+FIRST_PORT, PORTS = 20_000, 12_000
 
 _SECRET_HEADERS = {"authorization", "x-api-key", "x-goog-api-key", "xi-api-key"}
 # A handler that hangs on purpose would otherwise hold the shutdown for aiohttp's 60 seconds.
@@ -30,8 +33,11 @@ _GARBAGE = "\x00 no message of this protocol {"
 
 
 def free_port(preferred: int = 0) -> int:
-    """Return `preferred`, else the next free port after it; any free port for 0."""
-    for port in range(preferred, 65536):
+    """Return `preferred`, else the next free port after it; any free port for 0.
+
+    It is bound later: until then no connection of another process is given that port.
+    """
+    for port in range(preferred or FIRST_PORT + secrets.randbelow(PORTS), 65536):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             with suppress(OSError):

@@ -238,6 +238,13 @@ def test_a_busy_port_is_stepped_over() -> None:
         assert free_port(taken) > taken
 
 
+def test_a_free_port_is_none_that_a_connection_is_given_before_it_is_bound() -> None:
+    given = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    if not given.exists():
+        pytest.skip("this system does not tell which ports it gives to connections")
+    assert 1024 < free_port() < int(given.read_text().split()[0])
+
+
 @pytest.mark.parametrize("channels", [1, 2])
 def test_a_recording_is_said_at_its_own_rate_in_mono(tmp_path: Path, channels: int) -> None:
     voice = recorded_voice(write_wav(tmp_path / "short.wav", channels=channels))
