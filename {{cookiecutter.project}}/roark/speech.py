@@ -189,13 +189,15 @@ class Speech:
     def begins(self, at: int) -> None:
         """The first sentence waiting begins to play; without one, what was taken back already."""
         self._begun = None
-        if self._sentences:
-            # Of what has no sound yet nothing can play.
-            is_made = not self._made_at or self._sentences[0].context in self._made_at
-            self._begun = self._sentences[0] if is_made else None
-            # The voice times its words from when it made the first; they may have had to wait.
-            context = self._sentences[0].context
-            self._behind.setdefault(context, max(0, at - self._made_at.get(context, at)))
+        if not self._sentences:
+            return
+        first = self._sentences[0]
+        # Of what has no sound yet nothing can play.
+        if not self._made_at or first.context in self._made_at:
+            self._begun = first
+        # The voice times its words from when it made the first; they may have had to wait.
+        made_at = self._made_at.get(first.context, at)
+        self._behind.setdefault(first.context, max(0, at - made_at))
 
     def ends(self, at: int) -> list[Piece]:
         """The speech came to its end: its words."""
@@ -266,8 +268,7 @@ class Speech:
 
     def take_back_begun(self) -> None:
         """An interruption stopped what began to play when it was on its way, and nothing else."""
-        is_waiting = any(sentence is self._begun for sentence in self._sentences)
-        self._take_back({self._begun.context} if self._begun and is_waiting else set())
+        self._take_back({s.context for s in self._sentences if s is self._begun})
 
     def take_back_before(self, context: str | None) -> None:
         """A voice makes one speech at a time: an unfinished one before this was interrupted."""
