@@ -240,7 +240,5 @@ def test_the_rendering_farthest_from_the_default_passes_its_own_tests_in_a_fresh
     succeed(tested)
     assert "skipped" not in tested.stdout, tested.stdout
 
-    environment = project.run(
-        "uv", "run", "--locked", "python", "-c", "import sys;print(sys.prefix)"
-    )
+    environment = project.run(*run, "python", "-c", "import sys;print(sys.prefix)")
     assert Path(environment.stdout.strip()) == project.path / ".venv"
