@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 # Sound is on its way for some 20 ms, and listened to in pieces of 32 ms. It is not waited for.
-LAG_SECONDS = 0.1
+DELAY_SECONDS = 0.1
 # Of what is missing for so long nothing comes: a microphone was turned off, or sends no silence.
 # From then on time alone counts.
 MISSING_SECONDS = 1.0
@@ -37,7 +37,7 @@ class Moment:
 
     def since(self, earlier: "Moment") -> float:
         """Return the seconds that the line has lasted since."""
-        return min(self.time - earlier.time, self.heard - earlier.heard + LAG_SECONDS)
+        return min(self.time - earlier.time, self.heard - earlier.heard + DELAY_SECONDS)
 
     def is_held(self, earlier: "Moment") -> bool:
         """Return whether time has passed since of which no sound was heard yet."""

@@ -112,7 +112,7 @@ class TurnEnd:
             pause, and is not answered in it.
     """
 
-    clock: LineClock = field(default_factory=LineClock)
+    clock: LineClock
     latency: float = 0.0
     speculates: bool = False
     patience: float = 0.0

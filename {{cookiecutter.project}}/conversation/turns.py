@@ -179,7 +179,7 @@ class InterruptionUserTurnStartStrategy(BaseUserTurnStartStrategy):
     def __init__(
         self,
         floor: Floor,
-        clock: LineClock | None = None,
+        clock: LineClock,
         *,
         is_proposed: bool = False,
         enable_interruptions: bool = True,
@@ -196,7 +196,7 @@ class InterruptionUserTurnStartStrategy(BaseUserTurnStartStrategy):
             else (VADUserStartedSpeakingFrame, VADUserStoppedSpeakingFrame)
         )
         self._floor = floor
-        self._clock = clock or LineClock()
+        self._clock = clock
         self._speaks_since: Moment | None = None
         self._spoke_until: Moment | None = None
         self._backchannel = ""

@@ -1,6 +1,6 @@
 """Time on the line goes with its sound, and not before it."""
 
-from conversation.line_clock import LAG_SECONDS, LOOK_SECONDS, MISSING_SECONDS, LineClock
+from conversation.line_clock import DELAY_SECONDS, LOOK_SECONDS, MISSING_SECONDS, LineClock
 
 
 class Line:
@@ -28,8 +28,8 @@ def test_where_sound_comes_in_time_it_is_time_that_counts() -> None:
     line = Line()
     line.lasts(3.0)
     assert line.seconds == 3.0
-    line.time += LAG_SECONDS / 2
-    assert line.seconds == 3.0 + LAG_SECONDS / 2
+    line.time += DELAY_SECONDS / 2
+    assert line.seconds == 3.0 + DELAY_SECONDS / 2
     assert not line.clock.now().is_held(line.begun)
 
 
@@ -37,7 +37,7 @@ def test_a_process_that_stands_still_does_not_make_a_pause_longer_however_long()
     line = Line()
     line.lasts(0.5)
     line.time += 60.0
-    assert line.seconds == 0.5 + LAG_SECONDS
+    assert line.seconds == 0.5 + DELAY_SECONDS
     assert line.clock.now().is_held(line.begun)
     # What was said meanwhile is listened to now.
     line.sound += 60.0
@@ -48,7 +48,7 @@ def test_a_hole_in_the_sound_is_waited_for_until_nothing_more_can_come_of_it() -
     line = Line()
     line.lasts(0.5)
     line.lasts(MISSING_SECONDS - LOOK_SECONDS, sounds=False)
-    assert line.seconds == 0.5 + LAG_SECONDS
+    assert line.seconds == 0.5 + DELAY_SECONDS
     line.lasts(2.0, sounds=False)
     assert line.seconds == round(2.5 + MISSING_SECONDS - LOOK_SECONDS, 3)
 
@@ -73,4 +73,4 @@ def test_a_line_that_sends_no_silence_is_not_waited_for() -> None:
     line.clock.now()
     line.begun = line.clock.now()
     line.lasts(0.5, sounds=False)
-    assert line.seconds == LAG_SECONDS
+    assert line.seconds == DELAY_SECONDS
