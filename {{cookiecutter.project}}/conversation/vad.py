@@ -5,6 +5,7 @@ much later. People notice both sooner: a first soft sound, a short pause.
 """
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -45,7 +46,8 @@ ABOVE_AROUND_DB = 7.5
 # Some consonants are soft: the loudest of so many windows counts.
 SMOOTH_WINDOWS = 3
 
-# Silero, which takes a millisecond, is waited for this long: half of a piece of sound.
+# Silero, which takes a millisecond, is waited for this long, and for no longer than half of what
+# the sound lasts: the other half is for the rest of the call.
 LAG_SECONDS = 0.01
 
 
@@ -121,9 +123,11 @@ class VoicesAround:
 class HushVADAnalyzer(SileroVADAnalyzer):
     """Silero, which tells of a first sound and of a short silence before it is sure of either."""
 
-    def __init__(self) -> None:
-        """Load the model; of a call nothing is known yet."""
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """Load the model; take the time from `clock`, in seconds. Nothing was heard yet."""
         super().__init__()
+        self._clock = clock
+        self._may_wait = 0.0
         self._on_hush: Callable[[bool], None] = _nobody
         self._on_sound: Callable[[bool], None] = _nobody
         self._onset = Onset()
@@ -191,7 +195,8 @@ class HushVADAnalyzer(SileroVADAnalyzer):
         """Return what Silero makes of the sound so far, or of all but the last if it lags.
 
         Pipecat passes sound on before all else, and waits for this: where each piece took longer
-        than it lasts, no word and no answer would ever get through the call.
+        than it lasts, no word and no answer would ever get through the call. On a busy machine a
+        wait takes longer than it was told to, and is made up for by the next ones.
         """
         self._held += buffer
         window = 2 * self.num_frames_required()
@@ -201,12 +206,15 @@ class HushVADAnalyzer(SileroVADAnalyzer):
             heard, self._held = self._held[:whole], self._held[whole:]
             self._analysed_seconds = len(heard) / 2 / self.sample_rate
             self._analysis = asyncio.ensure_future(super().analyze_audio(heard))
-        if self._analysis:
-            await asyncio.wait({self._analysis}, timeout=LAG_SECONDS)
-            if self._analysis.done():
-                self._state = self._analysis.result()
-                self._analysis = None
-                self._listened_seconds += self._analysed_seconds
+        self._may_wait = min(self._may_wait + len(buffer) / 4 / self.sample_rate, LAG_SECONDS)
+        if self._analysis and self._may_wait > 0.0:
+            began = self._clock()
+            await asyncio.wait({self._analysis}, timeout=self._may_wait)
+            self._may_wait -= self._clock() - began
+        if self._analysis and self._analysis.done():
+            self._state = self._analysis.result()
+            self._analysis = None
+            self._listened_seconds += self._analysed_seconds
         return self._state
 
 
