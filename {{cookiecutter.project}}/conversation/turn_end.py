@@ -41,6 +41,7 @@ from pipecat.processors.frame_processor import FrameProcessorSetup
 from pipecat.services.llm_service import LLMService
 from pipecat.turns.types import ProcessFrameResult, UserTurnSpeculation
 from pipecat.turns.user_stop import BaseUserTurnStopStrategy, NormalizedMatch
+from pipecat.utils.time import time_now_iso8601
 
 from conversation.line_clock import LOOK_SECONDS, LineClock, Moment
 
@@ -96,6 +97,7 @@ class Step(Enum):
     WAIT = "wait"
     ASK = "ask the analyzer"
     SPECULATE = "have the words answered that are there"
+    TELL_GUESS = "tell what was never confirmed, for it is what the answer answers"
     END = "end the turn"
 
 
@@ -123,6 +125,7 @@ class TurnEnd:
     _silent_since: Moment | None = None
     _words: list[str] = field(default_factory=list[str])
     _guess: str = ""
+    _is_guess_told: bool = False
     _are_words_due: bool = False
     _has_last_words: bool = False
     _is_complete: bool = False
@@ -142,7 +145,7 @@ class TurnEnd:
         """Forget the turn before. Whether somebody speaks is the caller's, not the turn's."""
         self._is_open = True
         self._words.clear()
-        self._guess = ""
+        self._set_guess("")
         self._silent_since = None
         self._speculated = ""
         self._speculations = 0
@@ -177,7 +180,7 @@ class TurnEnd:
     def heard(self, text: str, *, is_last: bool) -> None:
         """Words were recognised; `is_last`: the recogniser says there are no more in this pause."""
         self._words.append(text)
-        self._guess = ""
+        self._set_guess("")
         self._has_last_words = is_last
         self._note_word()
         if self._is_speaking:
@@ -191,7 +194,7 @@ class TurnEnd:
 
     def hears(self, guess: str = "") -> None:
         """Words are on their way: what is there is not all. `guess` is what they may be."""
-        self._guess = guess
+        self._set_guess(guess)
         self._are_words_due = True
         self._has_last_words = False
         self._note_word()
@@ -204,6 +207,11 @@ class TurnEnd:
     def is_open(self) -> bool:
         """Whether the caller has the turn."""
         return self._is_open
+
+    @property
+    def guess(self) -> str:
+        """The words that are not certain yet."""
+        return self._guess
 
     @property
     def text(self) -> str:
@@ -230,17 +238,30 @@ class TurnEnd:
         # ahead for neither, and the turn end with the next limit, a second later.
         self._looked_at = self.clock.now()
         if (wordless := self._wordless_due_in()) is not None and wordless <= 0.0:
-            return Step.END
+            return self._end()
         if (pause := self._pause()) is None:
             return self._before_pause()
         if self._is_over(pause):
             if self._words and self._are_words_due and not self._has_last_words:
                 self._confirms = False
-            return Step.END
+            return self._end()
         if not self._is_complete and self._asked < self._times_to_ask(pause):
             self._asked += 1
             return Step.ASK
         return self._speculate()
+
+    def _end(self) -> Step:
+        if not (self._guess and self._is_being_answered):
+            return Step.END
+        # The caller hears an answer to it, so the LLM and the record have to know what was asked.
+        # It comes back as words, and with them the turn ends.
+        if self._is_guess_told:
+            return Step.WAIT
+        self._is_guess_told = True
+        return Step.TELL_GUESS
+
+    def _set_guess(self, guess: str) -> None:
+        self._guess, self._is_guess_told = guess, False
 
     def _before_pause(self) -> Step:
         """What may be done while the detector is not sure that the caller is silent."""
@@ -455,6 +476,14 @@ class PauseUserTurnStopStrategy(BaseUserTurnStopStrategy):
                     case Step.SPECULATE:
                         await self.trigger_user_turn_inference_triggered(
                             speculation=UserTurnSpeculation(self._turn.text)
+                        )
+                    case Step.TELL_GUESS:
+                        await self.broadcast_frame(
+                            TranscriptionFrame,
+                            text=self._turn.guess,
+                            user_id="",
+                            timestamp=time_now_iso8601(),
+                            finalized=True,
                         )
                     case Step.END:
                         await self._end()

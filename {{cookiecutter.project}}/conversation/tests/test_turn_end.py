@@ -116,6 +116,9 @@ class Caller:
             if step is Step.SPECULATE:
                 self.speculated.append(self.turn.text)
                 continue
+            if step is Step.TELL_GUESS:
+                self.turn.heard(self.turn.guess, is_last=True)
+                continue
             due = self.turn.due_in()
             if due is None or self.clock.now + due > end:
                 self.clock.now = end
@@ -452,7 +455,7 @@ def one_random_turn(chance: random.Random) -> None:
             case 1:
                 caller.turn.heard("so and so", is_last=chance.random() < 0.5)
             case 2:
-                caller.turn.hears()
+                caller.turn.hears(chance.choice(["", "so"]))
             case 3:
                 caller.turn.judged(chance.random() < 0.5)
             case _:
@@ -494,14 +497,21 @@ class Verdict(BaseTurnAnalyzer):
 class Watched:
     """A strategy, and what it did, in order."""
 
-    def __init__(self, analyzer: Verdict) -> None:
-        self.strategy = PauseUserTurnStopStrategy(turn_analyzer=analyzer, speculates=True)
+    def __init__(self, analyzer: Verdict, clock: LineClock | None = None) -> None:
+        self.strategy = PauseUserTurnStopStrategy(
+            turn_analyzer=analyzer, speculates=True, clock=clock
+        )
         self.did: list[str] = []
         self.happened = asyncio.Event()
         for event in ("inference_triggered", "speculation_cancelled", "stopped"):
             name = f"on_user_turn_{event}"
             self.strategy.add_event_handler(name, self._note_of(event))
         self.strategy.add_event_handler("on_push_frame", self._note_of("push"))
+        self.strategy.add_event_handler("on_broadcast_frame", self._note_broadcast)
+
+    async def _note_broadcast(self, _strategy: object, _kind: type[Frame], **told: object) -> None:
+        self.did.append(f"broadcast {told['text']!r}")
+        self.happened.set()
 
     def _note_of(self, event: str) -> Callable[..., Awaitable[None]]:
         async def note(_strategy: object, what: object = None, *_: object) -> None:
@@ -532,9 +542,9 @@ def _told(what: object) -> str:
 
 
 @asynccontextmanager
-async def watched(analyzer: Verdict) -> AsyncIterator[Watched]:
+async def watched(analyzer: Verdict, clock: LineClock | None = None) -> AsyncIterator[Watched]:
     """Set a strategy up as Pipecat does: what it reads of it; whole calls are in test_turns.py."""
-    watched = Watched(analyzer)
+    watched = Watched(analyzer, clock)
     setup = SimpleNamespace(task_manager=TaskManager(), audio_in_sample_rate=16000)
     await watched.strategy.setup(cast(FrameProcessorSetup, setup))
     await watched.strategy.handle_user_turn_started()
@@ -596,7 +606,28 @@ async def test_a_detector_that_lags_holds_up_nothing_else_and_misses_no_sound(
     async with asyncio.timeout(30):
         while analyzer.listened() < whole_windows * 512 / VOICE_HZ:
             await analyzer.analyze_audio(b"")
+            await asyncio.sleep(0)
     assert b"".join(heard) == b"".join(pieces)
+    await analyzer.cleanup()
+
+
+@pytest.mark.anyio
+async def test_on_a_machine_that_is_too_busy_the_detector_does_not_hold_the_words_up() -> None:
+    """Each wait takes longer than a piece of sound lasts."""
+    looks, seconds_a_wait = 0, 0.05
+
+    def clock() -> float:
+        nonlocal looks
+        looks += 1
+        return looks // 2 * seconds_a_wait
+
+    analyzer = HushVADAnalyzer(clock=clock)
+    analyzer.set_sample_rate(VOICE_HZ)
+    seconds = 2.0
+    for _ in range(round(50 * seconds)):
+        await analyzer.analyze_audio(bytes(2 * VOICE_HZ // 50))
+    waited = looks // 2 * seconds_a_wait
+    assert 0.0 < waited <= seconds / 2 + seconds_a_wait
     await analyzer.cleanup()
 
 
@@ -738,6 +769,25 @@ async def test_an_answer_that_wants_a_tool_as_the_turn_ends_is_asked_for_again()
         await call.until("push LLMRunFrame")
         await call.strategy.process_frame(EagerEndOfTurnCancelFrame())
         assert call.did == []
+
+
+@pytest.mark.anyio
+async def test_words_that_were_answered_and_never_confirmed_are_told_before_the_turn_ends() -> None:
+    analyzer = Verdict()
+    clock = Clock()
+    async with watched(analyzer, LineClock(clock=clock)) as call:
+        await call.strategy.process_frame(SPEAKS)
+        await call.strategy.process_frame(words("Is it"))
+        await call.strategy.process_frame(guess("nine?"))
+        await call.strategy.process_frame(IS_SILENT)
+        await call.until("inference_triggered of 'Is it nine?'")
+        clock.now += NO_WORDS_SECONDS
+        await call.until("broadcast 'nine?'")
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert call.did == []
+        await call.strategy.process_frame(words("nine?"))
+        await call.until("stopped and answered")
 
 
 def sound(number: int, seconds: float) -> InputAudioRawFrame:

@@ -47,8 +47,8 @@ from conversation.turns import InterruptionUserTurnStartStrategy, is_backchannel
 from conversation.vad import HushVADAnalyzer
 from rehearsal.callers.twilio import TwilioCaller
 from rehearsal.callers.webrtc import WebRTCCaller
-from rehearsal.engines.engine import ToolCall
-from rehearsal.engines.scripted import Answer, Script
+from rehearsal.engines.engine import Heard, ToolCall
+from rehearsal.engines.scripted import Answer, Script, ScriptedRecogniser
 
 pytestmark = pytest.mark.anyio
 
@@ -572,6 +572,8 @@ async def test_an_answer_begun_before_the_turn_has_ended_is_given_once_and_runs_
 ) -> None:
     skip_where_the_recogniser_ends_turns()
     monkeypatch.setenv("SPECULATE", "" if speculates else "0")
+    # Time enough to begin the answer in, on a busy machine too.
+    monkeypatch.setenv("PATIENCE_SECONDS", "1.0")
     goodbye = {"goodbye": GOODBYE}
     ends: list[bool] = []
     finalize = PauseUserTurnStopStrategy.trigger_user_turn_finalized
@@ -600,10 +602,37 @@ async def test_an_answer_begun_before_the_turn_has_ended_is_given_once_and_runs_
         await asyncio.wait_for(caller.ended.wait(), SECONDS)
     await harness.over()
     assert harness.spoken == ["Hello.", "Yes, I can.", GOODBYE]
-    # A tool is not run before the turn has ended, so that answer is asked for again.
+    # A tool is not run before the turn has ended, so that answer is asked for again. An answer to
+    # what is half a sentence, where the other half is late, is one more that nobody hears.
     assert ends == [speculates, False]
-    assert len(harness.engine.asked) == (4 if speculates else 3)
+    asked = len(harness.engine.asked)
+    assert asked >= 4 if speculates else asked == 3
     assert harness.record["ending"]["reason"] == "agent-ended"
+
+
+@pytest.mark.slow
+async def test_what_was_answered_is_known_though_the_recogniser_never_confirmed_it(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip_where_the_recogniser_ends_turns()
+
+    async def nothing(_recogniser: ScriptedRecogniser) -> list[Heard]:
+        return []
+
+    monkeypatch.setattr(ScriptedRecogniser, "finalize", nothing)
+    harness.engine.script = PERSON
+    async with harness.caller("twilio") as caller:
+        await harness.hear_greeting(caller)
+        await harness.say(caller)
+        await harness.hear_said(caller, "Nine o'clock.")
+    await harness.over()
+    assert harness.spoken == ["Hello.", "Nine o'clock."]
+    said = [(turn["role"], turn["text"]) for turn in harness.record["turns"]]
+    assert said == [
+        ("assistant", "Hello."),
+        ("user", "What time is it?"),
+        ("assistant", "Nine o'clock."),
+    ]
 
 
 @pytest.mark.parametrize("service", [DeepgramFluxSTTService, CartesiaTurnsSTTService])
