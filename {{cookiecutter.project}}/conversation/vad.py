@@ -49,6 +49,9 @@ SMOOTH_WINDOWS = 3
 # Silero, which takes a millisecond, is waited for this long, and for no longer than half of what
 # the sound lasts: the other half is for the rest of the call.
 LAG_SECONDS = 0.01
+# More than this is not made up for: a process that stood still for a second catches up in small
+# pieces, for in one large piece Silero would overlook a short word.
+DEBT_SECONDS = 0.1
 
 
 def loudness_db(samples: np.ndarray) -> float:
@@ -210,7 +213,7 @@ class HushVADAnalyzer(SileroVADAnalyzer):
         if self._analysis and self._may_wait > 0.0:
             began = self._clock()
             await asyncio.wait({self._analysis}, timeout=self._may_wait)
-            self._may_wait -= self._clock() - began
+            self._may_wait = max(self._may_wait - (self._clock() - began), -DEBT_SECONDS)
         if self._analysis and self._analysis.done():
             self._state = self._analysis.result()
             self._analysis = None
