@@ -251,7 +251,8 @@ class TurnEnd:
         return self._speculate()
 
     def _end(self) -> Step:
-        if not (self._guess and self._is_being_answered):
+        # Behind certain words it is waited for less long, and mostly still comes: as the next turn.
+        if self._words or not (self._guess and self._is_being_answered):
             return Step.END
         # The caller hears an answer to it, so the LLM and the record have to know what was asked.
         # It comes back as words, and with them the turn ends.

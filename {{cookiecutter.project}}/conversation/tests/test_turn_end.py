@@ -777,16 +777,15 @@ async def test_words_that_were_answered_and_never_confirmed_are_told_before_the_
     clock = Clock()
     async with watched(analyzer, LineClock(clock=clock)) as call:
         await call.strategy.process_frame(SPEAKS)
-        await call.strategy.process_frame(words("Is it"))
-        await call.strategy.process_frame(guess("nine?"))
+        await call.strategy.process_frame(guess("Is it nine?"))
         await call.strategy.process_frame(IS_SILENT)
         await call.until("inference_triggered of 'Is it nine?'")
         clock.now += NO_WORDS_SECONDS
-        await call.until("broadcast 'nine?'")
+        await call.until("broadcast 'Is it nine?'")
         for _ in range(20):
             await asyncio.sleep(0)
         assert call.did == []
-        await call.strategy.process_frame(words("nine?"))
+        await call.strategy.process_frame(words("Is it nine?"))
         await call.until("stopped and answered")
 
 
