@@ -238,7 +238,7 @@ class TurnEnd:
         # ahead for neither, and the turn end with the next limit, a second later.
         self._looked_at = self.clock.now()
         if (wordless := self._wordless_due_in()) is not None and wordless <= 0.0:
-            return self._end()
+            return Step.END
         if (pause := self._pause()) is None:
             return self._before_pause()
         if self._is_over(pause):
