@@ -7,6 +7,7 @@ read for this, not run, for they may want packages and keys.
 import ast
 import re
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from os import environ
 from pathlib import Path
@@ -24,11 +25,17 @@ BUILDS = re.compile(r"\b([A-Z]\w*Service)\(")
 
 def factories(services: Path = config.SERVICES) -> dict[str, str]:
     """Return the source of each factory, by its kind ("stt", "llm", "tts"), without comments."""
-    lines = services.read_text(encoding="utf-8").splitlines()
-    source = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
-    functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    return dict(_factories(services.read_text(encoding="utf-8")))
+
+
+@cache
+def _factories(source: str) -> dict[str, str]:
+    lines = [line for line in source.splitlines() if not line.lstrip().startswith("#")]
+    functions = [
+        node for node in ast.parse("\n".join(lines)).body if isinstance(node, ast.FunctionDef)
+    ]
     return {
-        kind: ast.get_source_segment(source, function) or ""
+        kind: "\n".join(lines[function.lineno - 1 : function.end_lineno])
         for kind in KINDS
         for function in functions
         if function.name == f"create_{kind}"
