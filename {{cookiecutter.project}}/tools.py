@@ -103,8 +103,8 @@ async def transfer_call(params: FunctionCallParams, name: str, summary: str):
     announcement = TTSSpeakFrame(phrases.spoken().transferring, append_to_context=False)
     await params.pipeline_worker.queue_frame(announcement)
     with suppress(TimeoutError):
-        async with asyncio.timeout(ANNOUNCEMENT_SECONDS):
-            await params.pipeline_worker.flush_pipeline(ANNOUNCEMENT_SECONDS)
+        flushed = params.pipeline_worker.flush_pipeline(ANNOUNCEMENT_SECONDS)
+        await asyncio.wait_for(flushed, ANNOUNCEMENT_SECONDS)
     try:
         await call.transfer.to(name, summary)
     except NotTransferred as reason:

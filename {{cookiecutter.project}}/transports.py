@@ -150,12 +150,14 @@ async def answer(runner_args: RunnerArguments) -> Connection:
 async def hang_up(runner_args: RunnerArguments) -> None:
     """Close the caller's line, whatever became of the call. Harmless where that has happened."""
     with suppress(Exception):
+        if isinstance(runner_args, SmallWebRTCRunnerArguments):
+            closing = runner_args.webrtc_connection.disconnect()
+        elif isinstance(runner_args, WebSocketRunnerArguments):
+            closing = runner_args.websocket.close()
+        else:
+            return
         # Whoever does not read what they are sent would keep their line for good.
-        async with asyncio.timeout(HANG_UP_SECONDS):
-            if isinstance(runner_args, SmallWebRTCRunnerArguments):
-                await runner_args.webrtc_connection.disconnect()
-            elif isinstance(runner_args, WebSocketRunnerArguments):
-                await runner_args.websocket.close()
+        await asyncio.wait_for(closing, HANG_UP_SECONDS)
 
 
 def warm_up() -> None:

@@ -208,20 +208,23 @@ class Ending:
 
     async def _say_goodbye(self, goodbye: tuple[Frame, ...]) -> None:
         try:
-            async with asyncio.timeout(GOODBYE_SECONDS):
-                if goodbye:
-                    await self._worker.queue_frames(goodbye)
-                await self._worker.flush_pipeline(GOODBYE_SECONDS)
-                await asyncio.sleep(LAST_WORD_SECONDS)
-                while self._is_callers():
-                    while self._is_callers():
-                        await asyncio.sleep(LOOK_EVERY_SECONDS / 5)
-                    # Words that are more than a "bye" cancel this.
-                    await asyncio.sleep(RECOGNISE_SECONDS)
+            # Not timeout(): see recovery.py.
+            await asyncio.wait_for(self._goodbye_is_over(goodbye), GOODBYE_SECONDS)
         except TimeoutError:
             logger.warning(f"The goodbye took longer than {GOODBYE_SECONDS:g} s; ending without it")
         if self._wanted:
             await self.now(*self._wanted)
+
+    async def _goodbye_is_over(self, goodbye: tuple[Frame, ...]) -> None:
+        if goodbye:
+            await self._worker.queue_frames(goodbye)
+        await self._worker.flush_pipeline(GOODBYE_SECONDS)
+        await asyncio.sleep(LAST_WORD_SECONDS)
+        while self._is_callers():
+            while self._is_callers():
+                await asyncio.sleep(LOOK_EVERY_SECONDS / 5)
+            # Words that are more than a "bye" cancel this.
+            await asyncio.sleep(RECOGNISE_SECONDS)
 
     def _is_callers(self) -> bool:
         return self._floor.caller_speaks or self._floor.turn_is_open

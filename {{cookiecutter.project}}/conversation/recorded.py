@@ -118,8 +118,7 @@ async def record(file: Path, text: str) -> None:
     runner = WorkerRunner(handle_sigint=False)
     await runner.add_workers(worker)
     await worker.queue_frames([TTSSpeakFrame(text), EndFrame()])
-    async with asyncio.timeout(RECORD_SECONDS):
-        await runner.run()
+    await asyncio.wait_for(runner.run(), RECORD_SECONDS)
     if not tape.pcm:
         raise TimeoutError("the voice said nothing: see python -m preflight")
     save(file, tape.pcm, RECORDED_HZ)

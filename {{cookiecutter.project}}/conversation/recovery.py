@@ -2,6 +2,10 @@
 
 A turn that fails, or brings forth no sound in ANSWER_SECONDS, is tried again after a word to the
 caller. What stays broken ends the call with an apology, a recorded one if it is the voice.
+
+Whatever of Pipecat's is given a time limit is given it by asyncio.wait_for(), never by
+asyncio.timeout(): before Python 3.12 Pipecat has a wait_for() of its own, and what that raises when
+it is over at the very moment the time is up, timeout() takes for the end of the whole task.
 """
 
 import asyncio
@@ -67,8 +71,7 @@ def limit_setup(service: FrameProcessor, seconds: float) -> None:
 
     async def set_up_in_time(setup: FrameProcessorSetup) -> None:
         try:
-            async with asyncio.timeout(seconds):
-                await set_up(setup)
+            await asyncio.wait_for(set_up(setup), seconds)
         except TimeoutError:
             await service.push_error(
                 f"no connection within {seconds:g} s",
@@ -237,12 +240,15 @@ class Recovery(FloorObserver):
         # What was heard of the answer is in the context only then. The instruction comes after it,
         # for an LLM that finds words of its own at the end may take them for its answer.
         with suppress(TimeoutError):
-            async with asyncio.timeout(SETTLE_SECONDS):
-                await self._worker.flush_pipeline(SETTLE_SECONDS)
-                # What is said into a connection that is being made anew is lost.
-                await self._voice_is_connected.wait()
+            await asyncio.wait_for(self._settled(), SETTLE_SECONDS)
         if not self._ending.has_begun:
             await self._worker.queue_frames([self._one_moment(), instruction(SAY_AGAIN)])
+
+    async def _settled(self) -> None:
+        """Wait until nothing is on its way through the pipeline, and there is a voice."""
+        await self._worker.flush_pipeline(SETTLE_SECONDS)
+        # What is said into a connection that is being made anew is lost.
+        await self._voice_is_connected.wait()
 
     def _apologise(self, detail: str, *, is_final: bool = False, has_voice: bool = True) -> None:
         """End the call with an apology, or hand it over to a person.

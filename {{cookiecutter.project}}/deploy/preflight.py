@@ -82,8 +82,7 @@ async def check() -> dict[str, str]:
     await worker.queue_frame(LLMContextFrame(context))
     sink = logger.add(note, level="WARNING")
     try:
-        async with asyncio.timeout(TIMEOUT_SECONDS):
-            await runner.run()
+        await asyncio.wait_for(runner.run(), TIMEOUT_SECONDS)
     except TimeoutError:
         pass
     finally:
