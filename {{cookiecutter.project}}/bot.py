@@ -70,13 +70,16 @@ async def bot(runner_args: RunnerArguments) -> None:
     try:
         config.require_keys()
         connection = await transports.answer(runner_args)
+        instructions = first_instructions(connection)
         line = calls.of_process.begin(
             connection.caller, connection.call_id, is_promised=connection.is_promised
         )
     except (transports.Refused, calls.Busy) as refusal:
         logger.warning(f"A call was refused: {refusal}")
-        if connection:
-            await connection.say_busy()
+        # Or they have hung up, and hear nothing.
+        with suppress(Exception):
+            if connection:
+                await connection.say_busy()
         await transports.hang_up(runner_args)
         return
     except Exception as error:
@@ -85,25 +88,34 @@ async def bot(runner_args: RunnerArguments) -> None:
         raise
 
     with line:
-        instructions = PROMPT_FILE.read_text(encoding="utf-8").rstrip()
-        instructions += f"\n- {phrases.instruction()}\n"
-        if connection.errand:
-            instructions += OUTBOUND_FILE.read_text(encoding="utf-8")
-        if people := transfer.instruction():
-            instructions += f"- {people}\n"
-        roark = RoarkObserver(
-            api_key=config.setting("ROARK_API_KEY"),
-            agent_id=AGENT,
-            agent_name=AGENT,
-            agent_prompt=instructions,
-            runner_args=runner_args,
-        )
-        async with telemetry.of_call(roark.pipecat_call_id, service=AGENT):
-            # Last: a provider's cache needs the same beginning. Roark knows the time without it.
-            instructions += f"- {clock.instruction()}\n"
-            if connection.errand:
-                instructions = connection.errand.fill_in(instructions)
-            await run_call(connection, line, instructions, roark, runner_args)
+        try:
+            roark = RoarkObserver(
+                api_key=config.setting("ROARK_API_KEY"),
+                agent_id=AGENT,
+                agent_name=AGENT,
+                agent_prompt=instructions,
+                runner_args=runner_args,
+            )
+            async with telemetry.of_call(roark.pipecat_call_id, service=AGENT):
+                # Last: a provider's cache needs the same beginning. Roark knows the time without.
+                instructions += f"- {clock.instruction()}\n"
+                if connection.errand:
+                    instructions = connection.errand.fill_in(instructions)
+                await run_call(connection, line, instructions, roark, runner_args)
+        finally:
+            # Wherever it broke, nobody is left on a line that is silent.
+            await transports.hang_up(runner_args)
+
+
+def first_instructions(connection: transports.Connection) -> str:
+    """What the LLM is told of every call on such a connection; the caller is in none of it."""
+    instructions = PROMPT_FILE.read_text(encoding="utf-8").rstrip()
+    instructions += f"\n- {phrases.instruction()}\n"
+    if connection.errand:
+        instructions += OUTBOUND_FILE.read_text(encoding="utf-8")
+    if people := transfer.instruction():
+        instructions += f"- {people}\n"
+    return instructions
 
 
 async def run_call(
@@ -171,6 +183,9 @@ async def run_pipeline(
 
     floor = Floor()
     client_ready = asyncio.Event()
+    if connection.is_phone:
+        # A telephone plays from the start, whoever has called whom.
+        client_ready.set()
     context.set_tools(tools.offered())
     # May load two models; in a thread, for the other calls of this process are not to stumble.
     user_params = await asyncio.to_thread(turns.params, floor, stt)

@@ -148,7 +148,10 @@ async def answer(runner_args: RunnerArguments) -> Connection:
 
 
 async def hang_up(runner_args: RunnerArguments) -> None:
-    """Close the caller's line, whatever became of the call. Harmless where that has happened."""
+    """Close the caller's line, whatever became of the call. Harmless where that has happened.
+
+    A Daily room is left by its transport; there is none before the pipeline runs.
+    """
     with suppress(Exception):
         if isinstance(runner_args, SmallWebRTCRunnerArguments):
             closing = runner_args.webrtc_connection.disconnect()

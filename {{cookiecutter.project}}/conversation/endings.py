@@ -237,9 +237,14 @@ class Ending:
         if self._limit_seconds:
             await asyncio.sleep(self._limit_seconds)
             detail = f"MAX_CALL_SECONDS is {self._limit_seconds:g}"
+            was_said = False
             while True:
-                self.after(instruction(TIME_IS_UP), reason="max-duration", detail=detail)
+                # A caller who talks on takes it back once: a television would for ever.
+                self.after(
+                    instruction(TIME_IS_UP), reason="max-duration", detail=detail, is_final=was_said
+                )
                 await asyncio.sleep(MORE_SECONDS)
+                was_said = True
 
     async def _notice_dead_line(self, connection: "Connection") -> None:
         # Pipecat tells of a webrtc peer that vanished when ICE gives up, after about 30 s.

@@ -5,19 +5,23 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 import pytest
 from harness import SECONDS, VOICE_HZ, Harness, run_harness
+from pipecat.runner.types import RunnerArguments
 from pipecat.services.tts_service import TTSService
+from pipecat.transports.base_transport import BaseTransport
 from pipecatcloud.agent import SmallWebRTCSessionArguments
 
 import bot
 import config
 import services
+import transports
 from conversation import endings
 from conversation.floor import Floor
+from host import calls, telemetry
 from rehearsal.callers import webrtc as webrtc_caller
 from rehearsal.callers.caller import Caller
 from rehearsal.engines.scripted import Script
@@ -131,6 +135,54 @@ async def test_the_time_limit_ends_the_call_with_a_goodbye(
         await asyncio.wait_for(caller.ended.wait(), SECONDS)
     await assert_ended(harness, "max-duration", detail="MAX_CALL_SECONDS")
     assert said_by_bot(harness).endswith("Time is up. Goodbye.")
+
+
+@pytest.mark.slow
+async def test_a_caller_who_talks_on_after_the_time_limit_takes_it_back_once(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness.engine.script = Script.parse(
+        {"greeting": "Hello.", "answers": [{"told": "time limit", "says": "Time is up."}]}
+    )
+    monkeypatch.setenv("MAX_CALL_SECONDS", "1")
+    monkeypatch.setattr(endings, "MORE_SECONDS", 2.0)
+
+    async def talk_on(caller: Caller) -> None:
+        while True:
+            await harness.ask(caller)
+
+    async with harness.caller("twilio") as caller:
+        talking = asyncio.create_task(talk_on(caller))
+        await asyncio.wait_for(caller.ended.wait(), SECONDS)
+        talking.cancel()
+    await assert_ended(harness, "max-duration", detail="MAX_CALL_SECONDS")
+
+
+@pytest.mark.parametrize("broken", ["its prompt", "what watches a call"])
+async def test_whatever_breaks_before_a_call_begins_nobody_is_left_on_a_silent_line(
+    broken: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async def answer(_session: RunnerArguments) -> transports.Connection:
+        return transports.Connection(cast(BaseTransport, None))
+
+    async def hang_up(session: RunnerArguments) -> None:
+        hung_up.append(session)
+
+    for name in config.REQUIRED:
+        monkeypatch.setenv(name, "a-key")
+    monkeypatch.setenv("CALLS_DIR", str(tmp_path))
+    monkeypatch.setattr(transports, "answer", answer)
+    monkeypatch.setattr(transports, "hang_up", hang_up)
+    if broken == "its prompt":
+        monkeypatch.setattr(bot, "PROMPT_FILE", tmp_path / "prompt.md")
+    else:
+        monkeypatch.setattr(telemetry, "of_call", None)
+    hung_up: list[RunnerArguments] = []
+    session = RunnerArguments()
+    with pytest.raises((FileNotFoundError, TypeError)):
+        await bot.bot(session)
+    assert hung_up == [session]
+    assert not len(calls.of_process)
 
 
 @pytest.mark.slow

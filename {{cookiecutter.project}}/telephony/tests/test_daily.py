@@ -17,7 +17,14 @@ import aiohttp
 import pytest
 from aiohttp import web
 from harness import SECONDS, Harness, run_harness
-from pipecat.frames.frames import CancelFrame, EndFrame, Frame, InputAudioRawFrame, StartFrame
+from pipecat.frames.frames import (
+    CancelFrame,
+    EndFrame,
+    Frame,
+    InputAudioRawFrame,
+    StartFrame,
+    TTSAudioRawFrame,
+)
 from pipecat.processors.filters.identity_filter import IdentityFilter
 from pipecat.processors.frame_processor import FrameDirection, FrameProcessor
 from pipecat.runner.types import DailyRunnerArguments, RunnerArguments
@@ -52,6 +59,7 @@ class Room(BaseTransport):
         transferred, dialled, pressed: What Daily was asked for.
         stopped: The telephones that the bot has hung up on.
         error: What it answers.
+        is_heard: Set once a sound of the bot's has come to the line.
     """
 
     def __init__(self, error: str | None = None) -> None:
@@ -61,6 +69,7 @@ class Room(BaseTransport):
         self.pressed: list[str] = []
         self.stopped: list[str] = []
         self.error = error
+        self.is_heard = asyncio.Event()
         self._ears, self._door = IdentityFilter(), Door(self)
         clients = ("on_client_connected", "on_client_disconnected", "on_joined")
         for event in (*clients, *transports.DAILY_LOSSES, *DIALOUT_EVENTS):
@@ -98,7 +107,7 @@ class Room(BaseTransport):
 
 
 class Door(IdentityFilter):
-    """Where the bot joins and leaves the room."""
+    """Where the bot joins and leaves the room, and is heard in it."""
 
     def __init__(self, room: Room) -> None:
         super().__init__()
@@ -110,6 +119,8 @@ class Door(IdentityFilter):
             await self._room.happens("on_joined", {})
         elif isinstance(frame, EndFrame | CancelFrame):
             await self._room.happens("on_before_leave")
+        elif isinstance(frame, TTSAudioRawFrame):
+            self._room.is_heard.set()
 
 
 @pytest.fixture
@@ -273,7 +284,7 @@ async def test_a_call_out_by_daily_begins_when_it_is_answered_and_each_end_has_i
                     while len(room.pressed) < 2:
                         await asyncio.sleep(0.02)
                 await room.is_quiet(2.5)
-                await harness.providers.log.until(lambda: harness.spoken, within_s=SECONDS)
+                await asyncio.wait_for(room.is_heard.wait(), SECONDS)
         await asyncio.wait_for(call, SECONDS)
         assert harness.spoken == (
             [f"Hello Ann, about {day_name[number]}."] if answered in happens else []
