@@ -83,6 +83,7 @@ class MediaStreamSerializer(TwilioFrameSerializer):
 
     @can_hang_up.setter
     def can_hang_up(self, wanted: bool) -> None:
+        # Pipecat has no other way to change it later; the tests of a transfer fail where it moves.
         self._params.auto_hang_up = wanted
 
     async def deserialize(self, data: str | bytes) -> Frame | None:
