@@ -33,7 +33,7 @@ def add_tool(project: BakedProject) -> None:
     """Write the tool of AGENTS.md and its test where it says."""
     section = project.read("AGENTS.md").partition("## A tool and its test")[2]
     tool, test = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    ((condition, append),) = re.findall(r"`(if setting.*?:) (.*?)` in `offered", section)
+    ((condition, append),) = re.findall(r"a line `(if .*?:)`, a line\n`(.*?)`", section)
     returns = "    return ToolsSchema(tools)\n"
     offer = f"    {condition}\n        {append}\n"
     tools = project.read("tools.py").replace(returns, offer + returns) + f"\n\n{tool}"

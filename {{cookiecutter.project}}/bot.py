@@ -109,10 +109,10 @@ async def bot(runner_args: RunnerArguments) -> None:
 
 def first_instructions(connection: transports.Connection) -> str:
     """What the LLM is told of every call on such a connection; the caller is in none of it."""
-    instructions = PROMPT_FILE.read_text(encoding="utf-8").rstrip()
+    instructions = config.text(PROMPT_FILE).rstrip()
     instructions += f"\n- {phrases.instruction()}\n"
     if connection.errand:
-        instructions += OUTBOUND_FILE.read_text(encoding="utf-8")
+        instructions += config.text(OUTBOUND_FILE)
     if people := transfer.instruction():
         instructions += f"- {people}\n"
     return instructions

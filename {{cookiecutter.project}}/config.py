@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-SERVICES = Path(__file__).with_name("services.py")
+HERE = Path(__file__).parent
+SERVICES = HERE / "services.py"
 # Where to get what it needs.
 FROM_WHERE = {
     # <% if "deepgram" in cookiecutter.stt + cookiecutter.tts %>
@@ -38,6 +39,10 @@ FROM_WHERE = {
     "ELEVENLABS_VOICE_ID": "the voice it speaks with (https://elevenlabs.io/app/voice-library)",
     # <% endif %>
 }
+
+# What it is told in words. Without the others it calls nobody, and leaves no message.
+PROMPT = "prompt.md"
+TEXTS = (PROMPT, "outbound.md", "voicemail.md")
 
 # What services.py reads without a default: setting("NAME"), os.getenv("NAME"), os.environ["NAME"].
 READ = re.compile(
@@ -164,8 +169,25 @@ def require_keys() -> None:
     check_values()
 
 
+def text(file: Path) -> str:
+    """What an owner has written for the bot in plain words.
+
+    Raises:
+        RuntimeError: It is not there or no text, in a sentence.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise RuntimeError(
+            f"{file.name} cannot be read ({type(error).__name__}): make it plain text in UTF-8"
+        ) from None
+
+
 def check_values() -> None:
-    """Raise RuntimeError for the first setting that is not what it has to be."""
+    """Raise RuntimeError for the first setting or text that is not what it has to be."""
+    for name in TEXTS:
+        if (HERE / name).exists() or name == PROMPT:
+            text(HERE / name)
     language()
     timezone()
     for name in SECONDS:

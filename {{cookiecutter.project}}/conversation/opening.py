@@ -315,7 +315,7 @@ class Opening:
         self.gate = _Gate()
         self._floor = floor
         self._greeting = errand.fill_in(config.setting("CALL_GREETING"))
-        message = VOICEMAIL_FILE.read_text(encoding="utf-8") if VOICEMAIL_FILE.exists() else ""
+        message = config.text(VOICEMAIL_FILE) if VOICEMAIL_FILE.exists() else ""
         self._message = errand.fill_in(message).strip()
         self._listener: Listener | None = None
         self._who: Who | None = None

@@ -45,6 +45,7 @@ def check_values() -> None:
     from telephony import errand
 
     config.check_values()
+    phrases.spoken()
     transfer.check_values()
     errand.check_values()
     prices.read_prices(config.setting("PRICES_FILE"))

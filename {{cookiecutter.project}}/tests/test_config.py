@@ -10,7 +10,7 @@ import pytest
 
 import bot
 import config
-from conversation import warm_up
+from conversation import phrases, warm_up
 
 PROJECT = Path(config.__file__).parent
 KEYS = tuple(config.REQUIRED)
@@ -115,6 +115,35 @@ def test_a_setting_that_makes_no_sense_ends_the_start_with_a_sentence(tmp_path: 
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("TRANSFER_TO is a list such as reception=+49")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", config.TEXTS)
+def test_words_that_cannot_be_read_are_said_before_a_call(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    monkeypatch.setattr(config, "HERE", tmp_path)
+    with pytest.raises(RuntimeError, match=r"^prompt\.md cannot be read \(FileNotFoundError\)"):
+        config.check_values()
+    (tmp_path / config.PROMPT).write_text("You are kind.")
+    config.check_values()
+    # As an editor on Windows may write it.
+    (tmp_path / name).write_bytes("Frau Müller".encode("latin-1"))
+    with pytest.raises(RuntimeError, match=f"^{name} cannot be read .* plain text in UTF-8$"):
+        config.check_values()
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [("x = = 3", "Invalid value"), ("x = 3", "unexpected keyword"), ("backchannels = 3", "split")],
+)
+def test_phrases_that_cannot_be_read_are_said_before_a_call(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str, complaint: str
+) -> None:
+    (tmp_path / "pt.toml").write_text(content)
+    monkeypatch.setattr(phrases, "FOLDER", tmp_path)
+    monkeypatch.setenv("LANGUAGE", "pt")
+    with pytest.raises(RuntimeError, match=rf"^conversation/phrases/pt\.toml: .*{complaint}"):
+        warm_up.check_values()
 
 
 @pytest.mark.parametrize(

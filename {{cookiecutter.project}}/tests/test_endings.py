@@ -179,7 +179,7 @@ async def test_whatever_breaks_before_a_call_begins_nobody_is_left_on_a_silent_l
         monkeypatch.setattr(telemetry, "of_call", None)
     hung_up: list[RunnerArguments] = []
     session = RunnerArguments()
-    with pytest.raises((FileNotFoundError, TypeError)):
+    with pytest.raises((RuntimeError, TypeError)):
         await bot.bot(session)
     assert hung_up == [session]
     assert not len(calls.of_process)

@@ -93,10 +93,13 @@ def instruction() -> str:
 @cache
 def _of(code: str) -> Phrases:
     file = _file(code) if _file(code).exists() else FOLDER / f"{FALLBACK}.toml"
-    table: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))
-    for kind in WORDS & table.keys():
-        table[kind] = frozenset(table[kind].split())
-    return Phrases(**table)
+    try:
+        table: dict[str, Any] = tomllib.loads(config.text(file))
+        for kind in WORDS & table.keys():
+            table[kind] = frozenset(table[kind].split())
+        return Phrases(**table)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise RuntimeError(f"conversation/phrases/{file.name}: {error}") from None
 
 
 def _file(code: str) -> Path:

@@ -566,11 +566,12 @@ async def test_the_bot_calls_a_voicemail_by_one_command_in_german(project: Path)
 
 @pytest.mark.slow
 async def test_a_bot_that_never_answers_is_reported_with_the_end_of_its_log(project: Path) -> None:
-    (project / "prompt.md").unlink()
+    with (project / "tools.py").open("a") as file:
+        file.write("\n\ndef offered():\n    raise LookupError\n")
     status, output = await run("call", "-t", "twilio", "--engine", "scripted", project=project)
     assert status == 1
     assert "The bot never answered: the bot ended the call without a word." in output
-    assert "FileNotFoundError" in output
+    assert "LookupError" in output
 
 
 @pytest.mark.slow
