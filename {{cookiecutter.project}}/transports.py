@@ -9,6 +9,7 @@ import re
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from loguru import logger
@@ -27,6 +28,8 @@ from host import calls
 from telephony import twilio_auth
 from telephony.transfer import (
     DAILY_ID,
+    NOTE,
+    NOTE_SECONDS,
     DailyTransfer,
     Note,
     SipLine,
@@ -223,21 +226,19 @@ async def _answer_phone(runner_args: WebSocketRunnerArguments) -> Connection:
     if not (twilio_auth.is_sid(call_id, "CA") and twilio_auth.is_sid(stream_id, "MZ")):
         raise Refused("its ids are none of Twilio's")
     assert call_id and stream_id
+    is_back = NOTE in call.body
     note = Note.take(call.body, call_id, setting("TWILIO_AUTH_TOKEN"))
+    if is_back and note is None:
+        # Not as a new caller: who has talked to the person for long has nobody to come back to.
+        await websocket.close()
+        raise Refused("its note of a transfer is too old, or none of this bot's")
     errand = None
     if twilio_auth.CALLEE_PARAMETER in call.body:
         # Only who calls out pays for it.
         from telephony.errand import Errand
 
         errand = Errand.of(call.body)
-    # Who comes back by the instructions of the transfer itself brings no other token than that.
-    is_back_by_itself = note is not None and not note.outcome
-    if note and is_back_by_itself:
-        note = replace(note, outcome=await outcome_at_twilio(call_id))
-        if note.outcome == "completed":
-            await websocket.close()
-            raise Refused("it was handed over, and the person has hung up")
-    elif errand and not note:
+    if errand and not note:
         if not errand.is_ours(call.body, twilio_auth.gate_before(websocket)):
             await websocket.close(code=1008)
             raise Refused("it brought an errand that is none of this bot's")
@@ -245,6 +246,14 @@ async def _answer_phone(runner_args: WebSocketRunnerArguments) -> Connection:
     elif not twilio_auth.lets_in(websocket, call_id, call.body):
         await websocket.close(code=1008)
         raise Refused("it did not bring the token of a call that Twilio sent here")
+    # Who comes back by the instructions of the transfer itself, as where Twilio has no address of
+    # ours to ask. A note is no pass: they too have brought a token, where there is a gate.
+    is_back_by_itself = note is not None and not note.outcome
+    if note and is_back_by_itself:
+        note = replace(note, outcome=await outcome_at_twilio(call_id))
+        if note.outcome == "completed":
+            await websocket.close()
+            raise Refused("it was handed over, and the person has hung up")
     # Where create_transport leaves them, for whoever wants to know who is calling.
     runner_args.transport_type = provider
     runner_args.call_data = call
@@ -261,6 +270,7 @@ async def _answer_phone(runner_args: WebSocketRunnerArguments) -> Connection:
             # There the instructions end.
             has_failover=not is_back_by_itself and errand is None,
             host=twilio_auth.public_host(websocket),
+            token=partial(twilio_auth.token_back, websocket, call_id, NOTE_SECONDS),
         )
     params = FastAPIWebsocketParams(
         audio_in_enabled=True, audio_out_enabled=True, serializer=serializer

@@ -4,7 +4,8 @@ TRANSFER_TO names who may be called, as `name=+E.164` pairs; the LLM chooses a n
 Twilio is given new instructions for the call: dial the person, tell them in a sentence or two what
 it is about, and where they do not answer connect the caller with the bot again. What the call was
 about travels with these as a note: the bot that the caller comes back to may be another process.
-The note is sealed, for addresses end up in the access logs of every proxy on the way.
+The note is sealed, for addresses end up in the access logs of every proxy on the way, and it lets
+nobody in: that takes a token (twilio_auth.py). What is sealed for an address no stream can bring.
 """
 
 import asyncio
@@ -13,9 +14,9 @@ import hashlib
 import hmac
 import json
 import re
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 from urllib.parse import quote
 from xml.sax.saxutils import escape, quoteattr
 
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 RING_SECONDS = 20
 # For Twilio's answer, within services.TOOL_TIMEOUT_SECONDS.
 REQUEST_SECONDS = 4.0
+# How long a stream may bring a note: it rings, and Twilio takes its time before and after that. Who
+# comes back later has talked to the person.
+NOTE_SECONDS = 120
 # Twilio allows name and value of a parameter 500 characters together.
 MAX_NOTE_CHARACTERS = 480
 # Of the TwiML in a request it takes 4000; there are two addresses in it.
@@ -58,6 +62,9 @@ VOICES = {
 
 # Of a session's telephone: ids in its body, which whoever starts one can write.
 DAILY_ID = re.compile(r"[\w.@:+-]{1,200}")
+# Where a note travels: in the address of a request that Twilio signs, or in a stream's parameters.
+Place = Literal["address", "stream"]
+
 E164 = re.compile(r"\+[1-9][0-9]{6,14}")
 PERSON = re.compile(rf"\s*([\w-]+)\s*=\s*({E164.pattern})\s*")
 TWIML = """<?xml version="1.0" encoding="UTF-8"?>
@@ -191,30 +198,48 @@ class Note:
     outcome: str = ""
     parameters: Mapping[str, str] = field(default_factory=dict[str, str])
 
-    def seal(self, call_sid: str, key: str, *, limit: int = MAX_NOTE_CHARACTERS) -> str:
+    def seal(
+        self,
+        call_sid: str,
+        key: str,
+        *,
+        place: Place = "stream",
+        limit: int = MAX_NOTE_CHARACTERS,
+    ) -> str:
         """Return the note as text that only this call's bot can read; it needs no escaping.
 
         Args:
             call_sid: The call.
             key: The account's auth token.
+            place: Where it travels; it is a note nowhere else.
             limit: How many characters it may have; the summary is cut to that.
         """
         summary = self.summary
         while True:
             note = [self.name, summary, self.outcome, dict(self.parameters)]
             content = json.dumps(note, ensure_ascii=False, separators=(",", ":"))
-            sealed = _box(call_sid, key).encrypt(content.encode()).decode().rstrip("=")
+            sealed = _box(call_sid, key, place).encrypt(content.encode()).decode().rstrip("=")
             if len(sealed) <= limit or not summary:
                 return sealed
             summary = summary[: len(summary) * 9 // 10]
 
     @classmethod
-    def open(cls, sealed: str, call_sid: str, key: str) -> Self | None:
-        """Return the note in a text; None where it is no note of this bot on this call."""
+    def open(
+        cls, sealed: str, call_sid: str, key: str, *, place: Place, seconds: int | None = None
+    ) -> Self | None:
+        """Return the note in a text; None where it is no note of this bot on this call.
+
+        Args:
+            sealed: The text.
+            call_sid: The call.
+            key: The account's auth token.
+            place: Where it came.
+            seconds: How old it may be; None for any age.
+        """
         from cryptography.fernet import InvalidToken
 
         try:
-            content = _box(call_sid, key).decrypt(sealed + "=" * (-len(sealed) % 4))
+            content = _box(call_sid, key, place).decrypt(sealed + "=" * (-len(sealed) % 4), seconds)
         except (InvalidToken, ValueError):
             return None
         return cls(*json.loads(content))
@@ -223,13 +248,17 @@ class Note:
     def take(cls, parameters: MutableMapping[str, object], call_sid: str, key: str) -> Self | None:
         """Take a note out of a stream's parameters; None without one of this bot, on this call.
 
+        So it is with one that is older than NOTE_SECONDS.
+
         Args:
             parameters: What the stream brought.
             call_sid: The call that the stream says it belongs to.
             key: The account's auth token.
         """
         sealed = str(parameters.pop(NOTE, ""))
-        return cls.open(sealed, call_sid, key) if key and sealed else None
+        if not (key and sealed):
+            return None
+        return cls.open(sealed, call_sid, key, place="stream", seconds=NOTE_SECONDS)
 
     @property
     def instruction(self) -> str:
@@ -279,11 +308,11 @@ async def outcome_at_twilio(call_sid: str) -> str:
     return "completed" if status in ANSWERED else status if status in OUTCOMES else ""
 
 
-def _box(call_sid: str, key: str) -> "Fernet":
+def _box(call_sid: str, key: str, place: Place) -> "Fernet":
     # Only where a call is handed over: most never are.
     from cryptography.fernet import Fernet
 
-    of_call = hmac.digest(key.encode(), f"note of {call_sid}".encode(), hashlib.sha256)
+    of_call = hmac.digest(key.encode(), f"note in {place} of {call_sid}".encode(), hashlib.sha256)
     return Fernet(base64.urlsafe_b64encode(of_call))
 
 
@@ -299,6 +328,7 @@ class TwilioTransfer:
         line: "MediaStreamSerializer",
         has_failover: bool,
         host: str = "",
+        token: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
         """Prepare for the call `call_sid`.
 
@@ -309,9 +339,11 @@ class TwilioTransfer:
             line: What must not hang up on a caller who has been handed over.
             has_failover: Whether the call's instructions go on with TRANSFER_ON_FAILURE.
             host: The public name of this server, where Twilio may come to OUTCOME_PATH; else empty.
+            token: Makes the parameter that lets the caller in again where there is no host.
         """
         self._call_sid = call_sid
         self._host = host
+        self._token = token
         self._stream_url = stream_url
         self._parameters = {name: str(value) for name, value in parameters.items()}
         self._line = line
@@ -360,7 +392,7 @@ class TwilioTransfer:
         key = setting("TWILIO_AUTH_TOKEN")
         action = whisper = then = ""
         if self._host:
-            sealed = note.seal(self._call_sid, key, limit=MAX_ADDRESS_CHARACTERS)
+            sealed = note.seal(self._call_sid, key, place="address", limit=MAX_ADDRESS_CHARACTERS)
             outcome, about = (
                 quoteattr(f"https://{self._host}{path}?call={self._call_sid}&note={sealed}")
                 for path in (OUTCOME_PATH, WHISPER_PATH)
@@ -368,7 +400,7 @@ class TwilioTransfer:
             action, whisper = f" action={outcome}", f" url={about}"
         else:
             sealed = Note(note.name, note.summary).seal(self._call_sid, key)
-            parameters = twiml.parameters({**note.parameters, NOTE: sealed})
+            parameters = twiml.parameters({**note.parameters, NOTE: sealed, **self._token()})
             then = COME_BACK.format(url=quoteattr(self._stream_url), parameters=parameters)
         return TWIML.format(
             seconds=RING_SECONDS, action=action, whisper=whisper, number=number, then=then

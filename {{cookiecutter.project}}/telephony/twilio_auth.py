@@ -282,6 +282,12 @@ def lets_in(
     return gate is None or gate.lets_in(call_sid or "", str(token))
 
 
+def token_back(websocket: "WebSocket", call_sid: str, seconds: int) -> dict[str, str]:
+    """The parameter with which a later stream of this call is let in; none without a gate."""
+    gate = gate_before(websocket)
+    return {TOKEN_PARAMETER: gate.issue(call_sid, seconds=seconds)} if gate else {}
+
+
 def gate_before(websocket: "WebSocket") -> Gate | None:
     """The gate of this server; None where none was put up."""
     app = websocket.scope.get("app")
@@ -428,8 +434,10 @@ async def _about_transfer(
     if form is None:
         return {}, None
     fields = {**form, **request.query_params}
-    key = setting("TWILIO_AUTH_TOKEN")
-    return fields, transfer.Note.open(fields.get("note", ""), fields.get("call", ""), key)
+    sealed, call_sid = fields.get("note", ""), fields.get("call", "")
+    # Of any age: they may have talked for hours. That Twilio asks is shown by the signature.
+    note = transfer.Note.open(sealed, call_sid, setting("TWILIO_AUTH_TOKEN"), place="address")
+    return fields, note
 
 
 def not_signed(host: str) -> "Response":

@@ -1,16 +1,18 @@
 """What goes to and from Twilio when a caller is handed over, and who may read it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import parse_qs, urlencode, urlsplit
 from xml.etree import ElementTree
 
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, WebSocket
 from fastapi.testclient import TestClient
 from harness import serve_app
+from pipecat.runner.types import WebSocketRunnerArguments
 
+import transports
 from conversation import phrases
 from rehearsal.call import words_file
 from rehearsal.callers.twilio import TwilioCaller
@@ -111,7 +113,8 @@ def twilio(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, ElementT
     def post(
         path: str, note: transfer.Note, key: str = KEY, **fields: str
     ) -> tuple[int, ElementTree.Element | str]:
-        address = f"{path}?{urlencode({'call': CALL, 'note': note.seal(CALL, KEY)})}"
+        sealed = note.seal(CALL, KEY, place="address")
+        address = f"{path}?{urlencode({'call': CALL, 'note': sealed})}"
         headers = {"X-Twilio-Signature": sign(key, f"https://{PUBLIC}{address}", fields)}
         answer = client.post(address, data=fields, headers=headers)
         is_twiml = "xml" in answer.headers.get("Content-Type", "")
@@ -211,6 +214,124 @@ def test_nobody_but_twilio_learns_or_changes_anything(
     status, text = twilio(path, transfer.Note("ann", ABOUT), key="another")
     assert status == 403
     assert ABOUT not in text
+
+
+# How a bot is run.
+PUBLIC_SERVER, UNNAMED_SERVER = ("-t", "twilio", "-x", PUBLIC), ("-t", "twilio")
+PIPECAT_CLOUD = None
+STREAM = "MZ" + "0123456789abcdef" * 2
+
+Comes = Callable[[Mapping[str, str]], transports.Connection | str]
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Comes]:
+    """A server, run as it is told; what becomes of streams of CALL that come to it."""
+    environment = {
+        "TWILIO_AUTH_TOKEN": KEY,
+        "TWILIO_ACCOUNT_SID": "AC" + "0" * 32,
+        "TRANSFER_TO": f"ann={COLLEAGUE}",
+        "CALLS_DIR": str(tmp_path),
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+    async def is_busy(_call_sid: str) -> str:
+        return "busy"
+
+    monkeypatch.setattr(transports, "outcome_at_twilio", is_busy)
+
+    def run(options: Sequence[str] | None) -> Comes:
+        app = FastAPI()
+        if options is not None:
+            twilio_auth.guard(app, options)
+        came: list[transports.Connection | str] = []
+
+        @app.websocket("/ws")
+        async def ws(websocket: WebSocket) -> None:
+            await websocket.accept()
+            try:
+                came.append(await transports.answer(WebSocketRunnerArguments(websocket)))
+            except transports.Refused as refusal:
+                came.append(str(refusal))
+
+        def comes(parameters: Mapping[str, str]) -> transports.Connection | str:
+            start = {"streamSid": STREAM, "callSid": CALL, "customParameters": dict(parameters)}
+            with TestClient(app).websocket_connect("/ws") as socket:
+                socket.send_json({"event": "connected"})
+                socket.send_json({"event": "start", "streamSid": STREAM, "start": start})
+            return came.pop()
+
+        return comes
+
+    return run
+
+
+def instructions(connection: transports.Connection | str) -> ElementTree.Element:
+    """What Twilio is told by the bot that has this call, to hand it over to Ann."""
+    assert isinstance(connection, transports.Connection), connection
+    handing: Any = connection.transfer
+    note = transfer.Note("ann", ABOUT, parameters=handing._parameters)
+    return ElementTree.fromstring(handing._twiml(COLLEAGUE, note))
+
+
+def brought_by(twiml: ElementTree.Element) -> dict[str, str]:
+    return {one.attrib["name"]: one.attrib["value"] for one in twiml.iter("Parameter")}
+
+
+def first_stream() -> dict[str, str]:
+    return {twilio_auth.TOKEN_PARAMETER: twilio_auth.Gate(KEY).issue(CALL)}
+
+
+def test_who_reads_the_addresses_of_a_transfer_is_not_let_in_by_them(
+    server: Callable[..., Comes],
+) -> None:
+    comes = server(PUBLIC_SERVER)
+    twiml = instructions(comes(first_stream()))
+    (dial,) = twiml
+    for address in (dial.attrib["action"], dial[0].attrib["url"]):
+        (sealed,) = parse_qs(urlsplit(address).query)["note"]
+        assert transfer.Note.take({transfer.NOTE: sealed}, CALL, KEY) is None
+        assert isinstance(comes({transfer.NOTE: sealed}), str)
+        # A valid token does not make it one: it is of a request.
+        assert isinstance(comes({transfer.NOTE: sealed, **first_stream()}), str)
+
+
+@pytest.mark.parametrize("outcome", ["", "busy"])
+@pytest.mark.parametrize("options", [PUBLIC_SERVER, UNNAMED_SERVER])
+def test_a_note_lets_nobody_in_where_there_is_a_gate(
+    server: Callable[..., Comes], options: Sequence[str], outcome: str
+) -> None:
+    comes = server(options)
+    brought = {transfer.NOTE: transfer.Note("ann", ABOUT, outcome).seal(CALL, KEY)}
+    assert "did not bring the token" in str(comes(brought))
+    back = comes({**brought, **first_stream()})
+    assert isinstance(back, transports.Connection) and back.note
+    assert back.note.outcome == "busy"
+
+
+@pytest.mark.parametrize("options", [UNNAMED_SERVER, PIPECAT_CLOUD])
+def test_where_twilio_has_no_address_of_ours_a_caller_comes_back_by_the_instructions_themselves(
+    server: Callable[..., Comes], options: Sequence[str] | None
+) -> None:
+    comes = server(options)
+    brought = brought_by(instructions(comes(first_stream() | {"from_number": "+15550100"})))
+    assert brought["from_number"] == "+15550100"
+    back = comes(brought)
+    assert isinstance(back, transports.Connection) and back.note
+    assert (back.note.summary, back.note.outcome) == (ABOUT, "busy")
+    if options is not PIPECAT_CLOUD:
+        assert "did not bring the token" in str(comes(brought)), "twice"
+
+
+@pytest.mark.parametrize("options", [UNNAMED_SERVER, PIPECAT_CLOUD])
+def test_after_a_long_talk_with_the_person_the_line_closes_and_no_note_is_heard(
+    server: Callable[..., Comes], options: Sequence[str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comes = server(options)
+    brought = brought_by(instructions(comes(first_stream())))
+    monkeypatch.setattr(transfer, "NOTE_SECONDS", -1)
+    assert "too old" in str(comes(brought))
 
 
 @pytest.mark.parametrize("host", ["", PUBLIC])
