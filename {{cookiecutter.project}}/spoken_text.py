@@ -7,20 +7,23 @@ keep what was written: Pipecat matches what was spoken with it.
 
 import re
 import unicodedata
+from collections.abc import Callable
+from contextlib import suppress
 from decimal import Decimal
 from functools import cache
 from typing import Any
 
 # Languages whose numbers are put into words, with: the thousands separator, the decimal one, and
-# what people call "+", "%" and "_". Numbers in other languages are left to the voice.
+# what people call "+", "%", "_" and the decimal one. Numbers in other languages are left to the
+# voice.
 LANGUAGES = {
-    "en": (",", ".", "plus", "percent", "underscore"),
-    "de": (".", ",", "plus", "Prozent", "Unterstrich"),
-    "es": (".", ",", "más", "por ciento", "guion bajo"),
-    "fr": ("\u202f\u00a0 ", ",", "plus", "pour cent", "tiret bas"),
-    "it": (".", ",", "più", "per cento", "trattino basso"),
-    "nl": (".", ",", "plus", "procent", "underscore"),
-    "pt": (".", ",", "mais", "por cento", "sublinhado"),
+    "en": (",", ".", "plus", "percent", "underscore", "point"),
+    "de": (".", ",", "plus", "Prozent", "Unterstrich", "Komma"),
+    "es": (".", ",", "más", "por ciento", "guion bajo", "punto"),
+    "fr": ("\u202f\u00a0 ", ",", "plus", "pour cent", "tiret bas", "virgule"),
+    "it": (".", ",", "più", "per cento", "trattino basso", "virgola"),
+    "nl": (".", ",", "plus", "procent", "underscore", "komma"),
+    "pt": (".", ",", "mais", "por cento", "sublinhado", "vírgula"),
 }
 CURRENCIES = {"$": "USD", "€": "EUR", "£": "GBP"}
 # A year from here on stands alone, without separators: "twenty twenty-six".
@@ -89,7 +92,7 @@ def _with_words_for_numbers(text: str, language: str) -> str:
 
 
 def _quantities(text: str, language: str) -> str:
-    thousands, point, _, percent, _ = LANGUAGES[language]
+    thousands, point, _, percent, _, _ = LANGUAGES[language]
     group = f"[{re.escape(thousands)}]"
     # Added up: doubled braces, as an f-string has them, are the generator's own.
     number = r"\d{1,3}(?:" + group + r"\d{3})+(?!\d)" + rf"(?:{re.escape(point)}\d+)?"
@@ -104,6 +107,22 @@ def _quantities(text: str, language: str) -> str:
     def value(written: str) -> Decimal:
         return Decimal(re.sub(group, "", written).replace(point, "."))
 
+    def spelled(
+        say: Callable[[re.Match[str]], str],
+        otherwise: Callable[[re.Match[str]], str] = lambda found: found[0],
+    ) -> Callable[[re.Match[str]], str]:
+        def spell(found: re.Match[str]) -> str:
+            # num2words ends at another number in each language, with another error, and what raises
+            # here is not spoken at all.
+            with suppress(Exception):
+                return say(found)
+            return otherwise(found)
+
+        return spell
+
+    def one_by_one(found: re.Match[str]) -> str:
+        return re.sub(r"\d(?=\d)", r"\g<0> ", re.sub(group, "", found[0]))
+
     def amount(found: re.Match[str]) -> str:
         sign = found["before"] or found["after"]
         return _amount(value(found["number"]), CURRENCIES[sign], language)
@@ -117,11 +136,12 @@ def _quantities(text: str, language: str) -> str:
         return _number(value(found[1]), language)
 
     money = rf"(?P<before>[{signs}])[ \u00a0]?(?P<number>{number})(?!\w|[.,]\d)(?P<after>)"
-    text = re.sub(money, amount, text)
+    text = re.sub(money, spelled(amount), text)
     money = rf"(?P<before>)(?<![\w.,:/-])(?P<number>{number})[ \u00a0\u202f]?(?P<after>[{signs}])"
-    text = re.sub(money, amount, text)
-    text = re.sub(rf"{alone}[ \u00a0\u202f]?%", share, text)
-    return re.sub(alone, plain, text)
+    text = re.sub(money, spelled(amount), text)
+    text = re.sub(rf"{alone}[ \u00a0\u202f]?%", spelled(share), text)
+    # Also what none of the others could spell: digits, beside their sign.
+    return re.sub(alone, spelled(plain, one_by_one), text)
 
 
 def _is_phone(written: str, language: str) -> bool:
@@ -147,7 +167,14 @@ def _amount(value: Decimal, currency: str, language: str) -> str:
 
 
 def _number(value: Decimal, language: str) -> str:
-    return _words(int(value) if value == int(value) else value, language)
+    whole = _words(int(value), language)
+    if value == int(value):
+        return whole
+    # Digit by digit, as people do: num2words knows no decimals in Italian, and in the others only
+    # those of a float.
+    decimals = f"{value:f}".partition(".")[2]
+    said = [_words(int(digit), language) for digit in decimals]
+    return " ".join([whole, LANGUAGES[language][5], *said])
 
 
 @cache

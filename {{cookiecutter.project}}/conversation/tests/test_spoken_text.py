@@ -73,6 +73,11 @@ def test_no_word_is_lost_and_no_markup_is_left() -> None:
         ("fr", "12 345 places à 5 €", "douze mille trois cent quarante-cinq places à cinq euros"),
         ("es", "1.500 personas", "mil quinientos personas"),
         ("it", "21 posti", "ventuno posti"),
+        ("it", "3,5 % di 0,25", "tre virgola cinque per cento di zero virgola due cinque"),
+        ("de", "2,50000000000000001", "zwei Komma fünf" + 15 * " null" + " eins"),
+        ("es", "1" + 41 * "0" + ".", "1" + 41 * " 0" + "."),
+        ("pt", "1" + 20 * ".000", "1" + 60 * " 0"),
+        ("en", "$1" + 400 * "0" + ".50", "$1" + 400 * " 0" + ".5 0"),
         ("nl", "€ 12,50", "twaalf euro, vijftig cent"),
         ("pt-BR", "50%", "cinquenta por cento"),
         # Read by every voice, and no words that people agree on.
@@ -93,3 +98,20 @@ def test_numbers_are_spoken_as_people_say_them(language: str, written: str, spok
 def test_no_digit_is_left_of_a_plain_number_in_any_language(language: str) -> None:
     for number in [*range(0, 2100, 7), 12345, 1000000]:
         assert not re.search(r"\d", for_voice(f"a {number} b", language))
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_no_number_is_too_large_or_too_exact_to_be_spoken(language: str) -> None:
+    """What raises is not spoken at all."""
+    thousands, point, *_ = LANGUAGES[language]
+    for digits in (*range(1, 90), 310, 5000):
+        number = "1" + digits * "7"
+        grouped = "1" + min(digits, 310) * f"{thousands[0]}777"
+        for written in (number, grouped, f"1{point}{number}", f"{number}{point}{number}"):
+            for text in (written, f"{written} %", f"${written}", f"{written} €"):
+                spoken = for_voice(f"a {text} b", language)
+                assert spoken.startswith("a ") and spoken.endswith(" b")
+                if left := re.findall(r"\d", spoken):
+                    assert left == re.findall(r"\d", written), (
+                        "in words or in digits, and all of it"
+                    )
