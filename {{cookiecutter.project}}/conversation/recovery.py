@@ -162,10 +162,12 @@ class Recovery(FloorObserver):
 
     def _on_error(self, frame: ErrorFrame) -> None:
         service = frame.processor
-        if service is None or not service.is_usable or frame.category is ErrorCategory.APPLICATION:
+        if service is None or not service.is_usable:
             return
-        # The LLM also fails at other work: summaries of long calls.
-        of_answer = isinstance(service, LLMService) and self._floor.is_thinking
+        # The LLM also fails at other work: summaries of long calls, and tools, whose failure it is
+        # told and speaks of. What fails in the project's own code for the voice is not spoken.
+        is_tools = frame.category is ErrorCategory.APPLICATION
+        of_answer = isinstance(service, LLMService) and self._floor.is_thinking and not is_tools
         of_voice = isinstance(service, TTSService) and (
             self._floor.owed_by is Side.BOT or self._floor.bot_speaks
         )

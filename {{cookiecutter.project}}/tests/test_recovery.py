@@ -11,8 +11,10 @@ from harness import SECONDS, Harness, classes, run_harness
 from pipecat.frames.frames import Frame, InterruptionFrame
 from pipecat.processors.aggregators.llm_response_universal import LLMAssistantAggregator
 from pipecat.processors.frame_processor import FrameDirection
+from pipecat.services.tts_service import TTSService
 
 import bot
+import services
 from conversation import phrases, recorded, recovery
 from rehearsal.callers.caller import Caller
 from rehearsal.engines.scripted import Script
@@ -277,6 +279,37 @@ async def test_a_voice_that_fails_once_speaks_again_and_the_call_goes_on(
     assert " ".join(spoken).endswith(" ".join(again))
     if is_refused:
         assert answer not in spoken[:-1], "never played, recorded as spoken"
+
+
+@pytest.mark.slow
+async def test_an_answer_that_could_not_be_prepared_for_the_voice_is_given_again(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever of the project's own raises there, Pipecat drops the sentence."""
+    noticed_at_once(monkeypatch)
+    create = services.create_tts
+    broken = [TALK.answers[1].says]
+
+    async def breaks_once(text: str, _type: object) -> str:
+        if text.strip() in broken:
+            broken.clear()
+            raise OverflowError("a bug")
+        return text
+
+    def create_tts() -> TTSService:
+        voice = create()
+        voice.add_text_transformer(breaks_once)
+        return voice
+
+    monkeypatch.setattr(services, "create_tts", create_tts)
+    async with harness.caller("twilio") as caller:
+        await harness.hear_greeting(caller)
+        await harness.say(caller)
+        await harness.hear_said(caller, TALK.answers[0].says)
+    await harness.over()
+    again = ["Hello there.", phrases.spoken().one_moment, TALK.answers[0].says]
+    assert [text.strip() for text in harness.spoken] == again
+    assert harness.record["ending"]["reason"] == "client-disconnected"
 
 
 @pytest.mark.slow
