@@ -25,11 +25,12 @@ Several `calls` in one answer are parallel calls. To any other instruction the b
 it had to say to the caller's last words, or, if there were none, `greeting`.
 """
 
+import json
 import tomllib
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 from zlib import crc32
 
 import numpy as np
@@ -73,7 +74,9 @@ class Script:
         """
         try:
             return cls.parse(tomllib.loads(path.read_text(encoding="utf-8")))
-        except (tomllib.TOMLDecodeError, TypeError, ValueError) as error:
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
     @classmethod
@@ -81,28 +84,49 @@ class Script:
         """Read a script from a parsed TOML document; see the module for its form."""
         known = _known(table, cls, "a script")
         if "hears" in known:
-            if not isinstance(known["hears"], list):
-                raise ValueError("hears is a list of sentences")
-            known["hears"] = tuple(known["hears"])
+            known["hears"] = _all(known["hears"], str, 'hears is a list such as ["Hello.", "Bye."]')
         if "answers" in known:
-            known["answers"] = tuple(_answer(entry) for entry in known["answers"])
+            answers = _all(known["answers"], dict, "answers is a list: write [[answers]] over each")
+            known["answers"] = tuple(_answer(entry) for entry in answers)
         return cls(**known)
 
 
 def _answer(table: Mapping[str, Any]) -> Answer:
     known = _known(table, Answer, "an answer")
-    calls = known.get("calls", [])
-    known["calls"] = tuple(ToolCall(**_known(call, ToolCall, "a call")) for call in calls)
+    calls = _all(known.get("calls", []), dict, 'calls is a list such as [{ name = "look_up" }]')
+    known["calls"] = tuple(map(_call, calls))
     if sum(condition in known for condition in ("heard", "result", "told")) > 1:
         raise ValueError("an answer has one of heard, result, told, or none of them")
     return Answer(**known)
+
+
+def _call(table: Mapping[str, Any]) -> ToolCall:
+    known = _known(table, ToolCall, "a call")
+    if "name" not in known:
+        raise ValueError("a call has the name of a tool")
+    if not isinstance(known.get("arguments", {}), dict):
+        raise ValueError("arguments is a table such as { id = 7 }")
+    try:
+        json.dumps(known)
+    except TypeError:
+        raise ValueError("arguments are sent as JSON, which has no dates: put quotes") from None
+    return ToolCall(**known)
 
 
 def _known(table: Mapping[str, Any], kind: type, what: str) -> dict[str, Any]:
     allowed = [item.name for item in fields(kind)]
     if unknown := sorted(set(table) - set(allowed)):
         raise ValueError(f"{what} has {', '.join(allowed)}; not {', '.join(unknown)}")
+    for name in (item.name for item in fields(kind) if item.type in (str, str | None)):
+        if not isinstance(table.get(name, ""), str):
+            raise ValueError(f"{name} is a text in quotes, not {table[name]}")
     return dict(table)
+
+
+def _all(value: Any, kind: type, form: str) -> tuple[Any, ...]:
+    if not (isinstance(value, list) and all(isinstance(one, kind) for one in cast(Any, value))):
+        raise ValueError(form)
+    return tuple(cast(Any, value))
 
 
 class ScriptedEngine:

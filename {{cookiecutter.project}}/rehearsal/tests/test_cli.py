@@ -153,9 +153,13 @@ REFUSED = {
     ("call", "--wav", "none.wav"): "none.wav is no recording that can be read",
     ("call", "--wav", "empty.wav"): "empty.wav holds no sound.",
     ("call", "--engine", "scripted", "--say", " "): "There is nothing to say in ' '.",
-    ("providers", "--script", "missing.toml"): "missing.toml",
+    ("providers", "--script", "missing.toml"): (
+        "missing.toml cannot be read: No such file or directory."
+    ),
+    ("providers", "--script", "."): ". cannot be read: Is a directory.",
     ("call", "--script", "bad.toml"): "add --engine scripted.",
     ("providers", "--script", "bad.toml"): "a script has greeting, hears, answers; not gretting",
+    ("call", "--engine", "scripted", "--script", "types.toml"): "types.toml: hears is a list",
 }
 # All in one process: each would load Pipecat.
 REFUSE_EACH = """\
@@ -169,6 +173,7 @@ for arguments in json.loads(sys.argv[1]):
 def test_what_cannot_be_used_is_refused_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "text.wav").write_text("not a sound")
     (tmp_path / "bad.toml").write_text('gretting = "Hello"')
+    (tmp_path / "types.toml").write_text('hears = ["Hello", 3]')
     write_wav(tmp_path / "empty.wav", samples=0)
     zero_hz = bytearray(write_wav(tmp_path / "none.wav").read_bytes())
     zero_hz[24:28] = bytes(4)

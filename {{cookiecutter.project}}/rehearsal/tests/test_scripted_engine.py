@@ -185,8 +185,26 @@ async def test_a_voice_activity_detector_takes_the_voice_for_one_stretch_of_spee
         ("[[answers]]\nsay = 'Hi'", "an answer has says, calls, heard, result, told; not say"),
         ("[[answers]]\nheard = 'a'\ntold = 'b'", "one of heard, result, told"),
         ("[[answers]]\ncalls = [{ nam = 'x' }]", "a call has name, arguments; not nam"),
-        ("[[answers]]\ncalls = [{ arguments = {} }]", "name"),
+        ("[[answers]]\ncalls = [{ arguments = {} }]", "a call has the name of a tool"),
         ("hears = 'one'", "hears is a list"),
+        ("hears = ['Hello', 3]", "hears is a list"),
+        ("greeting = 5", "greeting is a text in quotes, not 5"),
+        ("[[answers]]\nsays = 5", "says is a text in quotes, not 5"),
+        ("[[answers]]\nheard = ['a']", "heard is a text in quotes, not"),
+        ("[[answers]]\nresult = true", "result is a text in quotes"),
+        ("[[answers]]\ntold = 2", "told is a text in quotes"),
+        ("[answers]\nsays = 'Hi'", r"answers is a list: write \[\[answers\]\]"),
+        ("answers = 'x'", "answers is a list"),
+        ("answers = ['x']", "answers is a list"),
+        ("[[answers]]\ncalls = 'x'", "calls is a list such as"),
+        ("[[answers]]\ncalls = { name = 'x' }", "calls is a list such as"),
+        ("[[answers]]\ncalls = ['x']", "calls is a list such as"),
+        ("[[answers]]\ncalls = [{ name = 7 }]", "name is a text in quotes, not 7"),
+        ("[[answers]]\ncalls = [{ name = 'x', arguments = [7] }]", "arguments is a table such as"),
+        (
+            "[[answers]]\ncalls = [{ name = 'x', arguments = { day = 2026-05-01 } }]",
+            "JSON, which has no dates",
+        ),
     ],
 )
 def test_a_wrong_script_is_refused_by_name(tmp_path: Path, text: str, complaint: str) -> None:
@@ -194,7 +212,7 @@ def test_a_wrong_script_is_refused_by_name(tmp_path: Path, text: str, complaint:
     path.write_text(text)
     with pytest.raises(ValueError, match=complaint) as refusal:
         Script.load(path)
-    assert str(path) in str(refusal.value)
+    assert str(refusal.value).startswith(f"{path}: ")
 
 
 def test_the_documented_script_is_one() -> None:
