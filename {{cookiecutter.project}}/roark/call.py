@@ -16,6 +16,7 @@ Every event has `event` (its name) and `at` (epoch nanoseconds of the moment it 
     turn-guess    complete, probability: what the turn model made of a pause
     transcript    text, spaced, user_id?, language?, service?: "llm" where speech goes to speech
     typed         text, via: "keys" or "text", since?: when the first key was pressed, user_id?
+    output        there is an output transport: it tells what of the voice is heard
     bot           edge: the output transport began or ended speech
     say           context, segment, text: a sentence goes to the voice
     voice         context: its first audio was made
@@ -232,7 +233,8 @@ class CallRecord:
         self._user_audible = False
         self._speech_edges_seen = False
         self._bot: Turn | None = None
-        self._bot_heard = False
+        self._has_output = False
+        self._left_at: int | None = None
         self._speech = Speech()
         self._interrupted_at: int | None = None
         self._unanswered: Turn | None = None
@@ -395,11 +397,16 @@ class CallRecord:
         rank = event.get("rank", Rank.SAID)
         if self._ending is None or rank > self._ending[0]:
             self._ending = (rank, event["reason"], event.get("detail"))
+        if rank >= Rank.SAID and event["reason"] == "client-disconnected":
+            self._left_at = self._left_at or at
 
     def _on_ended(self, at: int, event: Event) -> None:
-        if self._bot:
+        if self._bot and self._left_at and self._left_at <= self._bot.start_at:
+            # It was on its way when the caller left, and nobody heard it begin.
+            self._end_bot_turn(self._bot, at)
+        elif self._bot:
             self._cut_bot_turn(self._bot, at)
-        elif not self._bot_heard:
+        elif not self._has_output:
             self._unheard_turn()
         if self._user and self._user.end_at is None:
             self._user.end_at = at
@@ -593,16 +600,19 @@ class CallRecord:
     def _open_user_turn(self, at: int, end_at: int | None = None) -> Turn:
         if self._user and self._user.end_at is None:
             self._user.end_at = at
-        if not self._bot_heard:
+        if not self._has_output:
             self._unheard_turn()
         self._user = self._append(Turn("user", at, end_at))
         return self._user
 
     # The bot
 
+    def _on_output(self, at: int, event: Event) -> None:
+        self._has_output = True
+
     def _on_bot(self, at: int, event: Event) -> None:
         if event["edge"] == "start":
-            self._bot_heard = True
+            self._has_output = True
             if self._bot:
                 return
             self._bot = self._append(Turn("assistant", at))
@@ -646,7 +656,7 @@ class CallRecord:
         if self._bot and not self._speech.goes_on:
             self._bot.interrupted_at = at
             self._cut_bot_turn(self._bot, at)
-        elif not self._bot_heard:
+        elif not self._has_output:
             self._unheard_turn()
         self._interrupted_at = at
         self._speech.take_back()
@@ -978,6 +988,7 @@ class CallRecord:
         "typed": _on_typed,
         "annotation": _on_annotation,
         "prices": _on_prices,
+        "output": _on_output,
         "bot": _on_bot,
         "say": _on_say,
         "voice": _on_voice,

@@ -44,6 +44,7 @@ from pipecat.frames.frames import (
     LLMSetToolsFrame,
     MetricsFrame,
     OutputAudioRawFrame,
+    OutputTransportReadyFrame,
     StartFrame,
     StopFrame,
     TranscriptionFrame,
@@ -349,6 +350,7 @@ class RoarkObserver(BaseObserver):
             InputDTMFFrame: self._on_key,
             RTVISendTextFrame: self._on_typed_text,
             EndWorkerFrame: self._on_end_wanted,
+            OutputTransportReadyFrame: self._on_output_ready,
             BotStartedSpeakingFrame: self._on_bot_started,
             BotStoppedSpeakingFrame: self._on_bot_stopped,
             AggregatedTextFrame: self._on_sentence,
@@ -432,6 +434,11 @@ class RoarkObserver(BaseObserver):
         # A client's disconnectBot(): the EndFrame that follows would pass for the agent's.
         if isinstance(source, RTVIProcessor) and not frame.reason:
             self._ending("client-disconnected", "the client asked the bot to leave", Rank.SAID)
+
+    def _on_output_ready(self, frame: Frame, at: int, source: FrameProcessor) -> None:
+        # One that plays no sound never tells that it began to.
+        if isinstance(source, BaseOutputTransport) and source.capabilities.audio_out:
+            self._emit("output", at)
 
     def _on_bot_started(self, frame: Frame, at: int, source: FrameProcessor) -> None:
         self._emit_voiced(at)

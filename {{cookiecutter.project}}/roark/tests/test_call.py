@@ -589,6 +589,60 @@ def test_without_an_output_transport_the_words_are_as_generated():
     assert texts(record) == [("assistant", "Hello there."), ("user", "Hi.")]
 
 
+GREETING = [
+    event("say", 900, context="a", segment=1, text="Hello there."),
+    event("voice", 1000, context="a"),
+    event("voiced", 1000, context="a", seconds=2.0),
+    event("words", 1000, context="a", segment=1, text="Hello there."),
+    event("voice-done", 1000, context="a"),
+]
+
+
+@pytest.mark.parametrize(
+    ("then", "heard"),
+    [
+        ([], []),
+        ([event("interruption", 1500), *user(1400, 2200, "Hi.")], [("user", "Hi.")]),
+        ([*user(1400, 2200, "Hi."), event("interruption", 2600)], [("user", "Hi.")]),
+    ],
+    ids=["hung up", "interrupted", "spoken before"],
+)
+def test_with_an_output_transport_what_was_made_and_never_played_was_not_said(then, heard):
+    told = event("output", 0)
+    record = record_of(told, *GREETING, *then, recorded=False)
+    assert texts(record) == heard
+    assert [turn["role"] for turn in record.call_ended().get("transcript", [])] == [
+        role for role, _ in heard
+    ]
+    # A journal from before this event was written means what it meant.
+    assert ("assistant", "Hello there.") in texts(record_of(*GREETING, *then, recorded=False))
+
+
+def test_what_begins_to_play_when_the_caller_has_left_was_not_said():
+    left = event("ending", 1500, reason="client-disconnected", rank=Rank.SAID)
+    begins = event("bot", 1510, edge="start")
+    assert texts(record_of(*GREETING, left, begins, end=1800)) == []
+    # The other way round they have heard a part of it.
+    begins = event("bot", 1490, edge="start")
+    [(_, heard)] = texts(record_of(*GREETING, begins, left, end=2600))
+    assert heard == "Hello"
+    # Who asks the bot to leave stays on the line for what plays to its end.
+    plays = [event("bot", 1510, edge="start"), event("bot", 3510, edge="stop")]
+    assert texts(record_of(*GREETING, left, *plays)) == [("assistant", "Hello there.")]
+
+
+def test_a_greeting_that_plays_after_the_caller_spoke_into_it_is_behind_their_words():
+    record = record_of(
+        event("output", 0),
+        *GREETING,
+        *user(1100, 1500, "Hi."),
+        event("bot", 2000, edge="start"),
+        event("bot", 4000, edge="stop"),
+        recorded=False,
+    )
+    assert texts(record) == [("user", "Hi."), ("assistant", "Hello there.")]
+
+
 def test_words_of_a_voice_that_made_no_sound_are_not_heard():
     """Pipecat takes them for spoken when it gives the voice up."""
     record = record_of(

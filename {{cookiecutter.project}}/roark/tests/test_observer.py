@@ -38,6 +38,7 @@ from pipecat.frames.frames import (
     TranscriptionFrame,
     TTSAudioRawFrame,
     TTSSpeakFrame,
+    TTSTextFrame,
     UserStartedSpeakingFrame,
     UserStoppedSpeakingFrame,
 )
@@ -58,6 +59,7 @@ from pipecat.transports.base_output import BaseOutputTransport
 from pipecat.transports.base_transport import TransportParams
 from pipecat.workers.runner import WorkerRunner
 
+from roark.call import CallRecord
 from roark.observer import RoarkObserver, call_id_of, git_commit
 
 pytestmark = pytest.mark.anyio
@@ -184,8 +186,6 @@ async def test_without_the_recorder_in_the_pipeline_there_are_no_recording_field
 
 
 async def test_the_journal_replays_to_the_record(call):
-    from roark.call import CallRecord
-
     observer = observer_of(call)
     await run(observer, [*CONVERSATION])
     await observer.aflush()
@@ -516,8 +516,6 @@ async def test_what_is_redacted_is_neither_written_nor_sent(call):
     assert call.ended_body["transcript"][0]["content"] == "My card is [card]."
     assert call.ended_body["toolCalls"][0]["arguments"] == '{"card":"[card]","to":"[card]"}'
 
-    from roark.call import CallRecord
-
     killed = CallRecord.replay(call.events[:-1])
     killed.close("process-died")
     assert killed.call_ended()["transcript"][0]["content"] == "My card is [card]."
@@ -635,6 +633,65 @@ async def test_a_voice_without_word_timestamps_is_cut_where_it_was_interrupted(c
     assert asked - 0.1 < loudspeaker.began + seconds < loudspeaker.interrupted + 0.1
     assert sentence.startswith(turn["text"])
     assert len(turn["text"]) / 15 == pytest.approx(seconds, abs=0.4), "to the nearest word"
+
+
+class Holder(FrameProcessor):
+    """Lets no sound and no word through; `sound` and `words` are set once one has come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sound, self.words = asyncio.Event(), asyncio.Event()
+
+    async def process_frame(self, frame: Frame, direction: FrameDirection) -> None:
+        await super().process_frame(frame, direction)
+        match frame:
+            case TTSAudioRawFrame():
+                self.sound.set()
+            case TTSTextFrame():
+                self.words.set()
+            case _:
+                await self.push_frame(frame, direction)
+
+
+def loudspeaker_without_sound() -> BaseOutputTransport:
+    loudspeaker = Loudspeaker(0.0)
+    loudspeaker._params.audio_out_enabled = False
+    return loudspeaker
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        (FramePasser, ["Hello."]),
+        (loudspeaker_without_sound, ["Hello."]),
+        (lambda: Loudspeaker(0.0), []),
+    ],
+    ids=["no output transport", "one without sound", "one with sound"],
+)
+async def test_what_is_held_before_the_output_transport_was_not_said(call, output, said):
+    observer = observer_of(call)
+    holder = Holder()
+    worker = PipelineWorker(
+        Pipeline([FlatVoice(), holder, output(), observer.audio_processor]),
+        params=PipelineParams(audio_out_sample_rate=8000),
+        observers=[observer],
+        enable_rtvi=False,
+    )
+    runner = WorkerRunner(handle_sigint=False)
+    await runner.add_workers(worker)
+
+    async def hang_up() -> None:
+        await holder.sound.wait()
+        await holder.words.wait()
+        await worker.cancel()
+
+    await worker.queue_frame(TTSSpeakFrame("Hello."))
+    await asyncio.wait_for(asyncio.gather(runner.run(), hang_up()), 30)
+    await observer.aflush()
+    assert [turn["text"] for turn in call.record["turns"]] == said
+    assert CallRecord.replay(call.events).as_dict()["turns"] == call.record["turns"]
+    told = [event for event in call.events if event["event"] == "output"]
+    assert len(told) == (0 if said else 1)
 
 
 async def test_the_end_that_follows_a_lost_service_is_an_error(call):
