@@ -14,6 +14,7 @@ from difflib import SequenceMatcher
 from enum import StrEnum
 from typing import Any
 
+from loguru import logger
 from pipecat.frames.frames import (
     BotSpeakingFrame,
     BotStartedSpeakingFrame,
@@ -374,7 +375,10 @@ class FloorObserver(BaseObserver):
         self._clock: asyncio.Task[None] | None = None
 
     def look(self, often: Callable[[], None]) -> None:
-        """Call `often` several times a second from now on, whatever flows or does not."""
+        """Call `often` several times a second from now on, whatever flows or does not.
+
+        That one look fails is not the others' end, nor its own: it is called again.
+        """
         self._looks.append(often)
         self._clock = self._clock or asyncio.create_task(self._run())
 
@@ -391,10 +395,18 @@ class FloorObserver(BaseObserver):
             self._clock.cancel()
 
     async def _run(self) -> None:
+        failures = set[str]()
         while True:
             await asyncio.sleep(LOOK_EVERY_SECONDS)
             for often in self._looks:
-                often()
+                try:
+                    often()
+                except Exception as error:
+                    failure = f"{getattr(often, '__qualname__', often)}: {type(error).__name__}"
+                    # There are ten looks a second, and an error's text may be what a caller said.
+                    if failure not in failures:
+                        failures.add(failure)
+                        logger.error(f"A look at the floor failed: {failure}")
 
 
 def tell(floor: Floor, frame: Frame) -> None:

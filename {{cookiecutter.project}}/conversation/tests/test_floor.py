@@ -8,10 +8,11 @@ from typing import Any
 from unittest.mock import AsyncMock, MagicMock
 
 import pytest
+from loguru import logger
 from pipecat.frames.frames import LLMMessagesAppendFrame
 
 from conversation import silence
-from conversation.floor import LOST_SECONDS, Floor, Side, tell
+from conversation.floor import LOST_SECONDS, Floor, FloorObserver, Side, tell
 
 ORDERS = 3000
 EVENTS_EACH = 40
@@ -333,3 +334,33 @@ async def test_where_callers_may_be_silent_one_who_was_not_understood_is_asked_a
     await turn_stopped(MagicMock(content=""))
     await asyncio.sleep(0)
     asks.assert_called_once()
+
+
+@pytest.mark.anyio
+async def test_a_look_that_fails_stops_no_other_and_its_error_is_logged_once_without_its_text(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("conversation.floor.LOOK_EVERY_SECONDS", 0.0)
+    lines: list[str] = []
+    sink = logger.add(lambda line: lines.append(str(line)), level="WARNING")
+    observer = FloorObserver(Floor())
+    begun, looked = 0, asyncio.Event()
+
+    def fails() -> None:
+        nonlocal begun
+        begun += 1
+        raise KeyError("+49 170 1234567") if begun < 3 else ValueError("+49 170 1234567")
+
+    def sees() -> None:
+        if begun >= 5:
+            looked.set()
+
+    observer.look(fails)
+    observer.look(sees)
+    try:
+        await asyncio.wait_for(looked.wait(), 30)
+    finally:
+        await observer.cleanup()
+        logger.remove(sink)
+    assert [line.rsplit(maxsplit=1)[-1] for line in lines] == ["KeyError", "ValueError"]
+    assert all("fails" in line and "1234567" not in line for line in lines)
