@@ -32,12 +32,14 @@ from pipecat.processors.frame_processor import FrameDirection, FrameProcessor
 
 import config
 from conversation.endings import LAST_WORD_SECONDS, instruction
-from conversation.floor import Floor, FloorObserver
+from conversation.floor import Floor
+from conversation.recovery import TTS_ATTEMPTS
 
 if TYPE_CHECKING:
     from pipecat.pipeline.worker import PipelineWorker
 
     from conversation.endings import Ending
+    from conversation.recovery import Recovery
     from telephony.errand import Errand
 
 VOICEMAIL_FILE = Path(__file__).parents[1] / "voicemail.md"
@@ -319,6 +321,7 @@ class Opening:
         self._message = errand.fill_in(message).strip()
         self._listener: Listener | None = None
         self._who: Who | None = None
+        self._voice_failed = asyncio.Event()
         self._has_spoken = self._leaves_message = self._answers_first_words = False
         self._words_when_greeted = 0
         self._turns_when_asked: int | None = None
@@ -326,15 +329,13 @@ class Opening:
         self._looks_without_turn = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def picked_up(
-        self, worker: "PipelineWorker", ending: "Ending", floor_observer: FloorObserver
-    ) -> None:
+    def picked_up(self, worker: "PipelineWorker", ending: "Ending", recovery: "Recovery") -> None:
         """Begin to listen: somebody, or something, has picked up."""
-        self._worker, self._ending = worker, ending
+        self._worker, self._ending, self._recovery = worker, ending, recovery
         # The time of what is heard, not of this machine, which may stumble.
         listener = Listener(clock=lambda: self.gate.seconds)
         self._listener = self.ears.listener = self.gate.listener = listener
-        floor_observer.look(self._look)
+        recovery.look(self._look)
 
     def how_it_ended(self) -> tuple[str, str]:
         """The reason, one of roark.call.ENDINGS, and its detail, when the other side hangs up."""
@@ -390,6 +391,7 @@ class Opening:
                 self.gate.is_closed = self.ears.is_deaf = True
                 # Nothing but the message, and nobody interrupts that.
                 self._floor.is_saying_goodbye = self._floor.is_final = True
+                self._recovery.leave_to(self._voice_failed.set)
                 if not self._message:
                     detail = "a voicemail answered, and voicemail.md is empty"
                     self._start(self._ending.now("voicemail", detail))
@@ -414,10 +416,34 @@ class Opening:
         await self._worker.queue_frame(frame)
 
     async def _leave_message(self) -> None:
+        for attempt in range(TTS_ATTEMPTS):
+            if attempt:
+                await self._recovery.break_off()
+            if self._ending.has_begun:
+                return
+            if await self._says_message():
+                await self._ending.now("voicemail", "the message of voicemail.md was left")
+                return
+        await self._ending.now("error", "the voicemail's message could not be said")
+
+    async def _says_message(self) -> bool:
+        """Say the message; whether it was heard, and the voice did not fail before its end."""
+        self._voice_failed.clear()
         await self._worker.queue_frame(TTSSpeakFrame(self._message, append_to_context=True))
-        await self._worker.flush_pipeline(MESSAGE_SECONDS)
+        heard = asyncio.create_task(self._is_heard())
+        failed = asyncio.create_task(self._voice_failed.wait())
+        await asyncio.wait([heard, failed], return_when=asyncio.FIRST_COMPLETED)
+        failed.cancel()
+        if self._voice_failed.is_set():
+            heard.cancel()
+            return False
+        return heard.result()
+
+    async def _is_heard(self) -> bool:
+        is_through = await self._worker.flush_pipeline(MESSAGE_SECONDS)
         await asyncio.sleep(LAST_WORD_SECONDS)
-        await self._ending.now("voicemail", "the message of voicemail.md was left")
+        # A voice that says nothing lets all through.
+        return is_through and not self._floor.is_answering
 
     def _start(self, work: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.create_task(work)

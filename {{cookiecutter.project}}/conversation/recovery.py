@@ -118,6 +118,7 @@ class Recovery(FloorObserver):
         self._failed_in_a_row = 0
         self._has_asked_for_patience = False
         self._plays_recording = False
+        self._voice_failed: Callable[[], None] | None = None
         self._voice_is_connected = asyncio.Event()
         self._voice_is_connected.set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -146,6 +147,20 @@ class Recovery(FloorObserver):
         async def on_assistant_turn_stopped(_side, turn: AssistantTurnStoppedMessage):
             if turn.content and self._failed_attempt != self._attempt:
                 self._failed_in_a_row = 0
+
+    def leave_to(self, voice_failed: Callable[[], None]) -> None:
+        """From here on, do nothing about what fails but to call `voice_failed` if it is the voice.
+
+        For what is said to a machine: no word is for it but those, and nothing else is needed.
+        """
+        self._voice_failed = voice_failed
+
+    async def break_off(self) -> None:
+        """Drop what is being said, and wait until something else can be said."""
+        await self._worker.queue_frame(InterruptionFrame())
+        # What was heard of the answer is in the context only then.
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._settled(), SETTLE_SECONDS)
 
     async def on_pipeline_started(self) -> None:
         """From here on what is queued is processed: an answer can be waited for."""
@@ -179,7 +194,11 @@ class Recovery(FloorObserver):
         category = frame.category.value if frame.category else "failed"
         detail = f"{type(service).__name__}: {category}"
         logger.error(f"A service is broken for good: {detail}")
-        if isinstance(service, STTService | LLMService | TTSService):
+        is_service = isinstance(service, STTService | LLMService | TTSService)
+        if is_service and self._voice_failed:
+            if isinstance(service, TTSService):
+                self._voice_failed()
+        elif is_service:
             self._apologise(detail, is_final=True, has_voice=not isinstance(service, TTSService))
         else:
             # A transport: the caller no longer takes what is sent.
@@ -209,7 +228,7 @@ class Recovery(FloorObserver):
             return
         if floor.waits_for_tool:
             # It has a time limit of its own, and what it does may not be undone.
-            if not self._has_asked_for_patience:
+            if not self._has_asked_for_patience and not self._voice_failed:
                 self._has_asked_for_patience = True
                 self._start(self._worker.queue_frame(self._one_moment()))
             return
@@ -225,11 +244,16 @@ class Recovery(FloorObserver):
             if not has_voice:
                 self._apologise("", has_voice=False)
             return
+        detail = f"{type(service).__name__}: {what}"
+        if self._voice_failed:
+            if not has_voice:
+                logger.warning(f"The voice failed: {detail}")
+                self._voice_failed()
+            return
         if self._failed_attempt == self._attempt:
             return
         self._failed_attempt = self._attempt
         self._failed_in_a_row += 1
-        detail = f"{type(service).__name__}: {what}"
         logger.warning(f"A turn failed ({self._failed_in_a_row} in a row): {detail}")
         if self._failed_in_a_row < (LLM_ATTEMPTS if has_voice else TTS_ATTEMPTS):
             self._start(self._try_again())
@@ -238,12 +262,10 @@ class Recovery(FloorObserver):
 
     async def _try_again(self) -> None:
         """Break the answer off, say a word to the caller, and have the LLM answer again."""
-        await self._worker.queue_frame(InterruptionFrame())
-        # What was heard of the answer is in the context only then. The instruction comes after it,
-        # for an LLM that finds words of its own at the end may take them for its answer.
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._settled(), SETTLE_SECONDS)
-        if not self._ending.has_begun:
+        await self.break_off()
+        if not self._ending.has_begun and not self._voice_failed:
+            # The instruction comes after what was heard of the answer, for an LLM that finds words
+            # of its own at the end may take them for its answer.
             await self._worker.queue_frames([self._one_moment(), instruction(SAY_AGAIN)])
 
     async def _settled(self) -> None:

@@ -7,16 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from harness import SECONDS, Harness, run_harness, serve_app
+from pipecat.frames.frames import Frame, TTSSpeakFrame
+from pipecat.processors.frame_processor import FrameDirection
+from pipecat.services.tts_service import TTSService
 
 from conversation import opening
 from rehearsal.call import spoken_voice
+from rehearsal.callers.twilio import TwilioCaller
 from rehearsal.dial import ENVIRONMENT, who_is_called
 from rehearsal.dial import FROM_NUMBER as FROM
 from rehearsal.engines.scripted import Answer, Script, ScriptedEngine
+from rehearsal.providers.faults import ALWAYS
 from rehearsal.providers.server import HOST, free_port
 from rehearsal.providers.twilio_rest import Callee, sign
 from telephony import call_api
@@ -61,10 +67,12 @@ class Called:
     Attributes:
         outcome: What whoever placed it was told in the end.
         record: Its call record.
+        phone: The telephone that was called, with what was heard there.
     """
 
     outcome: str
     record: dict[str, Any]
+    phone: TwilioCaller | None
 
     @property
     def ending(self) -> tuple[str, str]:
@@ -97,7 +105,8 @@ async def call(harness: Harness, kind: str, *words: str, digits: str = "") -> Ca
     assert record["phone"]["to_number"] == NUMBER
     assert harness.received.ended
     assert harness.received.ended["callEndedReason"] == record["ending"]["reason"]
-    return Called(outcome, record)
+    phone = callee.phone if isinstance(callee.phone, TwilioCaller) else None
+    return Called(outcome, record, phone)
 
 
 GREETING = "Hello Ann, about your appointment."
@@ -143,6 +152,65 @@ async def test_whatever_else_picks_up_has_its_ending_and_the_llm_is_not_asked(
     assert not harness.engine.asked
     # What was held back, until it was known who is there, does not count as asked.
     assert "llm_requests" not in called.record["usage"]
+
+
+def fails_at_the_message(
+    monkeypatch: pytest.MonkeyPatch, harness: Harness, fault: str, value: int
+) -> None:
+    """Have the voice, healthy so far, fail when it is first given a text of ours to say."""
+    faults, process, is_set = harness.server("tts").faults, TTSService.process_frame, False
+
+    async def fail(self: TTSService, frame: Frame, direction: FrameDirection) -> None:
+        nonlocal is_set
+        if isinstance(frame, TTSSpeakFrame) and not is_set:
+            is_set = True
+            setattr(faults, fault, value)
+        await process(self, frame, direction)
+
+    monkeypatch.setattr(TTSService, "process_frame", fail)
+
+
+async def heard_messages(called: Called) -> float:
+    """How much was heard, the whole message being one."""
+    once = await spoken_voice(ScriptedEngine(), MESSAGE)
+    assert called.phone
+    heard = called.phone.heard
+    return loud_seconds(heard.pcm(), heard.sample_rate) / loud_seconds(once.pcm, once.sample_rate)
+
+
+def loud_seconds(pcm: bytes, sample_rate: int) -> float:
+    """How much of PCM16 is loud, sample by sample: the holes of a busy process add nothing."""
+    return np.count_nonzero(np.abs(np.frombuffer(pcm, "<i2").astype(int)) > 500) / sample_rate
+
+
+ON_VOICEMAIL = "Leave a message after the tone."
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["server_errors", "cuts"])
+async def test_a_message_that_the_voice_did_not_say_to_its_end_is_said_again(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    fails_at_the_message(monkeypatch, harness, fault, 1)
+    called = await call(harness, "voicemail", ON_VOICEMAIL)
+    assert called.ending == ("voicemail", "the message of voicemail.md was left")
+    assert called.said[-1] == MESSAGE
+    heard = await heard_messages(called)
+    # Nothing besides: an apology or "one moment" is not for a machine.
+    assert 0.8 < heard < (1.2 if fault == "server_errors" else 2)
+    assert {text.strip() for text in harness.spoken} == {MESSAGE}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["server_errors", "hang", "wrong_key"])
+async def test_a_message_that_cannot_be_said_was_not_left(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    fails_at_the_message(monkeypatch, harness, fault, ALWAYS)
+    called = await call(harness, "voicemail", ON_VOICEMAIL)
+    assert called.ending == ("error", "the voicemail's message could not be said")
+    assert await heard_messages(called) == 0
+    assert MESSAGE not in called.said
 
 
 NOT_TAKEN = (

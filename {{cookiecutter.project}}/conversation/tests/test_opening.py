@@ -168,11 +168,11 @@ async def test_they_have_declined_unless_they_said_more_than_their_question(
     looks: list[Callable[[], None]] = []
     worker: Any = SimpleNamespace(queue_frame=say)
     ending: Any = SimpleNamespace(has_begun=False, now=end)
-    floor_observer: Any = SimpleNamespace(look=looks.append)
+    recovery: Any = SimpleNamespace(look=looks.append)
     for ends_late, has_words in ((False, True), (True, True), (True, False)):
         floor = Floor()
         opening = Opening(Errand(callee_number="", callee_name="", call_reason=""), floor)
-        opening.picked_up(worker, ending, floor_observer)
+        opening.picked_up(worker, ending, recovery)
         listener, look = opening.gate.listener, looks[-1]
         assert listener
         floor.turn_began()
