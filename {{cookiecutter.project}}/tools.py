@@ -78,6 +78,8 @@ async def end_call(params: FunctionCallParams, goodbye: str):
         call.ending.after(*words, reason="agent-ended", detail="the LLM called end_call")
 
 
+# Cancelled by a caller who speaks: until Twilio is asked they may take it back. What it was asked
+# for goes on, and telephony/transfer.py sees to the line.
 async def transfer_call(params: FunctionCallParams, name: str, summary: str):
     """Hand the caller over to a person, after they have agreed to it.
 

@@ -115,6 +115,10 @@ class NotTransferred(Exception):
     """The call could not be handed over; it goes on. The text says why, without a number."""
 
 
+class InDoubt(NotTransferred):
+    """Nobody has said that it was done, and it may be yet: the answer came late, or none came."""
+
+
 class Transfer(Protocol):
     """How the call on one line is handed over."""
 
@@ -123,7 +127,10 @@ class Transfer(Protocol):
         ...
 
     async def done_to(self) -> str | None:
-        """Who has been given the call; None for nobody. Waits for a transfer under way."""
+        """Who has been given the call whose line has closed; None for nobody.
+
+        Waits for a transfer under way.
+        """
         ...
 
     def fail_over(self) -> str | None:
@@ -350,6 +357,8 @@ class TwilioTransfer:
         self._has_failover = has_failover
         self._request: asyncio.Task[dict[str, Any]] | None = None
         self._name = ""
+        self._is_in_doubt = False
+        self._fails_over = False
 
     async def to(self, name: str, summary: str) -> None:
         """Hand the call over to `name` of TRANSFER_TO.
@@ -360,6 +369,11 @@ class TwilioTransfer:
         number = people().get(name)
         if number is None:
             raise NotTransferred(f"there is no {name!r}; there is {', '.join(people())}")
+        if self._request:
+            # The tool that asked was cancelled by a caller who spoke, and is called again.
+            await asyncio.wait([self._request])
+            if not self._has_failed(self._request):
+                return
         twiml = self._twiml(number, Note(name, summary, parameters=self._parameters))
         self._name = name
         # The stream closes as soon as Twilio has read this; hanging up then would be on them both.
@@ -367,25 +381,52 @@ class TwilioTransfer:
         self._request = asyncio.create_task(
             _ask_twilio("POST", f"Calls/{quote(self._call_sid)}.json", Twiml=twiml)
         )
-        try:
-            await asyncio.shield(self._request)
-        except NotTransferred:
-            self._line.can_hang_up = True
-            raise
+        # Not where it is waited for: a caller who speaks cancels that, and the request goes on.
+        self._request.add_done_callback(self._answered)
+        await asyncio.shield(self._request)
+
+    def _answered(self, request: "asyncio.Task[dict[str, Any]]") -> None:
+        if not self._has_failed(request):
+            return
+        # The caller is on the line, and the bot must be able to end their call.
+        self._line.can_hang_up = not self._fails_over
+        # It stays so whatever comes of a second request: Twilio may yet do what the first asked.
+        self._is_in_doubt |= request.cancelled() or isinstance(request.exception(), InDoubt)
+
+    @staticmethod
+    def _has_failed(request: "asyncio.Task[dict[str, Any]]") -> bool:
+        return request.cancelled() or request.exception() is not None
 
     async def done_to(self) -> str | None:
-        """Who has been given the call; None for nobody. Waits for a transfer under way."""
+        """Who has been given the call whose line has closed; None for nobody.
+
+        Waits for a transfer under way. After one in doubt nobody hangs up any more: the line has
+        closed because Twilio carried it out late, or because the caller is gone anyway.
+        """
         if self._request is None:
             return None
         await asyncio.wait([self._request])
-        return None if self._request.exception() else self._name
+        if not self._has_failed(self._request):
+            return self._name
+        if not self._is_in_doubt:
+            return None
+        self._line.can_hang_up = False
+        return self._name if await self._goes_on() else None
+
+    async def _goes_on(self) -> bool:
+        """Whether the call goes on at Twilio without its line to the bot."""
+        try:
+            call = await _ask_twilio("GET", f"Calls/{quote(self._call_sid)}.json")
+        except NotTransferred:
+            return False
+        return call.get("status") == "in-progress"
 
     def fail_over(self) -> str | None:
         """Let the call's own instructions go on when it ends: to whom, None where to nobody."""
         person = failover() if self._has_failover else None
         if person is None:
             return None
-        self._line.can_hang_up = False
+        self._fails_over, self._line.can_hang_up = True, False
         return person[0]
 
     def _twiml(self, number: str, note: Note) -> str:
@@ -465,17 +506,24 @@ async def _ask_twilio(method: str, path: str, **fields: str) -> dict[str, Any]:
     """Ask Twilio's REST API for something of the account.
 
     Raises:
-        NotTransferred: It did not answer, or refused.
+        NotTransferred: It refused.
+        InDoubt: It did not answer, or not with what became of it.
     """
     import httpx
 
     try:
         response = await twilio_rest.request(method, path, fields, seconds=REQUEST_SECONDS)
         answer = response.json() if response.is_success else {}
+    except httpx.InvalidURL as error:
+        logger.warning("A transfer did not reach Twilio: TWILIO_BASE_URL is no address")
+        raise NotTransferred("the telephone network cannot be reached") from error
     except (httpx.HTTPError, ValueError, TimeoutError) as error:
-        logger.warning(f"A transfer did not reach Twilio: {type(error).__name__}")
-        raise NotTransferred("the telephone network did not answer") from error
-    if response.is_error:
+        logger.warning(f"Twilio did not answer to a transfer: {type(error).__name__}")
+        raise InDoubt("the telephone network did not answer") from error
+    if response.is_server_error:
+        logger.warning(f"Twilio answered to a transfer with {response.status_code}")
+        raise InDoubt("the telephone network did not answer")
+    if not response.is_success:
         logger.warning(f"Twilio refused a transfer with {response.status_code}")
         raise NotTransferred("the telephone network refused it")
     return answer

@@ -1,12 +1,15 @@
 """What goes to and from Twilio when a caller is handed over, and who may read it."""
 
-from collections.abc import Callable, Mapping, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qs, urlencode, urlsplit
 from xml.etree import ElementTree
 
 import pytest
+from aiohttp import web
 from fastapi import FastAPI, WebSocket
 from fastapi.testclient import TestClient
 from harness import serve_app
@@ -355,3 +358,147 @@ def test_the_instructions_for_twilio_fit_and_show_nobody_what_was_said(
     dial, *then = ElementTree.fromstring(twiml)
     assert bool(dial.get("action")) == bool(host) == (not then)
     assert "+15550100" not in dial.get("action", "")
+
+
+class Network:
+    """Twilio, asked for a transfer: what it answers, and when."""
+
+    def __init__(self) -> None:
+        self.asked, self.may_answer = asyncio.Event(), asyncio.Event()
+        self.line = SimpleNamespace(can_hang_up=True)
+        self.status, self.posts, self.state = 200, 0, "in-progress"
+
+    def transfer(self) -> transfer.TwilioTransfer:
+        return transfer.TwilioTransfer(
+            call_sid=CALL,
+            stream_url=f"wss://{PUBLIC}/ws",
+            parameters={},
+            line=self.line,  # type: ignore[arg-type]
+            has_failover=True,
+        )
+
+    async def update(self, _request: web.Request) -> web.Response:
+        self.posts += 1
+        self.asked.set()
+        await self.may_answer.wait()
+        return web.json_response({"sid": CALL}, status=self.status)
+
+    async def show(self, _request: web.Request) -> web.Response:
+        return web.json_response({"sid": CALL, "status": self.state})
+
+
+@pytest.fixture
+async def network(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Network]:
+    network = Network()
+    app = web.Application()
+    call = f"/2010-04-01/Accounts/{{account}}/Calls/{CALL}.json"
+    app.add_routes([web.post(call, network.update), web.get(call, network.show)])
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, HOST, 0).start()
+    environment = {
+        "TWILIO_BASE_URL": f"http://{HOST}:{runner.addresses[0][1]}",
+        "TWILIO_AUTH_TOKEN": KEY,
+        "TWILIO_ACCOUNT_SID": "AC" + "0" * 32,
+        "TRANSFER_TO": f"ann={COLLEAGUE}",
+        "TRANSFER_ON_FAILURE": "ann",
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    yield network
+    network.may_answer.set()
+    await runner.cleanup()
+
+
+@pytest.mark.parametrize(
+    ("state", "given_to"), [("in-progress", "ann"), ("completed", None)], ids=["late", "hung up"]
+)
+@pytest.mark.parametrize("status", [200, 502])
+async def test_after_a_transfer_in_doubt_the_bot_may_end_the_call_but_not_once_its_line_has_closed(
+    network: Network,
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+    state: str,
+    given_to: str | None,
+) -> None:
+    if status == 200:
+        monkeypatch.setattr(transfer, "REQUEST_SECONDS", 0.3)
+    else:
+        network.may_answer.set()
+    network.status, network.state = status, state
+    handing = network.transfer()
+    with pytest.raises(transfer.NotTransferred, match="did not answer"):
+        await handing.to("ann", ABOUT)
+    assert network.line.can_hang_up, "the caller is with the bot"
+    monkeypatch.setattr(transfer, "REQUEST_SECONDS", 30.0)
+    assert await handing.done_to() == given_to
+    assert not network.line.can_hang_up
+
+
+async def test_a_second_transfer_that_is_refused_leaves_the_first_in_doubt(
+    network: Network,
+) -> None:
+    network.may_answer.set()
+    handing = network.transfer()
+    for network.status in (502, 400):
+        with pytest.raises(transfer.NotTransferred):
+            await handing.to("ann", ABOUT)
+    assert network.posts == 2
+    assert await handing.done_to() == "ann"
+    assert not network.line.can_hang_up
+
+
+@pytest.mark.parametrize(("status", "given_to"), [(200, "ann"), (404, None)])
+async def test_a_caller_who_speaks_while_twilio_is_asked_is_hung_up_on_only_if_it_refused(
+    network: Network, status: int, given_to: str | None
+) -> None:
+    network.status = status
+    handing = network.transfer()
+    tool = asyncio.create_task(handing.to("ann", ABOUT))
+    await network.asked.wait()
+    # As Pipecat does with a tool when the caller speaks.
+    tool.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await tool
+    assert not network.line.can_hang_up
+    network.may_answer.set()
+    assert await handing.done_to() == given_to
+    assert network.line.can_hang_up == (given_to is None)
+
+
+async def test_a_tool_that_is_called_again_waits_for_what_twilio_was_asked_before(
+    network: Network,
+) -> None:
+    handing = network.transfer()
+    first = asyncio.create_task(handing.to("ann", ABOUT))
+    await network.asked.wait()
+    first.cancel()
+    again = asyncio.create_task(handing.to("ann", ABOUT))
+    network.may_answer.set()
+    await again
+    assert (network.posts, await handing.done_to()) == (1, "ann")
+
+
+async def test_a_call_that_is_left_to_its_own_instructions_is_not_hung_up_on_by_a_late_refusal(
+    network: Network,
+) -> None:
+    network.status = 404
+    handing = network.transfer()
+    tool = asyncio.create_task(handing.to("ann", ABOUT))
+    await network.asked.wait()
+    assert handing.fail_over() == "ann"
+    network.may_answer.set()
+    with pytest.raises(transfer.NotTransferred):
+        await tool
+    assert not network.line.can_hang_up
+
+
+async def test_an_address_of_twilio_that_is_none_leaves_the_caller_with_the_bot(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TWILIO_BASE_URL", "http://[::")
+    handing = network.transfer()
+    with pytest.raises(transfer.NotTransferred, match="cannot be reached"):
+        await handing.to("ann", ABOUT)
+    assert network.line.can_hang_up
+    assert await handing.done_to() is None
