@@ -129,10 +129,13 @@ def lay_out_image(context: Path, app: Path, dockerfile: Path) -> None:
 
 
 @cache
-def mentioned(source: str) -> frozenset[str]:
-    """Return what Python source names: imported modules as file and folder, file-like strings."""
+def mentioned(source: bytes, name: str) -> frozenset[str]:
+    """Return what Python source names: imported modules as file and folder, file-like strings.
+
+    Raises SyntaxError, in a sentence about the file `name`.
+    """
     found = set[str]()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(_parsed(source, name)):
         match node:
             case ast.Import(names=names):
                 modules = [alias.name for alias in names]
@@ -146,6 +149,15 @@ def mentioned(source: str) -> frozenset[str]:
         for top in (module.partition(".")[0] for module in modules):
             found |= {f"{top}.py", top}
     return frozenset(found)
+
+
+def _parsed(source: bytes, name: str) -> ast.Module:
+    try:
+        return ast.parse(source)
+    except (SyntaxError, ValueError) as error:  # The second, in Python 3.11, for a NUL byte.
+        line = getattr(error, "lineno", None)
+        place = f"{name}, line {line}" if line else name
+        raise SyntaxError(f"{place}: {getattr(error, 'msg', error)}") from error
 
 
 def modules_of(package: Path) -> list[Path]:
@@ -164,9 +176,10 @@ def needed(project: Path) -> set[str]:
         found.add(name := waiting.pop())
         path = project / name
         sources = [path] if path.suffix == ".py" else modules_of(path)
-        for other in {word for source in sources for word in mentioned(source.read_text())}:
-            if other not in found and (project / other).exists():
-                waiting.append(other)
+        for source in sources:
+            for other in mentioned(source.read_bytes(), str(source.relative_to(project))):
+                if other not in found and (project / other).exists():
+                    waiting.append(other)
     return found
 
 
@@ -355,6 +368,8 @@ def check(project: Path, env_file: Path) -> bool:
             findings = list(run())
         except FileNotFoundError as error:
             findings = [Finding(str(error), "put it back")]
+        except SyntaxError as error:
+            findings = [Finding(str(error), "correct it there")]
         except UnicodeDecodeError as error:
             what = f"a file is no plain text in UTF-8 ({error.reason})"
             findings = [Finding(what, f"save it anew; most likely it is {env_file.name}")]

@@ -425,6 +425,26 @@ BREAKAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
         ".env does not exist",
         "cp env.example .env",
     ),
+    "a line of tools.py is no Python": (
+        lambda project: (project / "tools.py").write_text("def y(): ...\ndef x(:\n"),
+        "Dockerfile       FAILS: tools.py, line 2: invalid syntax",
+        "mend: correct it there",
+    ),
+    "a module of a package is no Python": (
+        lambda project: (project / "conversation" / "clock.py").write_text("\nx = (\n"),
+        f"FAILS: {Path('conversation', 'clock.py')}, line 2: '(' was never closed",
+        "mend: correct it there",
+    ),
+    "tools.py is not in UTF-8": (
+        lambda project: (project / "tools.py").write_bytes("x = 'Größe'\n".encode("latin-1")),
+        "FAILS: tools.py",
+        "mend: correct it there",
+    ),
+    "tools.py holds a NUL": (
+        lambda project: (project / "tools.py").write_bytes(b"x = 1\0\n"),
+        "FAILS: tools.py: source code string cannot contain null bytes",
+        "mend: correct it there",
+    ),
 }
 
 
