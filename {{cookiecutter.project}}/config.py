@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
@@ -220,19 +221,39 @@ def read_env() -> None:
     """Read `.env` into the environment. What it says wins over the shell, as in Pipecat's runner.
 
     Raises:
-        SystemExit: It is no text, in a sentence.
+        SystemExit: It is no text, or a line of it makes no sense, in a sentence.
     """
-    from dotenv import load_dotenv
+    from dotenv import find_dotenv, load_dotenv
 
+    path = find_dotenv()
     try:
         # Editors on Windows put an invisible mark before the first name, which would be part of it.
-        load_dotenv(override=True, encoding="utf-8-sig")
+        text = StringIO(Path(path).read_text(encoding="utf-8-sig") if path else "")
+        load_dotenv(stream=text, override=True)
     except (OSError, ValueError) as error:
         # A parser's text repeats what it read.
         raise SystemExit(
             f".env cannot be read ({type(error).__name__}): make it plain text in UTF-8, as "
             "env.example is"
         ) from None
+    # Of python-dotenv's own line the private log shows nothing. A rehearsal reads no .env.
+    if text.tell() and (line := broken_line(text.getvalue())):
+        raise SystemExit(
+            f".env, line {line} cannot be read: it has to be NAME=value, and what is in quotation "
+            "marks ends with the one it begins with"
+        )
+
+
+def broken_line(text: str) -> int | None:
+    """The number of the first line of a `.env` that python-dotenv leaves out as unreadable."""
+    from dotenv.parser import parse_stream
+
+    for found in parse_stream(StringIO(text)):
+        if found.error:
+            # Its first line may be one of the blank ones before.
+            statement = found.original.string
+            return found.original.line + statement[: -len(statement.lstrip())].count("\n")
+    return None
 
 
 def exit_without_keys(*checks: Callable[[], None]) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from dotenv import dotenv_values
 
-from config import required
+from config import broken_line, required
 
 AGENT_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 # For this machine only. Uploaded, they would send the deployed bot to somebody's localhost.
@@ -301,6 +301,11 @@ def check_secrets(project: Path, env_file: Path) -> Iterator[Finding]:
     if not env_file.exists():
         yield Finding(f"{env_file.name} does not exist", "cp env.example .env, and fill it in")
         return
+    if line := broken_line(env_file.read_text(encoding="utf-8-sig")):
+        yield Finding(
+            f"{env_file.name}, line {line} cannot be read",
+            "make it NAME=value, with an end to what is in quotation marks",
+        )
     for name in sorted(set(dotenv_values(env_file, encoding="utf-8-sig")) - listed):
         if not LOCAL_NAMES.fullmatch(name):
             yield Finding(

@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from dotenv import dotenv_values
 
 import bot
 import config
@@ -154,10 +156,60 @@ def test_an_env_file_that_is_no_text_is_refused_in_a_sentence_without_its_conten
 ) -> None:
     (tmp_path / ".env").write_bytes(content)
     path = str(tmp_path / ".env")
-    monkeypatch.setattr("dotenv.main.find_dotenv", lambda *_args, **_kwargs: path)
+    monkeypatch.setattr("dotenv.find_dotenv", lambda *_args, **_kwargs: path)
     with pytest.raises(SystemExit, match=r"^\.env cannot be read") as refused:
         config.exit_without_keys()
     assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        '{}="sk-secret',
+        "{}='sk-secret",
+        '{}="sk-secret" secret',
+        "{} sk-secret",
+        '{}="sk-secret\nLANGUAGE="en"',
+    ],
+)
+def test_a_line_that_cannot_be_read_is_named_by_its_number_without_its_content(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, broken: str
+) -> None:
+    """Not as a key that is missing, though its owner sees it there."""
+    path = str(tmp_path / ".env")
+    Path(path).write_text(f"# Keys.\n\nTIMEZONE=UTC\n\n\n{broken.format(KEYS[0])}\n\nLANGUAGE=en\n")
+    monkeypatch.setattr("dotenv.find_dotenv", lambda *_args, **_kwargs: path)
+    # What is read is set for good; monkeypatch takes it back.
+    monkeypatch.setenv("TIMEZONE", "")
+    monkeypatch.setenv("LANGUAGE", "")
+    with pytest.raises(SystemExit, match=r"^\.env, line 6 cannot be read: ") as refused:
+        config.exit_without_keys()
+    assert "secret" not in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("disabled", ["dotenv.load_dotenv", "PYTHON_DOTENV_DISABLED"])
+def test_a_line_that_cannot_be_read_stops_nobody_who_reads_no_env_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, disabled: str
+) -> None:
+    """Such as a rehearsal."""
+    (tmp_path / ".env").write_text('OPENAI_API_KEY="sk\n')
+    monkeypatch.setattr("dotenv.find_dotenv", lambda *_args, **_kwargs: str(tmp_path / ".env"))
+    if disabled.isupper():
+        monkeypatch.setenv(disabled, "1")
+    else:
+        monkeypatch.setattr(disabled, lambda *_args, **_kwargs: False)
+    config.read_env()
+
+
+def test_the_quotation_marks_that_env_example_wants_are_wanted_by_python_dotenv() -> None:
+    told = next(
+        line.partition(": ")[2]
+        for line in (PROJECT / "env.example").read_text(encoding="utf-8").splitlines()
+        if "quotation marks" in line
+    )
+    assert config.broken_line(told) is None
+    read = [dotenv_values(stream=StringIO(text)) for text in (told, told.replace('"', ""))]
+    assert read == [{"GREETING": "We are the #1."}, {"GREETING": "We are the"}]
 
 
 def test_the_mark_that_an_editor_puts_before_the_first_name_is_no_part_of_it(
@@ -165,7 +217,7 @@ def test_the_mark_that_an_editor_puts_before_the_first_name_is_no_part_of_it(
 ) -> None:
     (tmp_path / ".env").write_text(f"{KEYS[0]}=of-the-file\n", encoding="utf-8-sig")
     path = str(tmp_path / ".env")
-    monkeypatch.setattr("dotenv.main.find_dotenv", lambda *_args, **_kwargs: path)
+    monkeypatch.setattr("dotenv.find_dotenv", lambda *_args, **_kwargs: path)
     monkeypatch.setenv(KEYS[0], "")
     config.read_env()
     assert config.setting(KEYS[0]) == "of-the-file"

@@ -425,6 +425,11 @@ BREAKAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
         ".env does not exist",
         "cp env.example .env",
     ),
+    "a quotation mark in .env is not closed": (
+        lambda project: (project / ".env").write_text('\nOPENAI_API_KEY="sk\n'),
+        "FAILS: .env, line 2 cannot be read",
+        "mend: make it NAME=value, with an end to what is in quotation marks",
+    ),
     "a line of tools.py is no Python": (
         lambda project: (project / "tools.py").write_text("def y(): ...\ndef x(:\n"),
         "Dockerfile       FAILS: tools.py, line 2: invalid syntax",
