@@ -41,8 +41,10 @@ NOTE_SECONDS = 120
 # Twilio allows name and value of a parameter 500 characters together.
 MAX_NOTE_CHARACTERS = 480
 # Of the TwiML in a request it takes 4000; there are two addresses in it.
-MAX_ADDRESS_CHARACTERS = 1200
+MAX_TWIML_CHARACTERS, MAX_ADDRESS_CHARACTERS = 4000, 1200
 NOTE = "transfer_note"
+# As Twilio names what a call over a SIP trunk brings, and a stream's parameters after it.
+SIP_HEADER = "SipHeader_"
 # Where Twilio comes, on a server whose public name is known: with what became of the transfer, and
 # for what the person is told before they are connected.
 OUTCOME_PATH, WHISPER_PATH = "/transfer/outcome", "/transfer/whisper"
@@ -219,16 +221,20 @@ class Note:
             call_sid: The call.
             key: The account's auth token.
             place: Where it travels; it is a note nowhere else.
-            limit: How many characters it may have; the summary is cut to that.
+            limit: How many characters it may have. Headers of a SIP trunk are left out first,
+                from the last on, and then the summary is cut.
         """
-        summary = self.summary
+        summary, parameters = self.summary, dict(self.parameters)
         while True:
-            note = [self.name, summary, self.outcome, dict(self.parameters)]
+            note = [self.name, summary, self.outcome, parameters]
             content = json.dumps(note, ensure_ascii=False, separators=(",", ":"))
             sealed = _box(call_sid, key, place).encrypt(content.encode()).decode().rstrip("=")
-            if len(sealed) <= limit or not summary:
+            if len(sealed) <= limit:
                 return sealed
-            summary = summary[: len(summary) * 9 // 10]
+            if not _leave_a_header_out(parameters):
+                if not summary:
+                    return sealed
+                summary = summary[: len(summary) * 9 // 10]
 
     @classmethod
     def open(
@@ -313,6 +319,15 @@ async def outcome_at_twilio(call_sid: str) -> str:
     except (NotTransferred, LookupError, TypeError):
         return ""
     return "completed" if status in ANSWERED else status if status in OUTCOMES else ""
+
+
+def _leave_a_header_out(parameters: MutableMapping[str, str]) -> bool:
+    """Take the last header of a SIP trunk out of `parameters`; whether there was one."""
+    last = next((name for name in reversed([*parameters]) if name.startswith(SIP_HEADER)), None)
+    if last is None:
+        return False
+    del parameters[last]
+    return True
 
 
 def _box(call_sid: str, key: str, place: Place) -> "Fernet":
@@ -433,16 +448,27 @@ class TwilioTransfer:
         key = setting("TWILIO_AUTH_TOKEN")
         action = whisper = then = ""
         if self._host:
-            sealed = note.seal(self._call_sid, key, place="address", limit=MAX_ADDRESS_CHARACTERS)
             outcome, about = (
-                quoteattr(f"https://{self._host}{path}?call={self._call_sid}&note={sealed}")
-                for path in (OUTCOME_PATH, WHISPER_PATH)
+                quoteattr(
+                    f"https://{self._host}{path}?call={self._call_sid}&note="
+                    + one.seal(self._call_sid, key, place="address", limit=MAX_ADDRESS_CHARACTERS)
+                )
+                # The person is told the summary, and nothing else of it.
+                for path, one in (
+                    (OUTCOME_PATH, note),
+                    (WHISPER_PATH, Note(note.name, note.summary)),
+                )
             )
             action, whisper = f" action={outcome}", f" url={about}"
         else:
             sealed = Note(note.name, note.summary).seal(self._call_sid, key)
-            parameters = twiml.parameters({**note.parameters, NOTE: sealed, **self._token()})
-            then = COME_BACK.format(url=quoteattr(self._stream_url), parameters=parameters)
+            brought = {**note.parameters, NOTE: sealed, **self._token()}
+            room = MAX_TWIML_CHARACTERS - len(TWIML) - len(COME_BACK) - len(self._stream_url)
+            while len(twiml.parameters(brought)) > room and _leave_a_header_out(brought):
+                pass
+            then = COME_BACK.format(
+                url=quoteattr(self._stream_url), parameters=twiml.parameters(brought)
+            )
         return TWIML.format(
             seconds=RING_SECONDS, action=action, whisper=whisper, number=number, then=then
         )

@@ -502,3 +502,37 @@ async def test_an_address_of_twilio_that_is_none_leaves_the_caller_with_the_bot(
         await handing.to("ann", ABOUT)
     assert network.line.can_hang_up
     assert await handing.done_to() is None
+
+
+@pytest.mark.parametrize("host", ["", PUBLIC])
+def test_what_a_sip_trunk_brought_makes_room_for_what_the_caller_has_said(
+    monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    monkeypatch.setenv("TWILIO_AUTH_TOKEN", KEY)
+    brought = {
+        **{"from_number": "+15550100", "SipCallId": "a" * 60},
+        **{f"SipHeader_X-Thing-{number}": "v" * 300 for number in range(12)},
+    }
+    handing: Any = transfer.TwilioTransfer(
+        call_sid=CALL,
+        stream_url=f"wss://{PUBLIC}/ws",
+        parameters=brought,
+        line=None,  # type: ignore[arg-type]
+        has_failover=False,
+        host=host,
+    )
+    text = handing._twiml(COLLEAGUE, transfer.Note("ann", ABOUT, parameters=brought))
+    assert len(text) <= 4000
+    twiml = ElementTree.fromstring(text)
+    if host:
+        for address in (twiml[0].attrib["action"], twiml[0][0].attrib["url"]):
+            (sealed,) = parse_qs(urlsplit(address).query)["note"]
+            note = transfer.Note.open(sealed, CALL, KEY, place="address")
+            assert note and note.summary == ABOUT
+        (sealed,) = parse_qs(urlsplit(twiml[0].attrib["action"]).query)["note"]
+        note = transfer.Note.open(sealed, CALL, KEY, place="address")
+        assert note
+        kept = note.parameters
+    else:
+        kept = brought_by(twiml)
+    assert set(kept) >= {"from_number", "SipCallId", "SipHeader_X-Thing-0"}
