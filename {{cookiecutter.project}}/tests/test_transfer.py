@@ -109,30 +109,6 @@ async def test_a_transfer_that_the_network_refuses_leaves_the_caller_with_the_bo
 
 
 @pytest.mark.slow
-async def test_a_transfer_is_not_cut_off_where_twilio_has_done_it_and_its_answer_is_lost(
-    harness: Harness, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    twilio = harness.providers.twilio
-    twilio.colleagues[COLLEAGUE] = Colleague("completed", talks_s=2.0)
-    request = transfer.twilio_rest.request
-
-    async def loses_answers(method: str, *args: Any, **options: Any) -> Any:
-        response = await request(method, *args, **options)
-        if method == "POST":
-            raise TimeoutError
-        return response
-
-    monkeypatch.setattr(transfer.twilio_rest, "request", loses_answers)
-    async with harness.caller("twilio") as caller:
-        await ask_for_a_person(harness, caller)
-        await harness.over()
-        assert not caller.ended.is_set()
-        await asyncio.wait_for(caller.ended.wait(), SECONDS)
-    assert [number for _, number in twilio.dialled] == [COLLEAGUE]
-    assert not twilio.hung_up
-
-
-@pytest.mark.slow
 async def test_a_browser_is_told_that_it_cannot_be_handed_over(harness: Harness) -> None:
     async with harness.caller("webrtc") as caller:
         await ask_for_a_person(harness, caller)
