@@ -54,7 +54,7 @@ def check_values() -> None:
 def _build() -> None:
     check_values()
     for doubt in (*phrases.doubts(), *outcome.doubts()):
-        logger.warning(f"{doubt[0].upper()}{doubt[1:]}")
+        logger.warning(f"To mind: {doubt}")
     recogniser = services.create_stt()
     with ThreadPoolExecutor(1) as beside:
         # While this thread imports the rest, the models are loaded.

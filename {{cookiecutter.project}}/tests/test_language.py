@@ -11,7 +11,7 @@ from loguru import logger
 import bot
 import config
 import services
-from conversation import clock, phrases, warm_up
+from conversation import clock, outcome, phrases, warm_up
 from conversation.turns import is_backchannel, is_farewell
 from rehearsal.engines.engine import ToolCall
 from rehearsal.engines.scripted import Answer, Script
@@ -147,12 +147,15 @@ def test_a_model_or_voice_that_cannot_speak_it_is_said_when_the_bot_starts(
         monkeypatch.setenv(variable, value)
     for build in ("create_stt", "create_llm", "create_tts", "memory_params"):
         monkeypatch.setattr(services, build, lambda *_: None)
+    (tmp_path / "outcome.json").write_text("{")
+    monkeypatch.setattr(outcome, "SCHEMA_FILE", tmp_path / "outcome.json")
     lines: list[str] = []
     sink = logger.add(lines.append, level="WARNING", format="{message}")
     try:
         warm_up.once.__wrapped__()
     finally:
         logger.remove(sink)
+    assert "outcome.json is no JSON schema" in "".join(lines), "the file is called so"
     for _, _, value, doubt in here:
         assert any(value in line and doubt in line for line in lines)
         assert any(value in one for one in bot.doubts()), "python -m deploy check asks for these"
