@@ -48,7 +48,10 @@ print(json.dumps({"ready": ready, "doubts": doubts}))
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong and its mend; `fatal` when the deployment or the first call would fail."""
+    """What is wrong and its mend; `fatal` when the deployment or the first call would fail.
+
+    A blank mend is not said: `what` has it, or leaves it to the reader.
+    """
 
     what: str
     mend: str
@@ -352,7 +355,7 @@ def check_start(project: Path, env_file: Path) -> Iterator[Finding]:
     told = json.loads(answer.stdout.splitlines()[-1])
     ready = told["ready"]
     for doubt in told["doubts"]:
-        yield Finding(doubt, "choose another, or live with it", fatal=False)
+        yield Finding(doubt, "", fatal=False)
     if not (ready if isinstance(ready, bool) else ready.get("ready")):
         yield Finding(f"readyz() says {json.dumps(ready)}", f"fill it in in {env_file.name}")
 
@@ -384,7 +387,8 @@ def check(project: Path, env_file: Path) -> bool:
             print(f"{subject:16} ok")
         for finding in findings:
             print(f"{subject:16} {'FAILS' if finding.fatal else 'mind'}: {finding.what}")
-            print(f"{'':16}   mend: {finding.mend}")
+            if finding.mend:
+                print(f"{'':16}   mend: {finding.mend}")
         good &= not any(finding.fatal for finding in findings)
     next_step = "pipecat cloud deploy --yes" if good else "mend what fails"
     print(f"Checked in {time.monotonic() - started:.1f} s. Next: {next_step}")

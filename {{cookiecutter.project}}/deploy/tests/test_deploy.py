@@ -475,6 +475,20 @@ class TestCheck:
         report = capsys.readouterr().out
         assert what in report and mend in report
 
+    def test_a_doubt_of_the_bots_is_said_without_another_mend_than_its_own(
+        self,
+        project: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """The next line is about something else."""
+        told = '{"ready": true, "doubts": ["no voice: set PIPER_VOICE"]}'
+        monkeypatch.setattr(deploy, "ASK", f"print({told!r})")
+        assert main(["check"], project) == 0
+        lines = capsys.readouterr().out.splitlines()
+        at = lines.index(f"{'start-up':16} mind: no voice: set PIPER_VOICE")
+        assert "mend:" not in lines[at + 1]
+
 
 COMMAND = re.compile(r"pipecat cloud (?=[a-z])([^`\"\n#]+)")
 
