@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="call | dial | providers")
 
     call = commands.add_parser("call", help="place one call by itself and report it")
-    call.add_argument("-t", "--transport", choices=("twilio", "webrtc"), default="webrtc")
+    call.add_argument("-t", "--transport", choices=("twilio", "webrtc"))
     voice = call.add_mutually_exclusive_group()
     voice.add_argument(
         "--say", metavar="TEXT", action="append", help="what the engine's voice says; repeatable"
@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=tuple(OUTCOMES),
         nargs="?",
         const="busy",
-        help="let the caller be handed over to a colleague, who answers or does not",
+        help="by telephone, let the caller be handed over to a colleague, who answers or not",
     )
     call.add_argument(
         "--latencies",
@@ -209,7 +209,19 @@ async def _announce_calls(world: "_World") -> None:
 
 
 async def _hand_over(options: argparse.Namespace) -> int:
-    """Place a call that is handed over, in LANGUAGE; by telephone, whatever -t says."""
+    """Place a call that is handed over, in LANGUAGE; by telephone, in words of its own."""
+    not_heeded = {
+        "-t webrtc": options.transport == "webrtc",
+        "--say": options.say,
+        "--wav": options.wav,
+        "--script": options.script,
+        "--latencies": options.latencies,
+    }
+    if given := [option for option, is_given in not_heeded.items() if is_given]:
+        raise ValueError(
+            "--transfer is a telephone call with words and times of its own: leave out "
+            f"{', '.join(given)}."
+        )
     language = _language()
     words = script(language)
     port = free_port()
@@ -234,13 +246,14 @@ async def _hand_over(options: argparse.Namespace) -> int:
 async def _call_it(options: argparse.Namespace) -> int:
     if options.transfer:
         return await _hand_over(options)
+    transport = options.transport or "webrtc"
     recorded = [recorded_voice(path) for path in options.wav or ()]
     async with _engine(options) as engine:
         voices = recorded or await _voices(options, engine)
         served = DelayedEngine(engine, options.latencies) if options.latencies else engine
-        async with _world(served, options.transport, free_port()) as world:
+        async with _world(served, transport, free_port()) as world:
             try:
-                answers = await talk(options.transport, world.bot, voices, _tell)
+                answers = await talk(transport, world.bot, voices, _tell)
             except NoAnswer as failure:
                 raise BotFailed(f"{failure}\n{world.bot.tail()}") from failure
             await _delivered(world)

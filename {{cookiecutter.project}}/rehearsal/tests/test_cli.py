@@ -158,6 +158,15 @@ REFUSED = {
     ),
     ("providers", "--script", "."): ". cannot be read: Is a directory.",
     ("call", "--script", "bad.toml"): "add --engine scripted.",
+    ("call", "-t", "webrtc", "--transfer", "busy"): (
+        "a telephone call with words and times of its own: leave out -t webrtc."
+    ),
+    ("call", "--transfer", "busy", "--say", "Hi.", "--latencies", "llm=9"): (
+        "leave out --say, --latencies."
+    ),
+    ("call", "--transfer", "--engine", "scripted", "--script", "a.toml", "--wav", "a.wav"): (
+        "leave out --wav, --script."
+    ),
     ("providers", "--script", "bad.toml"): "a script has greeting, hears, answers; not gretting",
     ("call", "--engine", "scripted", "--script", "types.toml"): "types.toml: hears is a list",
 }
