@@ -84,7 +84,7 @@ class Script:
         """Read a script from a parsed TOML document; see the module for its form."""
         known = _known(table, cls, "a script")
         if "hears" in known:
-            known["hears"] = _all(known["hears"], str, 'hears is a list such as ["Hello.", "Bye."]')
+            known["hears"] = _all(known["hears"], str, 'hears is a list of texts in quotes: ["Hi."]')
         if "answers" in known:
             answers = _all(known["answers"], dict, "answers is a list: write [[answers]] over each")
             known["answers"] = tuple(_answer(entry) for entry in answers)
@@ -93,7 +93,7 @@ class Script:
 
 def _answer(table: Mapping[str, Any]) -> Answer:
     known = _known(table, Answer, "an answer")
-    calls = _all(known.get("calls", []), dict, 'calls is a list such as [{ name = "look_up" }]')
+    calls = _all(known.get("calls", []), dict, 'calls is a list of tables: [{ name = "look_up" }]')
     known["calls"] = tuple(map(_call, calls))
     if sum(condition in known for condition in ("heard", "result", "told")) > 1:
         raise ValueError("an answer has one of heard, result, told, or none of them")
