@@ -84,7 +84,7 @@ class Script:
         """Read a script from a parsed TOML document; see the module for its form."""
         known = _known(table, cls, "a script")
         if "hears" in known:
-            known["hears"] = _all(known["hears"], str, 'hears is a list of texts in quotes: ["Hi."]')
+            known["hears"] = _all(known["hears"], str, 'hears is a list of texts in quotes: ["a"]')
         if "answers" in known:
             answers = _all(known["answers"], dict, "answers is a list: write [[answers]] over each")
             known["answers"] = tuple(_answer(entry) for entry in answers)
