@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,18 +21,6 @@ __all__ = ["goes_first", "shows_its_log"]
 # Of the many processes that tests start each would compile Pipecat again: three seconds of work.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """In a fresh environment let one process compile all that is imported, before four do.
-
-    They begin at the same moment and would each compile the same: half a minute of a run.
-    """
-    pipecat = find_spec("pipecat")
-    is_compiled = not pipecat or not pipecat.cached or Path(pipecat.cached).exists()
-    if config.getoption("numprocesses", 0) and not is_compiled:
-        collect = [sys.executable, "-m", "pytest", "-n", "0", "--collect-only", "-q"]
-        subprocess.run(collect, cwd=ROOT, stdout=subprocess.DEVNULL, check=False)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

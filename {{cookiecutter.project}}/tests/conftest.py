@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from machine import (
     anyio_backend,
+    compile_first,
     goes_first,
     project,
     shows_its_log,
@@ -16,6 +17,11 @@ from machine import (
 __all__ = ["anyio_backend", "goes_first", "project", "shows_its_log", "weights_of_this_machine"]
 
 collect_ignore = without_rehearsal(Path(__file__).parent)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile what is tested before several processes do."""
+    compile_first(config)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -3,6 +3,8 @@
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
@@ -31,6 +33,18 @@ def without_rehearsal(folder: Path) -> list[str]:
         return []
     files = folder.glob("test_*.py")
     return [file.name for file in files if HOLDS_CALLS.search(file.read_text(encoding="utf-8"))]
+
+
+def compile_first(run: pytest.Config) -> None:
+    """In a fresh environment let one process compile what all of pytest-xdist's would.
+
+    They begin at the same moment and would each compile the same: half a minute on two cores.
+    """
+    pipecat = find_spec("pipecat")
+    is_fresh = pipecat and pipecat.cached and not Path(pipecat.cached).exists()
+    if is_fresh and run.getoption("numprocesses", 0) and not sys.dont_write_bytecode:
+        collect = [sys.executable, "-m", "pytest", "-n", "0", "--collect-only", "-q", *run.args]
+        subprocess.run(collect, cwd=run.invocation_params.dir, stdout=subprocess.DEVNULL)
 
 
 @pytest.fixture(autouse=True)
