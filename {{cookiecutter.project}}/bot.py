@@ -102,9 +102,10 @@ async def bot(runner_args: RunnerArguments) -> None:
                 if connection.errand:
                     instructions = connection.errand.fill_in(instructions)
                 await run_call(connection, line, instructions, roark, runner_args)
-        finally:
-            # Wherever it broke, nobody is left on a line that is silent.
+        except Exception:
+            # Also what broke before run_call: nobody is left on a line that is silent.
             await transports.hang_up(runner_args)
+            raise
 
 
 def first_instructions(connection: transports.Connection) -> str:

@@ -228,8 +228,8 @@ def read_env() -> None:
     path = find_dotenv()
     try:
         # Editors on Windows put an invisible mark before the first name, which would be part of it.
-        text = StringIO(Path(path).read_text(encoding="utf-8-sig") if path else "")
-        load_dotenv(stream=text, override=True)
+        content = StringIO(Path(path).read_text(encoding="utf-8-sig") if path else "")
+        load_dotenv(stream=content, override=True)
     except (OSError, ValueError) as error:
         # A parser's text repeats what it read.
         raise SystemExit(
@@ -237,18 +237,18 @@ def read_env() -> None:
             "env.example is"
         ) from None
     # Of python-dotenv's own line the private log shows nothing. A rehearsal reads no .env.
-    if text.tell() and (line := broken_line(text.getvalue())):
+    if content.tell() and (line := broken_line(content.getvalue())):
         raise SystemExit(
             f".env, line {line} cannot be read: it has to be NAME=value, and what is in quotation "
             "marks ends with the one it begins with"
         )
 
 
-def broken_line(text: str) -> int | None:
+def broken_line(content: str) -> int | None:
     """The number of the first line of a `.env` that python-dotenv leaves out as unreadable."""
     from dotenv.parser import parse_stream
 
-    for found in parse_stream(StringIO(text)):
+    for found in parse_stream(StringIO(content)):
         if found.error:
             # Its first line may be one of the blank ones before.
             statement = found.original.string
