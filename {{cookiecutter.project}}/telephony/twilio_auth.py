@@ -344,7 +344,7 @@ def _sip(fields: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in fields.items()
-        if (name == "SipCallId" or name.startswith("SipHeader_"))
+        if (name == "SipCallId" or name.startswith(transfer.SIP_HEADER))
         and len(name) + len(value) < PARAMETER_CHARACTERS
     }
 
